@@ -1,0 +1,33 @@
+# `make train` and `make test` need Python 3.10 to 3.13 and make; everything else is set up once, in $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: train test lint setup clean
+
+train: setup
+	$(BIN)/raytrain train --cfg_file configs/digits.yaml
+
+test: lint
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(VENV)/installed
+
+# torch first and by itself, so that nothing else can choose another.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): once, a few minutes"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[digits,dev]"
+	@touch $@
+
+# Leaves output/ alone: the runs are yours.
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

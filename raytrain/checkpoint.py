@@ -1,0 +1,322 @@
+"""One checkpoint: a folder with checkpoint.pth and manifest.json, which vouches for it.
+
+The manifest is written last and holds the size and sha256 of every file, and its own
+sha256. What no manifest vouches for is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import math
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+import torch
+
+import raytrain
+from raytrain.errors import CheckpointError, StorageError
+from raytrain.progress import Progress
+from raytrain.storage import CHUNK_BYTES, Storage, open_storage, temporary_name
+
+PAYLOAD = "checkpoint.pth"
+MANIFEST = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds and where it comes from.
+
+    files:   name -> {"size_bytes", "sha256"}; write_checkpoint fills it
+    metrics: name -> number; what is not a finite number is stored as None. None: not evaluated (yet)
+    config:  the resolved config as a plain tree
+    world:   num_workers, virtual_workers, num_samples, batch_size, accumulate
+    launch:  which launch of the run saved it;  created: UTC, ISO 8601.  Store.save fills both
+    """
+
+    progress: Progress
+    config: dict[str, Any]
+    world: dict[str, Any]
+    seed: int
+    metrics: dict[str, float | None] | None = None
+    launch: str = ""
+    created: str = ""
+    version: str = raytrain.__version__
+    files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> str:
+        tree = dataclasses.asdict(self)
+        if self.metrics is not None:
+            tree["metrics"] = {name: _finite(value) for name, value in self.metrics.items()}
+        tree = json.loads(json.dumps(tree, allow_nan=False))  # as it will be read: keys are strings, tuples are lists
+        return json.dumps({**tree, "sha256": _tree_sha256(tree)}, indent=1) + "\n"
+
+    @staticmethod
+    def from_json(text: str | bytes) -> Manifest:
+        try:
+            tree = json.loads(text)
+            if tree.pop("sha256") != _tree_sha256(tree):
+                raise CheckpointError("its content does not match its own sha256")
+            fields = {field.name: tree[field.name] for field in dataclasses.fields(Manifest)}
+            fields["progress"] = Progress(**tree["progress"])
+            fields["files"] = {
+                name: {"size_bytes": facts["size_bytes"], "sha256": facts["sha256"]}
+                for name, facts in tree["files"].items()
+            }
+            if PAYLOAD not in fields["files"]:
+                raise CheckpointError(f"it does not list {PAYLOAD}")
+            return Manifest(**fields)
+        except KeyError as error:
+            raise CheckpointError(f"it lacks {error}") from error
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"it is not a manifest of raytrain: {error}") from error
+
+
+def write_checkpoint(storage: Storage, name: str, payload: dict[str, Any], manifest: Manifest) -> Manifest:
+    """The manifest of checkpoint `name`, which is on the storage in full when this returns.
+
+    A checkpoint of that name gives way only to one that is complete and verified beside it: at
+    every moment one of the two exists in full, and `recover_checkpoint` finds it after a crash.
+    """
+    replaces = storage.exists(name)
+    # An object store cannot rename, and copying is slow: there a free name is written in place, manifest last.
+    stage = temporary_name("writing", name) if storage.is_local or replaces else name
+    try:
+        manifest = _write_files(storage, stage, payload, manifest)
+        if replaces:
+            verify_checkpoint(storage, stage)
+    except BaseException:
+        with contextlib.suppress(StorageError):  # the failure above is the one to tell
+            storage.remove_tree(stage)
+        raise
+    if replaces:
+        discard_checkpoint(storage, name)
+    if stage != name:
+        storage.rename_tree(stage, name)
+    return manifest
+
+
+def write_metrics(storage: Storage, name: str, metrics: Mapping[str, float | None]) -> Manifest:
+    """The manifest of checkpoint `name`, which from now on holds these metrics."""
+    manifest = dataclasses.replace(read_manifest(storage, name), metrics=dict(metrics))
+    storage.write_bytes(f"{name}/{MANIFEST}", manifest.to_json().encode())
+    return manifest
+
+
+def recover_checkpoint(storage: Storage, leftover: str, name: str) -> None:
+    """`leftover`, which a dead writer left of checkpoint `name`, is put in place if that is needed, else removed."""
+    if is_verified(storage, name) or not is_verified(storage, leftover):
+        storage.remove_tree(leftover)
+        return
+    discard_checkpoint(storage, name)
+    storage.rename_tree(leftover, name)
+
+
+def discard_checkpoint(storage: Storage, name: str) -> None:
+    """Checkpoint `name` is gone at once as far as readers are concerned, then its files go."""
+    if not storage.exists(name):
+        return
+    if not storage.is_local:
+        storage.remove_tree(f"{name}/{MANIFEST}")
+        storage.remove_tree(name)
+        return
+    trash = temporary_name("trash", name)
+    storage.rename_tree(name, trash)
+    # NFS keeps a folder as long as somebody reads a file in it. The name is free; Store removes old trash later.
+    with contextlib.suppress(StorageError):
+        storage.remove_tree(trash)
+
+
+def read_manifest(storage: Storage, name: str) -> Manifest:
+    """The manifest of checkpoint `name`, after a look at names and sizes only; a CheckpointError says what is wrong."""
+    path = storage.path_of(name)
+    with _damage_named(path):
+        present = storage.list(name)
+        if MANIFEST not in present:
+            raise CheckpointError(f"{path}: {MANIFEST} is missing, so it was never finished or has been damaged")
+        try:
+            manifest = Manifest.from_json(storage.read_bytes(f"{name}/{MANIFEST}"))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {MANIFEST} is damaged: {error}") from error
+        for file, facts in manifest.files.items():
+            if file not in present:
+                raise CheckpointError(f"{path}: {file} is missing")
+            size = storage.size(f"{name}/{file}")
+            if size != facts["size_bytes"]:
+                raise CheckpointError(f"{path}: {file} has {size} bytes, its manifest says {facts['size_bytes']}")
+    return manifest
+
+
+def verify_checkpoint(storage: Storage, name: str) -> Manifest:
+    """The manifest of checkpoint `name`, every byte of which has been checked; a CheckpointError says what is wrong."""
+    manifest = read_manifest(storage, name)
+    with _damage_named(storage.path_of(name)):
+        for file in manifest.files:
+            with storage.open_read(f"{name}/{file}") as stream:
+                _check_sha256(stream, storage.path_of(name), file, manifest)
+    return manifest
+
+
+def is_verified(storage: Storage, name: str) -> bool:
+    """True if every byte of checkpoint `name` is what its manifest says."""
+    try:
+        verify_checkpoint(storage, name)
+    except CheckpointError:
+        return False
+    return True
+
+
+def load_payload(storage: Storage, name: str, map_location: Any = "cpu") -> dict[str, Any]:
+    """The payload of checkpoint `name`, read from the very file whose sha256 has just been checked."""
+    manifest = read_manifest(storage, name)
+    with (
+        _damage_named(storage.path_of(name)),
+        storage.local_copy(f"{name}/{PAYLOAD}") as path,
+        path.open("rb") as file,
+    ):
+        _check_sha256(file, storage.path_of(name), PAYLOAD, manifest)
+        file.seek(0)
+        return _load(file, storage.path_of(f"{name}/{PAYLOAD}"), map_location)
+
+
+def load_weights_file(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """The dict in a bare .pth file of ours or of OpenPCDet: model_state, and what else was saved with it.
+
+    A file of ours that still stands beside its manifest is checked against it. No code in the
+    file is ever run; of OpenPCDet's, numpy scalars are let through.
+    """
+    path = Path(path).expanduser().absolute()
+    if path.name == PAYLOAD and (path.parent / MANIFEST).exists():
+        return load_payload(open_storage(str(path.parent.parent)), path.parent.name, map_location)
+    try:
+        with path.open("rb") as file:
+            return _load(file, str(path), map_location)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+class _HashingWriter:
+    """A file for torch.save that knows the size and sha256 of what went through it.
+
+    A failed write is kept for `check`: raised inside torch.save it would be lost behind
+    "PytorchStreamWriter failed writing file", or abort the process.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.sha256 = hashlib.sha256()
+        self.size_bytes = 0
+        self.failure: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        if self.failure is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.failure = error
+            self.sha256.update(data)
+            self.size_bytes += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing: Storage.open_write flushes."""
+
+    def check(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+
+def _write_files(storage: Storage, folder: str, payload: dict[str, Any], manifest: Manifest) -> Manifest:
+    """The manifest with its files, all of them written into `folder`, the manifest last."""
+    name = f"{folder}/{PAYLOAD}"
+    with storage.open_write(name) as file:
+        writer = _HashingWriter(file)
+        try:
+            torch.save(payload, cast(IO[bytes], writer))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"the state cannot be saved: {error}") from error
+        writer.check()
+    with storage.open_read(name) as file:
+        refused = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    if refused:
+        raise CheckpointError(
+            f"the state holds objects of {', '.join(sorted(refused))}, which loading would refuse; "
+            "keep tensors, numbers, strings, lists and dicts in it"
+        )
+    facts = {"size_bytes": writer.size_bytes, "sha256": writer.sha256.hexdigest()}
+    manifest = dataclasses.replace(manifest, files={PAYLOAD: facts})
+    storage.write_bytes(f"{folder}/{MANIFEST}", manifest.to_json().encode())
+    return manifest
+
+
+def _load(file: IO[bytes], path: str, map_location: Any) -> dict[str, Any]:
+    try:
+        with torch.serialization.safe_globals(_numpy_scalars()):
+            payload = torch.load(file, map_location=map_location, weights_only=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the bytes are anybody's: what reading them raises has no bounds
+        refused = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", str(error))
+        if refused:
+            raise CheckpointError(
+                f"{path}: refused, because loading it would call {refused[1]}; only tensors and plain values are loaded"
+            ) from error
+        said = str(error).rpartition("WeightsUnpickler error:")[2].strip()  # before it: how to load it unsafely
+        what = (said or "it ends too early").splitlines()[0]
+        raise CheckpointError(f"{path}: not a readable checkpoint: {type(error).__name__}: {what}") from error
+    if not isinstance(payload, dict) or not isinstance(payload.get("model_state"), dict):
+        found = f"the keys {list(payload)[:8]}" if isinstance(payload, dict) else f"a {type(payload).__name__}"
+        raise CheckpointError(f"{path}: it should hold a dict with 'model_state', but holds {found}")
+    return payload
+
+
+def _numpy_scalars() -> list[Any]:
+    """What unpickling a numpy number needs, under the names that numpy 1 and numpy 2 write."""
+    scalar = np.float64(0).__reduce__()[0]
+    names = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]
+    kinds = [np.float64, np.float32, np.float16, np.int64, np.int32, np.bool_]
+    return [*((scalar, name) for name in names), np.dtype, *(type(np.dtype(kind)) for kind in kinds)]
+
+
+def _check_sha256(stream: IO[bytes], path: str, file: str, manifest: Manifest) -> None:
+    sha256 = hashlib.sha256()
+    while chunk := stream.read(CHUNK_BYTES):
+        sha256.update(chunk)
+    if sha256.hexdigest() != manifest.files[file]["sha256"]:
+        raise CheckpointError(f"{path}: {file} is damaged: its sha256 is not what the manifest says")
+
+
+@contextlib.contextmanager
+def _damage_named(path: str) -> Iterator[None]:
+    """Turns a bad sector, and a file that goes while it is read, into a CheckpointError.
+
+    Other storage errors (no permission, no network) stay what they are: they say nothing
+    about this checkpoint, and to pass over all of them would start the run over.
+    """
+    try:
+        yield
+    except StorageError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and (isinstance(cause, FileNotFoundError) or cause.errno == errno.EIO):
+            raise CheckpointError(f"{path}: {error}") from error
+        raise
+
+
+def _tree_sha256(tree: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _finite(value: Any) -> float | None:
+    """`value` (a number of any library) as a float; None if it is not finite, or no number."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None

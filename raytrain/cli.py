@@ -1,0 +1,197 @@
+"""The command line: parse, call, print. Nothing heavy is imported before it is known to be needed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from raytrain import __version__
+from raytrain.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, ConfigError, RaytrainError
+
+# Flags of the heritage that set a config key: name -> (type, key, help).
+CONFIG_FLAGS: dict[str, tuple[Any, str, str]] = {
+    "--epochs": (int, "OPTIMIZATION.NUM_EPOCHS", "epochs to train, also the length of the schedule"),
+    "--workers": (int, "LOADER.WORKERS", "loader processes of each worker"),
+    "--extra_tag": (str, "EXTRA_TAG", "last part of the run folder"),
+    "--ckpt_save_interval": (int, "CHECKPOINT.EVERY_EPOCHS", "epochs between checkpoints"),
+    "--max_ckpt_save_num": (int, "CHECKPOINT.KEEP_LAST", "checkpoints to keep"),
+    "--ckpt_save_time_interval": (float, "CHECKPOINT.EVERY_SECONDS", "seconds between checkpoints within an epoch"),
+    "--logger_iter_interval": (int, "LOG.LINE_EVERY", "steps between log lines"),
+    "--num_workers": (int, "SCALE.NUM_WORKERS", "worker processes; 0 trains in this process, without Ray"),
+    "--output": (str, "OUTPUT", "root of the run folders: a folder, or a URI such as s3://bucket/path"),
+    "--seed": (int, "SEED", "seed of all that is random"),
+}
+SWITCHES: dict[str, tuple[str, str, str]] = {
+    "--sync_bn": ("OPTIMIZATION.SYNC_BN", "true", "BatchNorm over the samples of all workers"),
+    "--use_amp": ("OPTIMIZATION.USE_AMP", "true", "mixed precision (OPTIMIZATION.AMP_DTYPE: fp16 or bf16)"),
+    "--use_gpu": ("SCALE.USE_GPU", "true", "one GPU for each worker"),
+    "--no_gpu": ("SCALE.USE_GPU", "false", "train on the CPU"),
+}
+# Flags of the heritage that have nothing left to do: name -> (takes a value, what is so instead).
+VOID_FLAGS: dict[str, tuple[bool, str]] = {
+    "--launcher": (True, "Ray places the workers (--num_workers, --address)"),
+    "--tcp_port": (True, "Ray finds the ports"),
+    "--local_rank": (True, "Ray gives each worker its rank"),
+    "--local-rank": (True, "Ray gives each worker its rank"),
+    "--fix_random_seed": (False, "every run is seeded (--seed)"),
+    "--merge_all_iters_to_one_epoch": (False, "loader workers live all run and read ahead across epochs anyway"),
+    "--max_waiting_mins": (True, "evaluation runs inside training (EVAL.EVERY) and waits for nothing"),
+    "--start_epoch": (True, "the checkpoint says where to go on"),
+    "--num_epochs_to_eval": (True, "epochs are evaluated while training, every EVAL.EVERY and at the end"),
+    "--save_to_file": (False, "`raytrain eval --save_to_file` writes predictions"),
+    "--use_tqdm_to_record": (False, "the live line is always there"),
+    "--wo_gpu_stat": (False, "no gpustat is called"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status: 0 finished, 1 failed, 2 bad usage or config, 75 stopped and saved."""
+    args = build_parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except RaytrainError as error:
+        print(f"raytrain: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("raytrain: stopped at once; the run folder's newest checkpoint is where it goes on", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="raytrain", description="Train PyTorch models on Ray from one YAML file.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"raytrain {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    train = commands.add_parser("train", help="train, or go on training", allow_abbrev=False)
+    add_config_arguments(train)
+    train.add_argument("--batch_size", type=int, metavar="N", help="samples of a step over all virtual workers")
+    train.add_argument("--address", metavar="HOST:PORT", help="join this Ray cluster (auto: the one on this machine)")
+    train.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="go on from the newest verified checkpoint of the run folder (auto), from none, or from this one",
+    )
+    train.add_argument("--ckpt", metavar="PATH", help="as --resume PATH")
+    train.add_argument("--overwrite", action="store_true", help="with --resume never: a run in the folder gives way")
+    train.add_argument("--pretrained_model", metavar="PATH", help="weights to begin with, where names and shapes fit")
+    train.add_argument(
+        "--allow-config-change", action="store_true", help="resume under a batch size, seed ... that was not the run's"
+    )
+    for flag, (takes_value, reason) in VOID_FLAGS.items():
+        train.add_argument(flag, nargs="?" if takes_value else 0, action=_Void, help=argparse.SUPPRESS, const=reason)
+    add_set_argument(train)
+    train.set_defaults(run=run_train)
+
+    evaluate = commands.add_parser("eval", help="evaluate a checkpoint", allow_abbrev=False)
+    add_config_arguments(evaluate)
+    evaluate.add_argument("--ckpt", metavar="PATH", help="the checkpoint; else the run's best one, else its newest")
+    evaluate.add_argument("--batch_size", type=int, metavar="N", help="samples at a time")
+    evaluate.add_argument("--eval_tag", default="default", help="last part of the folder for the results")
+    evaluate.add_argument("--save_to_file", action="store_true", help="write the predictions too, as predictions.pt")
+    add_set_argument(evaluate)
+    evaluate.set_defaults(run=run_eval)
+
+    show = commands.add_parser("show-config", help="print the resolved config", allow_abbrev=False)
+    add_config_arguments(show)
+    add_set_argument(show)
+    show.set_defaults(run=run_show_config)
+    return parser
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cfg_file", required=True, metavar="YAML", help="the config of the run")
+    for flag, (kind, key, text) in CONFIG_FLAGS.items():
+        parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=f"{text} ({key})")
+    for flag, (key, _, text) in SWITCHES.items():
+        parser.add_argument(flag, action="store_true", help=f"{text} ({key})")
+
+
+def add_set_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        dest="set_words",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="any config keys, dotted: --set OPTIMIZATION.LR 1e-3 MODEL.WIDTH 32 (must come last)",
+    )
+
+
+class _Void(argparse.Action):
+    """A flag that is accepted for the sake of old command lines, with a line on what is so instead."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        print(f"note: {option_string} has no effect here: {self.const}", file=sys.stderr)
+
+
+def load(args: argparse.Namespace) -> Any:
+    """The config of a command line: the file, the flags, --set."""
+    from raytrain.config import load_config
+
+    if args.use_gpu and args.no_gpu:
+        raise ConfigError("--use_gpu and --no_gpu are both given")
+    words: list[str] = []
+    for flag, (_, key, _) in CONFIG_FLAGS.items():
+        value = getattr(args, flag[2:])
+        if value is not None:
+            words += [key, str(value)]
+    for flag, (key, value, _) in SWITCHES.items():
+        if getattr(args, flag[2:]):
+            words += [key, value]
+    return load_config(args.cfg_file, [*words, *args.set_words])
+
+
+def run_train(args: argparse.Namespace) -> int:
+    cfg = load(args)
+    if args.ckpt is not None and args.resume != "auto":
+        raise ConfigError("--ckpt and --resume both say where to go on; give one of them")
+    from raytrain.launch import launch
+    from raytrain.start import Options
+
+    result = launch(
+        cfg,
+        Options(
+            address=args.address,
+            resume=args.ckpt or args.resume,
+            overwrite=args.overwrite,
+            allow_config_change=args.allow_config_change,
+            pretrained=args.pretrained_model,
+            batch_size=args.batch_size,
+            arguments={k: v for k, v in vars(args).items() if k != "run"},
+        ),
+    )
+    if result.status == "complete":
+        metrics = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+        print(f"already complete: all {cfg.OPTIMIZATION.NUM_EPOCHS} epochs are trained  {metrics}")
+        print(f"  run folder   {result.run_dir}")
+    return EXIT_STOPPED if result.status == "stopped" else EXIT_FINISHED
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    cfg = load(args)
+    from raytrain.evaluation import evaluate
+
+    evaluation = evaluate(
+        cfg, args.ckpt, eval_tag=args.eval_tag, batch_size=args.batch_size, save_predictions=args.save_to_file
+    )
+    print(f"{evaluation.checkpoint}")
+    for name, value in evaluation.metrics.items():
+        print(f"  {name:<12} {value:.6g}")
+    print(f"  {'results':<12} {evaluation.folder}")
+    return EXIT_FINISHED
+
+
+def run_show_config(args: argparse.Namespace) -> int:
+    from raytrain.config import dump_config
+
+    print(dump_config(load(args)), end="")
+    return EXIT_FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

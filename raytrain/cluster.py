@@ -1,0 +1,231 @@
+"""The Ray cluster under a run: joined or started, checked before anything starts, and left clean."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from raytrain.errors import PreflightError
+
+TEMP_PREFIX = "raytrain-ray-"
+
+# Set where the user has not: each is read by Ray in the driver and handed on to its workers.
+QUIET = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # reports are taken and the end is noticed this fast (default 2 s)
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # print() in a worker stays print()
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths keep their meaning in workers
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+}
+
+
+@contextlib.contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """A Ray cluster for the time of the block: the one at `address`, else one of our own on this machine."""
+    kept = {name: os.environ.get(name) for name in QUIET}
+    os.environ.update({name: value for name, value in QUIET.items() if kept[name] is None})
+    temp_dir = None
+    try:
+        import ray
+
+        if ray.is_initialized():
+            if address is not None:
+                raise PreflightError(
+                    f"--address {address}: this process is already connected to Ray; leave the address out to use that"
+                )
+            yield
+            return
+        own_handler = signal.getsignal(signal.SIGTERM)  # Ray puts its own in place
+        if address is None:
+            remove_stale_temp_dirs()
+            # Sockets lie below it and their paths may not pass 107 characters, so it is not in TMPDIR.
+            temp_dir = tempfile.mkdtemp(prefix=f"{TEMP_PREFIX}{os.getpid()}-", dir="/tmp")
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=True,
+                _temp_dir=temp_dir,
+            )
+        else:
+            join(address)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, own_handler)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+    finally:
+        if temp_dir is not None:
+            shutil.rmtree(temp_dir, ignore_errors=True)
+        for name, value in kept.items():
+            if value is None:
+                os.environ.pop(name, None)
+
+
+def join(address: str) -> None:
+    """Connect to the cluster at `address`, or a PreflightError within seconds that says why not."""
+    import ray
+
+    if address.startswith("ray://"):
+        raise PreflightError(
+            f"--address {address}: training does not run through Ray Client; start it on the cluster with "
+            f"`ray job submit --address http://HEAD:8265 -- raytrain train ...`, or give HEAD:6379"
+        )
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        token = (
+            ""
+            if os.environ.get("RAY_AUTH_MODE")
+            else (" If the cluster was started with token authentication, set RAY_AUTH_MODE=token here too.")
+        )
+        raise PreflightError(
+            f"--address {address}: no Ray cluster answers there ({first_line}). Start one with "
+            f"`ray start --head`, or leave --address out to use this machine alone.{token}"
+        ) from error
+
+
+def remove_stale_temp_dirs() -> None:
+    """Remove what clusters of drivers that were killed have left."""
+    for folder in Path("/tmp").glob(f"{TEMP_PREFIX}*"):
+        pid = folder.name[len(TEMP_PREFIX) :].split("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and folder.owner() == Path("/proc/self").owner():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def resources_per_worker(scale: Any, use_gpu: bool) -> dict[str, float]:
+    """What one worker reserves, in Ray's names."""
+    wanted = {"CPU": float(scale.CPUS_PER_WORKER), **scale.RESOURCES}
+    if use_gpu:
+        wanted["GPU"] = float(scale.GPUS_PER_WORKER)
+    return wanted
+
+
+def resolve_workers(scale: Any) -> tuple[int, bool]:
+    """How many workers, and whether they use GPUs: what SCALE leaves open is read off the cluster."""
+    import ray
+
+    num_gpus = ray.cluster_resources().get("GPU", 0.0)
+    fitting = int(num_gpus // scale.GPUS_PER_WORKER)
+    use_gpu = fitting >= (scale.NUM_WORKERS or 1) if scale.USE_GPU == "auto" else bool(scale.USE_GPU)
+    return scale.NUM_WORKERS or (fitting if use_gpu and fitting else 1), use_gpu
+
+
+def check_resources(num_workers: int, per_worker: dict[str, float]) -> None:
+    """PreflightError if this cluster could never hold the workers; Ray itself would wait for ever (RAY.md F15)."""
+    import ray
+
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    fits = sum(
+        min((int(node.get(name, 0.0) / need + 1e-9) for name, need in per_worker.items() if need > 0), default=10**9)
+        for node in nodes
+    )
+    if fits >= num_workers:
+        return
+    total = ray.cluster_resources()
+    lines = [
+        f"  {name}: {need * num_workers:g} wanted ({num_workers} x {need:g}), the cluster has {total.get(name, 0.0):g}"
+        for name, need in per_worker.items()
+        if need > 0
+    ]
+    fix = "use fewer workers (--num_workers), or less each (--set SCALE.CPUS_PER_WORKER 0.5)"
+    if per_worker.get("GPU", 0) > total.get("GPU", 0.0):
+        fix = "train on the CPU (--no_gpu), or join a cluster with GPUs (--address)"
+    raise PreflightError(
+        f"this cluster of {len(nodes)} node{'s' if len(nodes) != 1 else ''} can never hold {num_workers} workers, "
+        f"only {fits}:\n" + "\n".join(lines) + f"\nWhat to do: {fix}"
+    )
+
+
+def check_reachable(run_uri: str) -> None:
+    """PreflightError unless every node of the cluster sees the run folder that this process sees."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    others = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] != here]
+    if "://" in run_uri or not others:
+        return
+    marker = Path(run_uri) / f".reachable-{os.getpid()}"
+    marker.touch()
+    try:
+        probe = ray.remote(num_cpus=0, max_retries=0)(_sees)
+        seen = [
+            probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)).remote(
+                str(marker)
+            )
+            for n in others
+        ]
+        blind = [n["NodeManagerAddress"] for n, ok in zip(others, ray.get(seen, timeout=60), strict=True) if not ok]
+    finally:
+        marker.unlink(missing_ok=True)
+    if blind:
+        raise PreflightError(
+            f"the run folder {run_uri} is not visible on {len(blind)} of {len(others) + 1} nodes "
+            f"({', '.join(blind[:5])}). Give --output a folder that all nodes share (NFS) or a URI such as s3://bucket/path"
+        )
+
+
+def _sees(marker: str) -> bool:
+    return Path(marker).exists() and os.access(Path(marker).parent, os.W_OK)
+
+
+class Mailbox:
+    """A few small values between the driver and the workers of one launch, kept in the cluster's own store.
+
+    It costs no process and no port. Workers put what the live line shows, and how they failed; the
+    driver puts the wish to stop.
+    """
+
+    def __init__(self, launch: str) -> None:
+        self.namespace = f"raytrain-{launch}"
+
+    def put(self, key: str, value: Any) -> None:
+        from ray.experimental.internal_kv import _internal_kv_put
+
+        _internal_kv_put(key, json.dumps(value), overwrite=True, namespace=self.namespace)
+
+    def get(self, key: str) -> Any:
+        """The value of `key`; None if it was never put."""
+        from ray.experimental.internal_kv import _internal_kv_get
+
+        found = _internal_kv_get(key, namespace=self.namespace)
+        return None if found is None else json.loads(found)
+
+    def keys(self, prefix: str) -> list[str]:
+        from ray.experimental.internal_kv import _internal_kv_list
+
+        return sorted(k.decode() for k in _internal_kv_list(prefix, namespace=self.namespace))
+
+    def clear(self) -> None:
+        """Remove all that this launch has put."""
+        from ray.experimental.internal_kv import _internal_kv_del
+
+        _internal_kv_del("", del_by_prefix=True, namespace=self.namespace)
+
+
+def wait_reason(per_worker: dict[str, float], num_workers: int) -> str:
+    """What the workers are waiting for on a busy cluster, for the live line."""
+    import ray
+
+    free = ray.available_resources()
+    parts = [
+        f"{name} {need * num_workers:g} ({free.get(name, 0.0):g} free)" for name, need in per_worker.items() if need
+    ]
+    return f"{time.strftime('%H:%M:%S')} waiting for the cluster: {', '.join(parts)}"

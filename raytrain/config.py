@@ -1,0 +1,280 @@
+"""The configuration of a run: its schema, how a YAML file becomes it, and how it is written down."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from raytrain.errors import ConfigError
+from raytrain.overrides import apply_overrides
+from raytrain.schema import complaints, section_in, shown
+from raytrain.tree import Tree, plain
+from raytrain.yamltree import Node, dump_tree, node_of, read_tree
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """The checked configuration of a YAML file and the `--set` words after it.
+
+    overrides: dotted key, value, dotted key, value, ...
+    Raises ConfigError, one line for each thing that is wrong.
+    """
+    path = Path(path)
+    root = read_tree(path)
+    apply_overrides(root, overrides, Config)
+    root.value.setdefault("TAG", Node(path.stem, root.where))
+    root.value.setdefault("EXP_GROUP_PATH", Node(_group_path(path), root.where))
+    return _checked(root)
+
+
+def with_overrides(cfg: Config, overrides: Sequence[str]) -> Config:
+    """A copy of `cfg` with the `--set` words applied, checked as load_config checks."""
+    root = node_of(cfg.to_tree(), "config")
+    apply_overrides(root, overrides, Config)
+    return _checked(root)
+
+
+def dump_config(cfg: Config) -> str:
+    """YAML text of the whole configuration; load_config of it gives an equal one."""
+    return dump_tree(cfg.to_tree())
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "absent"
+
+
+ABSENT = _Absent()
+
+
+def config_diff(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) of each difference of two plain trees; ABSENT where a key is missing."""
+    found: list[tuple[str, Any, Any]] = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        before, after = old.get(key, ABSENT), new.get(key, ABSENT)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += [(f"{key}.{inner}", *values) for inner, *values in config_diff(before, after)]
+        elif before != after or isinstance(before, bool) != isinstance(after, bool):
+            found.append((key, before, after))
+    return found
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _folder(value: str) -> str:
+    if value.startswith("/") or ".." in value.split("/") or "\0" in value:
+        raise ValueError("it must be a folder name below OUTPUT: neither absolute nor with `..`")
+    return value
+
+
+def _dotted_path(value: str) -> str:
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+", value):
+        raise ValueError("it must be pkg.module:Class, for example raytrain.tasks.digits:DigitsTask")
+    return value
+
+
+Flag = Annotated[bool, Field(strict=True)]
+Natural = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=0)]
+Count = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=1)]
+NonNegative = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
+Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0)]
+Decay = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, lt=1)]  # of a running mean
+Pair = Annotated[list[Decay], Field(min_length=2, max_length=2)]
+Folder = Annotated[str, AfterValidator(_folder)]
+FolderName = Annotated[str, Field(min_length=1), AfterValidator(_folder)]
+
+
+class Section(BaseModel):
+    """A mapping whose keys are all known here. What was decided when the run began does not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Optimization(Section):
+    """OpenPCDet's keys; those after AMP_DTYPE are raytrain's."""
+
+    OPTIMIZER: Literal["adam", "sgd", "adam_onecycle", "adam_cosineanneal", "adamw"] = "adam_onecycle"
+    BATCH_SIZE_PER_GPU: Count  # samples in a micro-batch of one virtual worker
+    NUM_EPOCHS: Count
+    LR: Positive = 0.003
+    WEIGHT_DECAY: NonNegative = 0.01
+    MOMENTUM: Decay = 0.9  # sgd
+    MOMS: Pair = [0.95, 0.85]  # beta1 of adam_onecycle and adam_cosineanneal: at the ends, at the peak
+    BETAS: Pair | None = None
+    PCT_START: Annotated[Positive, Field(lt=1)] = 0.4  # share of the run in which the learning rate rises
+    DIV_FACTOR: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=1)] = 10.0
+    DECAY_STEP_LIST: list[Natural] = []  # epochs at which the learning rate is multiplied by LR_DECAY
+    LR_DECAY: Annotated[Positive, Field(le=1)] = 0.1
+    LR_CLIP: NonNegative = 1e-7  # the step schedule stays above it
+    LR_WARMUP: Flag = False
+    WARMUP_EPOCH: Count = 1  # of LR_WARMUP
+    WARMUP_ITER: Natural = 500  # of adam_cosineanneal
+    GRAD_NORM_CLIP: Positive | None = 10.0
+    LOSS_SCALE_FP16: Positive | None = None  # first loss scale; None: 65536
+    USE_AMP: Flag = False
+    AMP_DTYPE: Literal["fp16", "bf16"] = "fp16"
+    SCHEDULER: Literal["step", "onecycle", "cosine", "constant"] | None = None  # None: by OPTIMIZER
+    ACCUMULATE: Count = 1  # micro-batches in a step
+    SYNC_BN: Flag = False
+    LEGACY_PARAM_GROUPS: Flag = False  # leave out the parameters that OpenPCDet leaves out
+
+
+class DisableAugmentation(Section):
+    DISABLE_AUG_LIST: list[str]
+    NUM_LAST_EPOCHS: Natural
+
+
+class Hook(Section):
+    DisableAugmentationHook: DisableAugmentation | None = None
+
+
+class Scale(Section):
+    """What the run takes of the cluster."""
+
+    NUM_WORKERS: Natural | None = None  # processes; 0: in this one, without Ray; None: what fits
+    VIRTUAL_WORKERS: Count | None = None  # fixed for the life of a run; None: the first NUM_WORKERS
+    USE_GPU: Literal["auto"] | Flag = "auto"
+    CPUS_PER_WORKER: Positive = 1.0
+    GPUS_PER_WORKER: Positive = 1.0
+    RESOURCES: dict[str, NonNegative] = {}  # custom Ray resources of each worker
+    THREADS: Count = 1  # torch's, in each worker
+    MAX_FAILURES: Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=-1)] = 0  # -1: no limit
+
+    @field_validator("VIRTUAL_WORKERS")
+    @classmethod
+    def _enough(cls, value: int | None, info: ValidationInfo) -> int | None:
+        workers = info.data.get("NUM_WORKERS")
+        if value is not None and workers is not None and value < workers:
+            raise ValueError(f"NUM_WORKERS is {workers}; it must be at least that, or null")
+        return value
+
+    @field_validator("RESOURCES")
+    @classmethod
+    def _custom(cls, value: dict[str, float]) -> dict[str, float]:
+        for name in value:
+            if name.upper() in ("CPU", "GPU"):
+                raise ValueError(f"{name} is set by {name.upper()}S_PER_WORKER; RESOURCES is for custom resources")
+        return value
+
+
+class Loader(Section):
+    WORKERS: Natural = 2  # loader processes of each worker
+    PREFETCH: Count = 2  # batches that each of them keeps ready
+    SHUFFLE: Flag = True
+
+
+class Checkpoint(Section):
+    """When to save and what to keep; the end of a run is always saved."""
+
+    EVERY_EPOCHS: Count | None = 1
+    EVERY_STEPS: Count | None = None
+    EVERY_SECONDS: Positive | None = 300.0
+    KEEP_LAST: Count = 5
+    METRIC: str | None = None  # of the task's score
+    MODE: Literal["max", "min"] = "max"
+    KEEP_BEST: Natural = 0
+
+    @field_validator("KEEP_BEST")
+    @classmethod
+    def _measured(cls, value: int, info: ValidationInfo) -> int:
+        if value > 0 and "METRIC" in info.data and not info.data["METRIC"]:
+            raise ValueError("nothing says which are best; set CHECKPOINT.METRIC to one of the task's metrics")
+        return value
+
+
+class Eval(Section):
+    EVERY: Count | None = 1  # epochs; None: only at the end
+
+
+class Log(Section):
+    EVERY: Count = 10  # steps between journal records
+    LINE_EVERY: Count = 50  # steps between lines of the log file
+
+
+class Config(Section):
+    """Everything that decides a run. MODEL, DATA_CONFIG and CLASS_NAMES belong to the task."""
+
+    TASK: Annotated[str, AfterValidator(_dotted_path)]  # pkg.module:Class
+    SEED: Annotated[Natural, Field(le=2**32 - 1)] = 0  # numpy takes no larger one
+    OUTPUT: Annotated[str, Field(min_length=1)] = "output"  # a folder or a pyarrow URI
+    TAG: FolderName = "run"  # load_config: the name of the YAML file
+    EXP_GROUP_PATH: Folder = ""  # load_config: its folders below cfgs/ or configs/
+    EXTRA_TAG: FolderName = "default"
+    CLASS_NAMES: list[str] = []
+    DATA_CONFIG: Tree = Tree()
+    MODEL: Tree = Tree()
+    OPTIMIZATION: Optimization
+    HOOK: Hook | None = None
+    SCALE: Scale = Scale()
+    LOADER: Loader = Loader()
+    CHECKPOINT: Checkpoint = Checkpoint()
+    EVAL: Eval = Eval()
+    LOG: Log = Log()
+    TUNE: Tree = Tree()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_sections(cls, data: Any) -> Any:
+        """A section with nothing under its key (`SCALE:`) has its defaults."""
+        if not isinstance(data, dict):
+            return data
+        fields = cls.model_fields
+        empty = [key for key, value in data.items() if value is None and key in fields and _is_section(fields[key])]
+        return {key: value for key, value in data.items() if key not in empty}
+
+    def to_tree(self) -> dict[str, Any]:
+        """The whole configuration as plain dicts, lists and scalars."""
+        return plain(self)
+
+
+def _is_section(field: Any) -> bool:
+    return field.annotation is Tree or section_in(field.annotation) is not None
+
+
+def _checked(root: Node) -> Config:
+    free = [key for key, field in Config.model_fields.items() if field.annotation is Tree]
+    problems = [
+        (node.where, f"{'.'.join(keys)} is {shown(node.value)}, but a number must be finite")
+        for keys, node in root.leaves()
+        if keys[0] in free and isinstance(node.value, float) and not math.isfinite(node.value)
+    ]
+    try:
+        cfg = Config.model_validate(root.plain())
+    except ValidationError as error:
+        problems += complaints(error, root, Config)
+    if problems:
+        raise ConfigError("\n".join(f"{where}: {line}" for where, line in sorted(problems, key=_place)))
+    return cfg
+
+
+def _place(problem: tuple[str, str]) -> tuple[str, int]:
+    file, _, line = problem[0].rpartition(":")
+    return file, int(line) if line.isdecimal() else 0
+
+
+def _group_path(path: Path) -> str:
+    """The folders between the root of the configs and the file, which its run folder repeats."""
+    folders = path.resolve().parent.parts
+    roots = [index for index, name in enumerate(folders) if name in ("cfgs", "configs")]
+    if roots:
+        return "/".join(folders[roots[-1] + 1 :])
+    below = path.resolve().parent
+    here = Path.cwd().resolve()
+    return "/".join(below.relative_to(here).parts[1:]) if below.is_relative_to(here) else ""

@@ -1,0 +1,143 @@
+"""How a worker talks to whoever launched it: wishes in; records, checkpoints and failures out."""
+
+from __future__ import annotations
+
+import math
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from raytrain.cluster import Mailbox
+from raytrain.records import Record
+
+POST_S = 0.2  # how often rank 0 posts to the driver and asks whether it shall stop
+RECENT = 50
+
+
+class Control:
+    """What the loop asks of the outside; a Journal sink too, since records are what the outside is shown.
+
+    `place` says where the run stands, for whoever has to explain a failure.
+    """
+
+    def __init__(self) -> None:
+        self.place: Callable[[], dict[str, Any]] = dict
+
+    def now(self) -> float:
+        return time.time()
+
+    def stop_wished(self) -> bool:
+        return False
+
+    def saved(self, name: str | None, metrics: dict[str, float]) -> None:
+        """Collective. A checkpoint was written (`name` on rank 0, None elsewhere), with its metrics if it has some."""
+
+    def write(self, record: Record) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class LocalControl(Control):
+    """In-process: records go straight to the display, signals of this process wish a stop."""
+
+    def __init__(self, show: Callable[[Record], None], stop: threading.Event) -> None:
+        super().__init__()
+        self._show, self._stop = show, stop
+
+    def stop_wished(self) -> bool:
+        return self._stop.is_set()
+
+    def write(self, record: Record) -> None:
+        self._show(record)
+
+
+class RayControl(Control):
+    """In a Ray Train worker. Two threads keep Ray's latency out of the loop.
+
+    One posts records to the driver and reads its wish to stop (rank 0); one hands checkpoints to
+    ray.train.report, which is a barrier of all ranks and takes one report a poll (RAY.md F1).
+    """
+
+    def __init__(self, launch: str, run_uri: str, rank: int) -> None:
+        super().__init__()
+        self._mailbox, self._run_uri, self._rank = Mailbox(launch), run_uri, rank
+        self._lock = threading.Lock()
+        self._posted: list[Record] = []
+        self._step: Record | None = None
+        self._number, self._sent = 0, 0
+        self._stop = threading.Event()
+        self._ending = threading.Event()
+        self._reports: queue.Queue[tuple[str | None, dict[str, float]] | None] = queue.Queue()
+        self._threads = [threading.Thread(target=self._report, name="raytrain-report", daemon=True)]
+        if rank == 0:
+            self._threads.append(threading.Thread(target=self._post, name="raytrain-post", daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def stop_wished(self) -> bool:
+        return self._stop.is_set()
+
+    def write(self, record: Record) -> None:
+        with self._lock:
+            self._number += 1
+            numbered = {**record, "number": self._number}
+            if record["kind"] == "step":
+                self._step = numbered
+            else:
+                self._posted = [*self._posted, numbered][-RECENT:]
+
+    def saved(self, name: str | None, metrics: dict[str, float]) -> None:
+        self._reports.put((name, metrics))
+
+    def failed(self, failure: dict[str, Any]) -> None:
+        """Tell the driver why this rank ends."""
+        self._mailbox.put(f"failure-{self._rank}", {**failure, "time": time.time()})
+        self._send()
+
+    def finished(self, outcome: dict[str, Any]) -> None:
+        """Hand over what is left, and rank 0's outcome."""
+        self._reports.put(None)
+        self._ending.set()
+        for thread in self._threads:
+            thread.join()
+        if self._rank == 0:
+            self._mailbox.put("outcome", outcome)
+
+    def _post(self) -> None:
+        while not self._ending.wait(POST_S):
+            self._send()
+            if self._mailbox.get("stop") is not None:
+                self._stop.set()
+        self._send()
+
+    def _send(self) -> None:
+        with self._lock:
+            number = self._number
+            records = [*self._posted, *([self._step] if self._step else [])]
+        if number != self._sent:
+            self._mailbox.put("records", records)
+            self._sent = number
+
+    def _report(self) -> None:
+        import ray.train
+        from ray.train import Checkpoint, CheckpointUploadMode
+
+        while (report := self._reports.get()) is not None:
+            name, metrics = report
+            checkpoint = None
+            if name is not None:
+                path = f"{self._run_uri}/ckpt/{name}"
+                checkpoint = Checkpoint(path) if "://" in path else Checkpoint.from_directory(path)
+            # Anything but a finite float would end the run from within Ray's controller (RAY.md F4).
+            clean = {k: float(v) for k, v in metrics.items() if math.isfinite(v)}
+            ray.train.report(clean, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
+
+
+def stop_on_signal(launch: str) -> None:
+    """From now on SIGTERM to this process (a node that goes) wishes a stop of the whole run."""
+    signal.signal(signal.SIGTERM, lambda *_: Mailbox(launch).put("stop", "SIGTERM to a worker"))

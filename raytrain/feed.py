@@ -1,0 +1,247 @@
+"""Data set and order in, the micro-batches of each next step out, on the device.
+
+One set of loader workers serves the whole run: the stream of batch keys (which samples, of which
+split and epoch) is known in advance, training and evaluation alike, so the loader reads ahead
+across epochs and nothing is started twice (the heritage keeps a second, unused set, D18).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_convert
+
+from raytrain.errors import DataError, TaskError
+from raytrain.progress import Plan, Progress
+from raytrain.randomness import seed_all
+from raytrain.sampler import epoch_order, step_samples
+from raytrain.task import Task
+from raytrain.world import World
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchKey:
+    """What a loader worker is asked for."""
+
+    split: str
+    epoch: int
+    ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The work of one step on this process.
+
+    micro_batches: virtual worker -> the keys of its micro-batches, in order
+    consumed:      samples that the step takes over all virtual workers
+    """
+
+    micro_batches: dict[int, list[BatchKey]]
+    consumed: int
+
+
+class KeyedBatches(Dataset[Any]):
+    """Batches by key; randomness in a sample depends on (seed, epoch, sample id) alone."""
+
+    def __init__(self, datasets: dict[str, Any], task: Task, seed: int) -> None:
+        self.datasets = datasets
+        self.task = task
+        self.seed = seed
+        self.epochs: dict[str, int] = {}
+
+    def __getitem__(self, key: BatchKey) -> tuple[BatchKey, Any]:
+        """The key and its batch, or a DataError in the batch's place (raised in the training process)."""
+        dataset = self.datasets[key.split]
+        where = f"data set {key.split!r}, epoch {key.epoch}"
+        try:
+            if self.epochs.get(key.split) != key.epoch:
+                self.epochs[key.split] = key.epoch
+                if hasattr(dataset, "set_epoch"):
+                    dataset.set_epoch(key.epoch)
+            samples = []
+            for sample_id in key.ids:
+                where = f"sample {sample_id} of data set {key.split!r}, epoch {key.epoch}"
+                seed_all(self.seed, "sample", key.split, key.epoch, sample_id)
+                samples.append(dataset[sample_id])
+            where = f"collate of samples {list(key.ids)} of data set {key.split!r}, epoch {key.epoch}"
+            seed_all(self.seed, "collate", key.split, key.epoch, key.ids[0])
+            return key, default_convert(self.task.collate(samples))
+        except Exception as error:
+            lines = traceback.format_exception(type(error), error, error.__traceback__)
+            return key, DataError(f"{where}: {type(error).__name__}: {error}\n\n{''.join(lines).rstrip()}")
+
+
+class Feed:
+    """The batches of a run from a given progress on, for the virtual workers of this process.
+
+    evaluate_after(epoch) says whether the validation split is read once that many epochs are
+    finished; it must answer as the loop does, since the loader reads ahead.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        datasets: dict[str, Any],
+        plan: Plan,
+        world: World,
+        loader_cfg: Any,
+        seed: int,
+        evaluate_after: Callable[[int], bool],
+    ) -> None:
+        self.task, self.datasets, self.plan, self.world = task, datasets, plan, world
+        self.loader_cfg, self.seed, self.evaluate_after = loader_cfg, seed, evaluate_after
+        self._batches: Iterator[tuple[BatchKey, Any]] | None = None
+        self._wait_s = 0.0
+        self.current: BatchKey | None = None
+
+    def start(self, progress: Progress, evaluate_first: bool = False) -> None:
+        """Begin to read ahead from `progress`; loader workers start here."""
+        keys = self._keys(progress, evaluate_first)
+        workers = self.loader_cfg.WORKERS
+        loader: DataLoader[Any] = DataLoader(
+            KeyedBatches(self.datasets, self.task, self.seed),
+            batch_size=None,
+            sampler=_Keys(keys),
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            prefetch_factor=self.loader_cfg.PREFETCH if workers else None,
+            pin_memory=self.world.device.type == "cuda",
+            multiprocessing_context=_loader_context(type(self.task).__module__) if workers else None,
+            worker_init_fn=_init_loader_worker if workers else None,
+        )
+        with _main_module_hidden():
+            self._batches = iter(loader)
+
+    def epoch_steps(self, progress: Progress) -> Iterator[Step]:
+        """What is left of the epoch that `progress` stands in."""
+        plan = self.plan
+        order = epoch_order(plan.num_samples, self.seed, progress.epoch, self.loader_cfg.SHUFFLE)
+        for shares in step_samples(order, progress.cursor, plan):
+            micro_batches = {
+                v: [
+                    BatchKey("train", progress.epoch, tuple(part.tolist())) for part in shares[v].split(plan.batch_size)
+                ]
+                for v in self.world.block
+            }
+            yield Step(micro_batches, shares.numel())
+
+    def validation_keys(self, epoch: int) -> list[BatchKey]:
+        """This process's part of the validation split: every size-th batch of the data set's order.
+
+        What a batch holds does not depend on the number of processes, so neither do predictions.
+        """
+        batches = torch.arange(len(self.datasets["val"])).split(self.plan.batch_size)
+        return [BatchKey("val", epoch, tuple(b.tolist())) for b in batches[self.world.rank :: self.world.size]]
+
+    def fetch(self, key: BatchKey) -> Any:
+        """The batch of `key`, the next one of the stream, on the device."""
+        assert self._batches is not None, "Feed.start() comes first"
+        self.current = key
+        began = time.perf_counter()
+        got, batch = next(self._batches)
+        assert got == key, f"the loop asked for {key}, the stream holds {got}"
+        if isinstance(batch, DataError):
+            raise batch
+        batch = self.task.to_device(batch, self.world.device)
+        self._wait_s += time.perf_counter() - began
+        return batch
+
+    def take_wait_s(self) -> float:
+        """Seconds spent in fetch since this was last asked."""
+        wait_s, self._wait_s = self._wait_s, 0.0
+        return wait_s
+
+    def close(self) -> None:
+        """End the loader workers."""
+        batches, self._batches = self._batches, None
+        shutdown = getattr(batches, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
+
+    def _keys(self, progress: Progress, evaluate_first: bool) -> Iterator[BatchKey]:
+        if evaluate_first:
+            yield from self.validation_keys(progress.epoch)
+        while not self.plan.finished(progress):
+            for step in self.epoch_steps(progress):
+                for keys in step.micro_batches.values():
+                    yield from keys
+            progress = Progress(progress.epoch + 1)
+            if self.evaluate_after(progress.epoch):
+                yield from self.validation_keys(progress.epoch)
+
+
+class _Keys:
+    """An iterable over keys, which is all that a DataLoader asks of its sampler."""
+
+    def __init__(self, keys: Iterator[BatchKey]) -> None:
+        self.keys = keys
+
+    def __iter__(self) -> Iterator[BatchKey]:
+        return self.keys
+
+
+def check_dataset(dataset: Any, split: str, task: Task) -> None:
+    """Raise TaskError unless `dataset` is a map-style data set with samples."""
+    where = f"{type(task).__name__}.build_dataset({split!r})"
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        raise TaskError(
+            f"{where} gave {type(dataset).__name__}, which has no __getitem__: iterable data sets cannot be resumed "
+            "exactly and are not supported yet; give a map-style data set with __len__ and __getitem__"
+        )
+    try:
+        size = len(dataset)
+    except Exception as error:
+        raise TaskError(
+            f"{where} gave {type(dataset).__name__}, whose len() fails: {type(error).__name__}: {error}"
+        ) from error
+    if size == 0:
+        raise TaskError(
+            f"{where} gave an empty data set; there is nothing to {'train' if split == 'train' else 'evaluate'} on"
+        )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _loader_context(task_module: str) -> Any:
+    """Loader workers are forked from a clean server process that has imported torch once.
+
+    A plain fork would inherit the threads and locks of a Ray worker and can deadlock (RAY.md F12).
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "raytrain.feed", task_module])
+    return context
+
+
+@contextlib.contextmanager
+def _main_module_hidden() -> Iterator[None]:
+    """Loader workers need nothing of `__main__`; importing it again would run a user's script, or Ray's, twice."""
+    main = sys.modules["__main__"]
+    kept = {name: getattr(main, name, None) for name in ("__file__", "__spec__")}
+    main.__spec__ = None
+    if hasattr(main, "__file__"):
+        del main.__file__
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            if name == "__spec__" or value is not None:
+                setattr(main, name, value)
+
+
+def _init_loader_worker(_: int) -> None:
+    """Ctrl-C is for the training process, which still wants the batches of its last step."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)

@@ -1,0 +1,282 @@
+"""From a Config to a trained run: preflight -> workers -> Result."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from raytrain import cluster
+from raytrain.cluster import Mailbox
+from raytrain.config import Config, load_config, with_overrides
+from raytrain.control import LocalControl
+from raytrain.display import Display, failure_screen
+from raytrain.errors import RaytrainError, TrainingError
+from raytrain.failure import failure_of
+from raytrain.records import Record
+from raytrain.resume import is_complete
+from raytrain.start import Options, Start, find_start
+from raytrain.task import load_task_class
+from raytrain.worker import Job, device_here, run_job, train_loop_per_worker
+from raytrain.world import World
+
+Show = Callable[[Record], None]
+
+POLL_S = 0.2  # how often records are fetched from the workers
+NOTICE_S = 20.0  # after which a run that waits for resources says so
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    status:          "finished", "complete" (it had finished before) or "stopped" (by a signal, state saved)
+    run_dir:         the run folder, a path or URI
+    metrics:         of the newest evaluation
+    checkpoint:      path of the newest checkpoint, None if there is none
+    best_checkpoint: path of the best one by CHECKPOINT.METRIC
+    """
+
+    status: str
+    run_dir: str
+    metrics: dict[str, float]
+    checkpoint: str | None
+    best_checkpoint: str | None
+
+
+def train(
+    cfg: Config | str | os.PathLike[str],
+    *,
+    num_workers: int | None = None,
+    address: str | None = None,
+    resume: str = "auto",
+    overwrite: bool = False,
+    allow_config_change: bool = False,
+    pretrained: str | None = None,
+    quiet: bool = False,
+) -> Result:
+    """Train as `raytrain train` does: on Ray, or in this process with num_workers 0.
+
+    cfg: a Config, or the path of its YAML file.   num_workers: in place of SCALE.NUM_WORKERS
+    resume: "auto", "never" or the path of a checkpoint.   quiet: nothing is printed
+    Raises RaytrainError; TrainingError, with the screen a user sees, when a worker fails.
+    """
+    if not isinstance(cfg, Config):
+        cfg = load_config(cfg)
+    if num_workers is not None:
+        cfg = with_overrides(cfg, ["SCALE.NUM_WORKERS", str(num_workers)])
+    options = Options(address, resume, overwrite, allow_config_change, pretrained)
+    return launch(cfg, options, silent if quiet else None)
+
+
+def silent(record: Record) -> None:
+    """Shows nothing."""
+
+
+def launch(cfg: Config, options: Options, show: Show | None = None) -> Result:
+    """Preflight, then the run; `show` gets its records in place of the console."""
+    load_task_class(cfg.TASK)
+    start = find_start(cfg, options)
+    if options.resume == "auto" and is_complete(start.origin, cfg.OPTIMIZATION.NUM_EPOCHS):
+        return result_of(start, "complete")
+    display = None
+    if show is None:
+        display = Display()
+        show = display.feed
+    try:
+        with signals_wish_stop() as stop:
+            run = run_here if cfg.SCALE.NUM_WORKERS == 0 else run_on_ray
+            status = run(start, stop, show)
+    finally:
+        if display is not None:
+            display.close()
+    return result_of(start, status)
+
+
+def result_of(start: Start, status: str) -> Result:
+    """What the run folder holds now."""
+    newest, _ = start.store.latest_verified()
+    best = start.store.best()
+    metrics = (newest.manifest.metrics or {}) if newest else {}
+    return Result(
+        status,
+        start.run_dir,
+        {k: float("nan") if v is None else v for k, v in metrics.items()},
+        newest.path if newest else None,
+        best.path if best else None,
+    )
+
+
+@contextlib.contextmanager
+def signals_wish_stop() -> Iterator[threading.Event]:
+    """Set by the first SIGINT or SIGTERM; a second one ends this process as it always would."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def wish(number: int, frame: Any) -> None:
+        stop.set()
+        for each, handler in kept.items():
+            signal.signal(each, handler)
+
+    for number in kept:
+        signal.signal(number, wish)
+    try:
+        yield stop
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def run_here(start: Start, stop: threading.Event, show: Show) -> str:
+    """The run in this process, without Ray; how it ended."""
+    device = device_here(start.cfg)
+    job = start.job(0, device.type == "cuda")
+    world = World(virtual_workers=job.virtual_workers, device=device)
+    control = LocalControl(show, stop)
+    threads = torch.get_num_threads()
+    try:
+        return run_job(job, world, control).status
+    except Exception as error:
+        raise as_seen(failure_of(error, 0, control.place(), start.run_dir)) from error
+    finally:
+        torch.set_num_threads(threads)
+
+
+def run_on_ray(start: Start, stop: threading.Event, show: Show) -> str:
+    """The run on a Ray cluster, joined or started for it; how it ended."""
+    with cluster.connected(start.options.address):
+        num_workers, use_gpu = cluster.resolve_workers(start.cfg.SCALE)
+        job = start.job(num_workers, use_gpu)
+        per_worker = cluster.resources_per_worker(job.cfg.SCALE, use_gpu)
+        cluster.check_resources(num_workers, per_worker)
+        cluster.check_reachable(start.run_dir)
+        mailbox = Mailbox(job.launch)
+        try:
+            return "stopped" if stop.is_set() else fit(job, per_worker, mailbox, stop, show)
+        finally:
+            mailbox.clear()
+
+
+def fit(job: Job, per_worker: dict[str, float], mailbox: Mailbox, stop: threading.Event, show: Show) -> str:
+    """Ray Train's fit in a thread, while this one shows records and passes on the wish to stop."""
+    trainer, raised = ray_trainer(job, per_worker), []
+
+    def run_fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run_fit, name="raytrain-fit", daemon=True)
+    thread.start()
+    scale = job.cfg.SCALE
+    assert scale.NUM_WORKERS is not None  # Start.job has settled it
+    inbox, asked, notice_at = Inbox(mailbox, show), False, time.monotonic() + NOTICE_S
+    while thread.is_alive():
+        thread.join(POLL_S)
+        inbox.fetch()
+        if stop.is_set() and not asked:
+            mailbox.put("stop", "signal to the driver")
+            inbox.say("stopping", "the state is saved after the step under way; once more to stop at once")
+            asked = True
+            if inbox.last_number == 0:
+                return "stopped"  # no worker has begun: nothing to save
+        if inbox.last_number == 0 and time.monotonic() > notice_at:
+            notice_at += NOTICE_S
+            inbox.say("waiting", cluster.wait_reason(per_worker, scale.NUM_WORKERS))
+    inbox.fetch()
+    outcome = mailbox.get("outcome")
+    if outcome is not None and not raised:
+        return str(outcome["status"])
+    raise as_seen(first_failure(mailbox, raised, job)) from (raised[0] if raised else None)
+
+
+class Inbox:
+    """What the workers post, shown once each in the order it was written."""
+
+    def __init__(self, mailbox: Mailbox, show: Show) -> None:
+        self._mailbox, self._show = mailbox, show
+        self._launches = 0
+        self.last_number = 0
+
+    def fetch(self) -> None:
+        records = self._mailbox.get("records") or []
+        if records and max(r["number"] for r in records) < self.last_number:
+            self.last_number = 0  # the workers were started again and count anew
+            self.say("restart", "the workers were started again after a failure")
+        for record in sorted(records, key=lambda r: r["number"]):
+            if record["number"] > self.last_number:
+                self.last_number = record["number"]
+                self._show(record)
+
+    def say(self, event: str, message: str) -> None:
+        self._show({"kind": "event", "time": time.time(), "event": event, "message": message})
+
+
+def ray_trainer(job: Job, per_worker: dict[str, float]) -> Any:
+    """Ray Train's TorchTrainer for `job`; its results lie in the run folder, under the run's own name."""
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    parent, _, name = job.run_uri.rpartition("/")
+    scale = job.cfg.SCALE
+    # Two workers that share a GPU cannot use NCCL (RAY.md F26).
+    backend = "nccl" if job.use_gpu and scale.GPUS_PER_WORKER >= 1 else "gloo"
+    return TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend=backend),
+        scaling_config=ScalingConfig(
+            num_workers=scale.NUM_WORKERS or 1, use_gpu=job.use_gpu, resources_per_worker=per_worker
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=parent,
+            failure_config=FailureConfig(max_failures=scale.MAX_FAILURES),
+            callbacks=worker_callbacks(job.launch),
+            logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]
+        ),
+    )
+
+
+def worker_callbacks(launch_id: str) -> list[Any]:
+    """Lets a SIGTERM to a worker process stop the run with its state saved; nothing where Ray has moved the hook."""
+    try:
+        from ray.train.v2._internal.execution.callback import WorkerCallback
+    except ImportError:
+        return []
+
+    class StopOnSignal(WorkerCallback):
+        def after_init_train_context(self) -> None:
+            from raytrain.control import stop_on_signal
+
+            stop_on_signal(launch_id)
+
+    return [StopOnSignal()]
+
+
+def first_failure(mailbox: Mailbox, raised: list[BaseException], job: Job) -> dict[str, Any]:
+    """The failure to show: the first that a worker told of, since the others often only follow from it."""
+    told = [mailbox.get(key) for key in mailbox.keys("failure-")]
+    if told:
+        return min(told, key=lambda failure: failure["time"])
+    text = str(raised[0]) if raised else "the workers ended without saying why"
+    logs = f"{job.run_uri}/logs"
+    return {"error": text, "traceback": text, "logs": logs, "exit_status": 1, "expected": False}
+
+
+def as_seen(failure: dict[str, Any]) -> RaytrainError:
+    """The error that a user sees: the message alone where it explains itself, else the failure screen."""
+    error = TrainingError(failure["message"] if failure["expected"] else failure_screen(failure))
+    error.exit_status = failure["exit_status"]
+    return error

@@ -1,0 +1,234 @@
+"""The training loop: train_model > train_one_epoch > train_step, and evaluate.
+
+Torch only: it knows neither Ray nor files nor a terminal, and runs the same under plain pytest,
+in one process, and on a cluster. Whatever changes a weight is in train_step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from raytrain.engine import Stepped
+from raytrain.errors import TaskError, TrainingError
+from raytrain.feed import Feed, Step
+from raytrain.journal import Journal
+from raytrain.randomness import seed_all
+from raytrain.state import RunState, manifest_of, payload_of
+from raytrain.store import Store
+from raytrain.task import ModelReturn, Task, move_to
+
+
+class Control(Protocol):
+    """The outside: what it wants of the loop, and what it is told."""
+
+    def stop_wished(self) -> bool: ...
+    def now(self) -> float: ...
+    def saved(self, name: str | None, metrics: dict[str, float]) -> None: ...
+
+
+def train_model(run: RunState, task: Task, feed: Feed, store: Store, journal: Journal, control: Control) -> bool:
+    """Collective. Train until all epochs are done; False if stopped before, with the state saved."""
+    feed.start(run.progress, evaluate_first=run.unevaluated is not None)
+    if run.unevaluated is not None:  # the run ended between saving an epoch and evaluating it
+        finish_evaluation(run, task, feed, store, journal, control, run.unevaluated)
+    while not run.plan.finished(run.progress):
+        stopped = not train_one_epoch(run, task, feed, store, journal, control)
+        evaluates = feed.evaluate_after(run.progress.epoch)
+        finished = run.plan.finished(run.progress)
+        name = None
+        saves = stopped or evaluates or finished or store.progress_due(run.progress, epoch_done=True)
+        if saves:  # before the evaluation: whatever happens in there, the epoch is not trained again
+            name = save_checkpoint(run, store, journal, control)
+        if evaluates and not stopped:
+            finish_evaluation(run, task, feed, store, journal, control, name)
+        elif saves:
+            control.saved(name, {})
+        if stopped:
+            return False
+    return True
+
+
+def train_one_epoch(run: RunState, task: Task, feed: Feed, store: Store, journal: Journal, control: Control) -> bool:
+    """Collective. Train what is left of this epoch; False if stopped on the way."""
+    run.model.train()
+    step_start = time.perf_counter()
+    for step in feed.epoch_steps(run.progress):
+        wishes = (control.stop_wished(), run.world.is_first and store.time_due(control.now()))
+        began = run.progress
+        stepped, returns = train_step(run, task, feed, step, wishes)
+        run.progress = run.plan.advanced(began, step.consumed)
+        step_end, data_s = time.perf_counter(), feed.take_wait_s()
+        if journal.wants(run.progress.step, began.step % run.plan.steps_per_epoch, run.plan.steps_per_epoch):
+            journal.step(
+                step=run.progress.step,
+                epoch=began.epoch,
+                iteration=began.step % run.plan.steps_per_epoch,
+                loss=stepped.loss,
+                grad_norm=stepped.grad_norm,
+                lr=run.schedule.lr(began.step),
+                momentum=run.schedule.momentum(began.step),
+                terms=mean_of([r.tb_dict for r in returns]),
+                disp=mean_of([r.disp_dict for r in returns]),
+                samples=step.consumed,
+                data_s=data_s,
+                step_s=step_end - step_start,
+            )
+        step_start = step_end
+        stop_granted, save_granted = stepped.wishes
+        if stop_granted:
+            return False
+        if run.progress.epoch == began.epoch and (save_granted or store.progress_due(run.progress, epoch_done=False)):
+            control.saved(save_checkpoint(run, store, journal, control), {})
+            step_start = time.perf_counter()
+    return True
+
+
+def train_step(
+    run: RunState, task: Task, feed: Feed, step: Step, wishes: Sequence[bool]
+) -> tuple[Stepped, list[ModelReturn]]:
+    """Collective. One optimizer step on the micro-batches of every virtual worker."""
+    at = run.progress.step
+    returns = []
+    run.engine.zero_grad()
+    for v, keys in step.micro_batches.items():
+        share = 1.0 / (len(keys) * run.plan.virtual_workers)
+        with run.engine.virtual_worker():
+            for i, key in enumerate(keys):
+                batch = feed.fetch(key)
+                seed_all(run.seed, "step", at, v, i)
+                with run.engine.precision.autocast():
+                    returned = task.model_func(run.model, batch)
+                run.engine.backward(loss_of(returned, task), share)
+                returns.append(returned)
+    stepped = run.engine.step(run.schedule.lr(at), run.schedule.momentum(at), wishes)
+    return stepped, returns
+
+
+@torch.no_grad()
+def evaluate(run: RunState, task: Task, feed: Feed) -> tuple[dict[str, float], list[Any]]:
+    """Collective. The metrics of the validation split, the same on every rank and for any number of them.
+
+    On rank 0 also the predictions in the data set's order: (loss, samples) of each batch where
+    the task has no predict.
+    """
+    run.model.eval()
+    found: list[tuple[int, Any]] = []  # (position in the data set, prediction or loss)
+    for key in feed.validation_keys(run.progress.epoch):
+        batch = feed.fetch(key)
+        seed_all(run.seed, "evaluate", key.epoch, key.ids[0])
+        with run.engine.precision.autocast():
+            if task.has_predict():
+                found.extend(zip(key.ids, predictions_of(task, run.model, batch, len(key.ids)), strict=True))
+            else:
+                loss = loss_of(task.model_func(run.model, batch), task)
+                found.append((key.ids[0], (float(loss), len(key.ids))))
+    metrics: dict[str, float] = {}
+    in_order: list[Any] = []
+    gathered = run.world.gather_objects(found)
+    if run.world.is_first:
+        in_order = [value for _, value in sorted((pair for part in gathered for pair in part), key=lambda p: p[0])]
+        if task.has_predict():
+            metrics = checked_metrics(task.score(in_order, feed.datasets["val"]), task)
+        else:
+            metrics = {"loss": sum(loss * n for loss, n in in_order) / sum(n for _, n in in_order)}
+    return run.world.broadcast_object(metrics), in_order
+
+
+def finish_evaluation(
+    run: RunState, task: Task, feed: Feed, store: Store, journal: Journal, control: Control, name: str | None
+) -> None:
+    """Collective. Evaluate, and write the metrics to the journal and to checkpoint `name`."""
+    started = time.perf_counter()
+    metrics, _ = evaluate(run, task, feed)
+    better = store.is_better(metrics, run.best)
+    if better:
+        run.best = {"epoch": run.progress.epoch, "step": run.progress.step, "metrics": metrics}
+    run.metrics, run.unevaluated = metrics, None
+    journal.write(
+        "eval",
+        epoch=run.progress.epoch,
+        step=run.progress.step,
+        metrics=metrics,
+        best=better,
+        samples=len(feed.datasets["val"]),
+        seconds=time.perf_counter() - started,
+    )
+    if run.world.is_first and name is not None:
+        store.add_metrics(name, metrics)
+    control.saved(name, metrics)
+
+
+def save_checkpoint(run: RunState, store: Store, journal: Journal, control: Control) -> str | None:
+    """Rank 0 writes the run's state; a state with NaN in it is refused, so the last good one stays the newest."""
+    if not run.world.is_first:
+        return None
+    started = time.perf_counter()
+    payload = payload_of(run)
+    bad = [k for k, v in payload["model_state"].items() if v.is_floating_point() and not bool(v.isfinite().all())]
+    if bad:
+        raise TrainingError(
+            f"after step {run.progress.step} the weights are no longer finite ({', '.join(bad[:3])}"
+            f"{', ...' if len(bad) > 3 else ''}); they were not saved and the last good checkpoint is untouched. "
+            "Lower OPTIMIZATION.LR or GRAD_NORM_CLIP, or look at the loss in journal.jsonl"
+        )
+    name = store.save(payload, manifest_of(run), control.now()).name
+    journal.write(
+        "checkpoint",
+        name=name,
+        epoch=run.progress.epoch,
+        step=run.progress.step,
+        save_s=time.perf_counter() - started,
+    )
+    return name
+
+
+def loss_of(returned: ModelReturn, task: Task) -> torch.Tensor:
+    """The scalar loss of a ModelReturn, or a TaskError saying what came instead."""
+    loss = getattr(returned, "loss", None)
+    if not isinstance(loss, torch.Tensor):
+        raise TaskError(
+            f"{type(task).__name__}.model_func gave {type(returned).__name__} with loss "
+            f"{type(loss).__name__}; return raytrain.ModelReturn(loss, tb_dict, disp_dict) with a tensor as its loss"
+        )
+    return loss.mean()
+
+
+def predictions_of(task: Task, model: torch.nn.Module, batch: Any, num_samples: int) -> list[Any]:
+    """One entry for each sample, on the host."""
+    predictions = task.predict(model, batch)
+    if not hasattr(predictions, "__len__") or isinstance(predictions, dict) or len(predictions) != num_samples:
+        size = len(predictions) if hasattr(predictions, "__len__") else "no length"
+        raise TaskError(
+            f"{type(task).__name__}.predict gave {type(predictions).__name__} ({size}) for a batch of {num_samples} "
+            "samples; give a list or tensor with one entry for each sample"
+        )
+    return list(move_to(predictions, torch.device("cpu")))
+
+
+def checked_metrics(metrics: Any, task: Task) -> dict[str, float]:
+    """Plain floats by name, or a TaskError."""
+    if not isinstance(metrics, dict):
+        raise TaskError(f"{type(task).__name__}.score gave {type(metrics).__name__}; give a dict of name -> number")
+    try:
+        return {str(name): float(value) for name, value in metrics.items()}
+    except (TypeError, ValueError) as error:
+        raise TaskError(f"{type(task).__name__}.score gave a metric that is no number: {error}") from error
+
+
+def mean_of(dicts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean of each name over the micro-batches; values may be numbers or device tensors."""
+    names = {name: None for d in dicts for name in d}
+    return {n: math.fsum(v) / len(v) if all_numbers(v) else sum(v) / len(v) for n in names for v in [values(dicts, n)]}
+
+
+def values(dicts: list[dict[str, Any]], name: str) -> list[Any]:
+    return [v.detach() if isinstance(v, torch.Tensor) else v for d in dicts if name in d for v in [d[name]]]
+
+
+def all_numbers(found: list[Any]) -> bool:
+    return all(isinstance(v, (int, float)) for v in found)

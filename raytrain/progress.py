@@ -1,0 +1,68 @@
+"""Where a run stands, and how far it has to go: pure numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Progress:
+    """Position of a run. Everything that resumes or resizes is a function of it.
+
+    epoch:  finished epochs (the epoch under way, counted from 0)
+    cursor: samples of this epoch's order consumed so far, over all virtual workers
+    step:   finished optimizer steps
+    """
+
+    epoch: int = 0
+    cursor: int = 0
+    step: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a data set is cut into steps.
+
+    A step takes `accumulate` micro-batches of `batch_size` samples from each of
+    `virtual_workers`; the last step of an epoch takes what is left.
+    """
+
+    num_samples: int
+    batch_size: int
+    virtual_workers: int
+    accumulate: int
+    num_epochs: int
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.batch_size * self.virtual_workers * self.accumulate
+
+    @property
+    def steps_per_epoch(self) -> int:
+        share = math.ceil(self.num_samples / self.virtual_workers)  # DistributedSampler pads to this
+        return math.ceil(share / (self.batch_size * self.accumulate))
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps_per_epoch * self.num_epochs
+
+    def epoch_samples(self, cursor: int = 0) -> int:
+        """Length of the padded epoch order when the rest after `cursor` is dealt to the virtual workers."""
+        rest = max(0, self.num_samples - cursor)
+        return cursor + math.ceil(rest / self.virtual_workers) * self.virtual_workers
+
+    def advanced(self, progress: Progress, consumed: int) -> Progress:
+        """Progress after one step that consumed `consumed` samples over all virtual workers."""
+        cursor = progress.cursor + consumed
+        if cursor >= self.num_samples:
+            # Equal to step + 1 unless the plan changed in mid-epoch (--allow-config-change).
+            return Progress(progress.epoch + 1, 0, (progress.epoch + 1) * self.steps_per_epoch)
+        return Progress(progress.epoch, cursor, progress.step + 1)
+
+    def converted(self, epoch: int, cursor: int) -> Progress:
+        """The same place in the data under this plan, for a run whose plan was changed."""
+        return Progress(epoch, cursor, epoch * self.steps_per_epoch + cursor // self.samples_per_step)
+
+    def finished(self, progress: Progress) -> bool:
+        return progress.epoch >= self.num_epochs

@@ -1,0 +1,156 @@
+"""Where a run starts: which checkpoint, and whether it may go on under this config."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from raytrain.checkpoint import MANIFEST, PAYLOAD, Manifest, load_payload, load_weights_file, verify_checkpoint
+from raytrain.config import config_diff
+from raytrain.errors import CheckpointError, ResumeError
+from raytrain.progress import Plan
+from raytrain.state import RunState, restore, restore_heritage
+from raytrain.storage import Storage, open_storage
+from raytrain.store import Store, newest_verified
+
+# Going on with another value of these would feed wrong samples, or the same ones twice.
+FIXED = {
+    "TASK": "the model and data would be another's",
+    "SEED": "the rest of the epoch would come in another order",
+    "LOADER.SHUFFLE": "the rest of the epoch would come in another order",
+    "OPTIMIZATION.BATCH_SIZE_PER_GPU": "steps and schedule would no longer mean the same",
+    "OPTIMIZATION.ACCUMULATE": "steps and schedule would no longer mean the same",
+    "OPTIMIZATION.OPTIMIZER": "the optimizer's state would not fit",
+    "SCALE.VIRTUAL_WORKERS": "samples would be dealt out differently",
+}
+# These say where and how fast a run runs, not what it computes.
+FREE = ("OUTPUT", "TAG", "EXTRA_TAG", "EXP_GROUP_PATH", "SCALE.NUM_WORKERS", "SCALE.MAX_FAILURES", "LOG.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """The checkpoint that a run goes on from.
+
+    path:   for people;   name: its name in this run's own store, None if it lies elsewhere
+    notes:  what a user should know: what was passed over, which keys differ
+    """
+
+    path: str
+    name: str | None
+    manifest: Manifest | None
+    notes: list[str]
+
+
+def choose(store: Store, start: str) -> Origin | None:
+    """The origin of a run that starts "auto", "fresh" or at a path; None for step 0. Rank 0 and the driver only.
+
+    A start that the launch has already gone beyond is not repeated: its own checkpoints win.
+    """
+    if start != "auto" and not any(e.manifest and e.manifest.launch == store.launch for e in store.listed()):
+        return None if start == "fresh" else origin_at(start)
+    found, passed_over = store.latest_verified()
+    notes = [f"passed over {name}: {reason}" for name, reason in passed_over]
+    if found is not None:
+        return Origin(found.path, found.name, found.manifest, notes)
+    if passed_over:
+        raise CheckpointError(
+            "none of the checkpoints of this run can be trusted, and training never starts over silently:\n"
+            + "\n".join(f"  {reason}" for _, reason in passed_over)
+            + "\nTo start over all the same, use --resume never --overwrite"
+        )
+    return None
+
+
+def origin_at(path: str) -> Origin:
+    """The origin that a user's path names: a .pth, a checkpoint folder, or a run folder (its newest)."""
+    location = Path(path).expanduser()
+    if "://" not in path:
+        path = str(location.absolute())
+        if location.is_file() and not (location.name == PAYLOAD and (location.parent / MANIFEST).exists()):
+            return Origin(path, None, None, [])
+        if location.is_file():
+            path = str(location.absolute().parent)
+    storage = open_storage(path)
+    if storage.exists("ckpt"):
+        found, passed_over = newest_verified(storage)
+        notes = [f"passed over {name}: {reason}" for name, reason in passed_over]
+        if found is None:
+            raise CheckpointError("\n".join([f"--resume {path}: this run folder holds no checkpoint to trust", *notes]))
+        return Origin(found.path, None, found.manifest, notes)
+    if not storage.exists(MANIFEST):
+        raise ResumeError(
+            f"--resume {path}: there is no checkpoint; give auto, never, a .pth file, a checkpoint folder "
+            "(RUN/ckpt/checkpoint_epoch_3) or a run folder"
+        )
+    return Origin(path, None, verify_checkpoint(*parent_storage(path)), [])
+
+
+def parent_storage(path: str) -> tuple[Storage, str]:
+    """The folder of a checkpoint, and its name there."""
+    parent, _, name = path.rstrip("/").rpartition("/")
+    return open_storage(parent or "/"), name
+
+
+def compare(old: dict[str, Any], new: dict[str, Any], allow_config_change: bool, where: str) -> list[str]:
+    """A line for each key that differs from the checkpoint's config; ResumeError if one of FIXED does."""
+    different = [(k, a, b) for k, a, b in config_diff(old, new) if not k.startswith(FREE)]
+    refused = [(k, a, b) for k, a, b in different if k in FIXED]
+    if refused and not allow_config_change:
+        raise ResumeError(
+            f"{where} was made with another config:\n"
+            + "\n".join(f"  {k}: was {a}, now {b} ({FIXED[k]})" for k, a, b in refused)
+            + "\nWhat to do: put the old values back; or start a new run (--extra_tag NAME); "
+            "or go on under the new ones all the same (--allow-config-change)"
+        )
+    return [f"config differs from the checkpoint's: {k}: was {a}, now {b}" for k, a, b in different]
+
+
+def check_plan(manifest: Manifest, plan: Plan, allow_config_change: bool, where: str) -> bool:
+    """True if the data is cut as when the checkpoint was made; ResumeError if not and that was not allowed."""
+    old = manifest.world
+    now = {
+        "num_samples": plan.num_samples,
+        "batch_size": plan.batch_size,
+        "virtual_workers": plan.virtual_workers,
+        "accumulate": plan.accumulate,
+    }
+    changed = [f"{k}: was {old[k]}, now {v}" for k, v in now.items() if old[k] != v]
+    if changed and not allow_config_change:
+        raise ResumeError(
+            f"{where} was made with other data or another batch:\n"
+            + "\n".join(f"  {line}" for line in changed)
+            + "\nWhat to do: start a new run (--extra_tag NAME), or go on under the new ones all the same "
+            "(--allow-config-change): the sample position is kept and the schedule follows it"
+        )
+    return not changed
+
+
+def bring(run: RunState, origin: Origin, allow_config_change: bool) -> list[str]:
+    """Bring `run` to its origin; returns what a user should know, a line each."""
+    payload = load_origin(origin)
+    if origin.manifest is None:
+        if "raytrain" in payload:
+            restore(run, payload, origin.path)
+            return ["it has no manifest: its config and data could not be compared"]
+        return restore_heritage(run, payload, origin.path)
+    same = check_plan(origin.manifest, run.plan, allow_config_change, origin.path)
+    restore(run, payload, origin.path)
+    if same:
+        return []
+    before = run.progress
+    run.progress = run.plan.converted(before.epoch, before.cursor)
+    return [f"another batch or data set: step {before.step} counts as step {run.progress.step} of the new schedule"]
+
+
+def load_origin(origin: Origin) -> dict[str, Any]:
+    """What the checkpoint holds, verified where it has a manifest."""
+    if origin.manifest is None:
+        return load_weights_file(origin.path)
+    return load_payload(*parent_storage(origin.path))
+
+
+def is_complete(origin: Origin | None, num_epochs: int) -> bool:
+    """True if nothing is left to do: all epochs trained, and the last one evaluated."""
+    manifest = origin.manifest if origin else None
+    return manifest is not None and manifest.progress.epoch >= num_epochs and manifest.metrics is not None

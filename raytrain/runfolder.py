@@ -1,0 +1,163 @@
+"""The run folder on this machine: its files, its sinks, and the lock that keeps two writers apart."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from raytrain import __version__
+from raytrain.errors import PreflightError
+from raytrain.journal import JsonlSink, LogSink, TensorBoardSink
+from raytrain.records import Record, log_file_name
+from raytrain.storage import Storage, open_storage
+
+LOCK = ".lock"
+JOURNAL = "journal.jsonl"
+
+
+class RunFolder:
+    """Where a run writes. Behind a URI the growing files (journal, log, curves) live in a spool here
+    and are copied there after each checkpoint, evaluation and end: object stores cannot append."""
+
+    def __init__(self, uri: str) -> None:
+        self.storage: Storage = open_storage(uri)
+        self._spool: Path | None = None
+        self._copied: dict[str, tuple[int, int]] = {}
+        if not self.storage.is_local:
+            self._spool = Path(tempfile.mkdtemp(prefix="raytrain-spool-"))
+            if self.storage.exists(JOURNAL):
+                self.storage.download(JOURNAL, self._spool / JOURNAL)
+
+    @property
+    def local(self) -> Path:
+        """The folder on this machine that growing files are written to."""
+        return self._spool if self._spool is not None else self.storage.local_path("")
+
+    def publish(self) -> None:
+        """Copy what has grown since the last time, where that is needed."""
+        if self._spool is None:
+            return
+        for path in sorted(p for p in self._spool.rglob("*") if p.is_file()):
+            name, stat = path.relative_to(self._spool).as_posix(), path.stat()
+            if self._copied.get(name) != (stat.st_size, stat.st_mtime_ns):
+                self.storage.upload(path, name)
+                self._copied[name] = (stat.st_size, stat.st_mtime_ns)
+
+    def close(self) -> None:
+        """Publish the rest and remove the spool."""
+        if self._spool is not None:
+            try:
+                self.publish()
+            finally:
+                shutil.rmtree(self._spool, ignore_errors=True)
+
+    def log_sink(self, now: float) -> LogSink:
+        return LogSink(self.local / log_file_name(now))
+
+    def sinks(self) -> list[Any]:
+        """The journal's and tensorboard's."""
+        return [JsonlSink(self.local / JOURNAL), TensorBoardSink(self.local / "tensorboard"), _Publisher(self.publish)]
+
+    def describe(self, config_yaml: str, arguments: dict[str, Any]) -> None:
+        """Write config.yaml and environment.json."""
+        self.storage.write_bytes("config.yaml", config_yaml.encode())
+        self.storage.write_bytes("environment.json", json.dumps(environment(arguments), indent=1).encode() + b"\n")
+
+    @contextlib.contextmanager
+    def locked(self, patience_s: float = 30.0) -> Iterator[None]:
+        """Only one process at a time writes here; one that is just dying is waited for.
+
+        Local and NFS folders only: object stores have no locks.
+        """
+        if not self.storage.is_local:
+            yield
+            return
+        with open(self.storage.local_path(LOCK), "a+") as file:
+            _wait_for_lock(file, self.storage.path_of(""), patience_s)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}")
+            file.flush()
+            yield
+
+
+def _wait_for_lock(file: Any, folder: str, patience_s: float) -> None:
+    give_up = time.monotonic() + patience_s
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= give_up:
+                file.seek(0)
+                raise PreflightError(
+                    f"{folder}: another run is training in this folder ({file.read() or 'holder unknown'}). "
+                    "Wait for it or end it, or give this one a folder of its own (--extra_tag NAME)"
+                ) from None
+            time.sleep(0.1)
+        except OSError:
+            return None  # a file system without locks
+
+
+class _Publisher:
+    """A sink that copies the run folder's growing files after the records that matter."""
+
+    def __init__(self, publish: Callable[[], None]) -> None:
+        self._publish = publish
+        self._due = False
+
+    def write(self, record: Record) -> None:
+        self._due = self._due or record["kind"] != "step"
+
+    def flush(self) -> None:
+        if self._due:
+            self._due = False
+            self._publish()
+
+    def close(self) -> None:
+        self.flush()
+
+
+def environment(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Versions, hardware and command line, for whoever asks later what made these weights."""
+    import numpy
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "raytrain": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "ray": getattr(sys.modules.get("ray"), "__version__", None),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+        "git": _git_commit(),
+        "arguments": {k: str(v) for k, v in arguments.items()},
+        "argv": sys.argv,
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the current folder's repository, read from its files."""
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        head = folder / ".git" / "HEAD"
+        if head.is_file():
+            text = head.read_text().strip()
+            if not text.startswith("ref: "):
+                return text
+            ref = folder / ".git" / text[5:]
+            return ref.read_text().strip() if ref.is_file() else None
+    return None

@@ -1,0 +1,46 @@
+"""Which samples each virtual worker takes next: pure functions of seed, epoch and cursor.
+
+The order is torch's DistributedSampler(seed): a permutation drawn from seed + epoch, padded by
+wrapping around to a multiple of the world size, dealt like cards. Since it is dealt, the samples
+consumed up to a cursor are exactly the first `cursor` of one global order, whatever the number of
+virtual workers; the rest can be dealt again to any number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from raytrain.progress import Plan
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool) -> torch.Tensor:
+    """Sample ids in the order of this epoch.   Returns (num_samples,) int64."""
+    if not shuffle:
+        return torch.arange(num_samples)
+    generator = torch.Generator()
+    generator.manual_seed(seed + epoch)
+    return torch.randperm(num_samples, generator=generator)
+
+
+def padded_order(order: torch.Tensor, cursor: int, virtual_workers: int) -> torch.Tensor:
+    """`order` from `cursor` on, wrapped around so that every virtual worker gets as many.
+
+    Returns (multiple of virtual_workers,) int64. With cursor 0 it is DistributedSampler's padding.
+    """
+    rest = order[cursor:]
+    missing = math.ceil(len(rest) / virtual_workers) * virtual_workers - len(rest)
+    repeats = math.ceil(missing / max(1, len(order)))
+    return torch.cat([rest, order.repeat(repeats)[:missing]])
+
+
+def step_samples(order: torch.Tensor, cursor: int, plan: Plan) -> Iterator[torch.Tensor]:
+    """The ids of each remaining step of an epoch.
+
+    Yields (virtual_workers, n) int64 with n = accumulate * batch_size, fewer in the last step.
+    Row v is what rank v of a DistributedSampler over `virtual_workers` ranks takes.
+    """
+    shares = padded_order(order, cursor, plan.virtual_workers).reshape(-1, plan.virtual_workers).t()
+    yield from shares.split(plan.batch_size * plan.accumulate, dim=1)

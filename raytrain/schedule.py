@@ -1,0 +1,120 @@
+"""Learning rate and momentum of each step: pure functions of the step, so there is nothing to save.
+
+The formulas are OpenPCDet's; tests/golden/schedules.json holds the tables that its code gives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+from raytrain.errors import ConfigError
+
+SCHEDULER_OF_OPTIMIZER = {  # what `SCHEDULER: null` means, as in the heritage
+    "adam": "step",
+    "sgd": "step",
+    "adamw": "step",
+    "adam_onecycle": "onecycle",
+    "adam_cosineanneal": "cosine",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """lr(step) and momentum(step), where `step` counts the optimizer steps finished before.
+
+    momentum is beta1 of Adam or the momentum of SGD; None where the schedule leaves it alone.
+    """
+
+    lr: Callable[[int], float]
+    momentum: Callable[[int], float | None]
+
+
+def build_schedule(optim_cfg: Any, steps_per_epoch: int, num_epochs: int) -> Schedule:
+    """The schedule that OPTIMIZATION asks for, over num_epochs * steps_per_epoch steps.
+
+    onecycle and cosine cycle the momentum between MOMS whatever the optimizer. LR_WARMUP is for
+    step and constant: as in the heritage the other two keep their own warm-up.
+    """
+    total_steps = steps_per_epoch * num_epochs
+    name = optim_cfg.SCHEDULER or SCHEDULER_OF_OPTIMIZER.get(optim_cfg.OPTIMIZER)
+    cycled = functools.partial(cycled_momentum, optim_cfg, total_steps)
+    if name == "onecycle":
+        return Schedule(functools.partial(onecycle_lr, optim_cfg, total_steps), cycled)
+    if name == "cosine":
+        return Schedule(functools.partial(cosine_lr, optim_cfg, steps_per_epoch, num_epochs), cycled)
+    if name == "step":
+        main = functools.partial(step_decay_lr, optim_cfg, steps_per_epoch)
+    elif name == "constant":
+        main = functools.partial(constant_lr, optim_cfg)
+    else:
+        raise ConfigError(
+            f"OPTIMIZATION.SCHEDULER {optim_cfg.SCHEDULER!r} with OPTIMIZER {optim_cfg.OPTIMIZER!r} names no schedule; "
+            f"SCHEDULER: step, onecycle, cosine, constant or null; OPTIMIZER: {', '.join(SCHEDULER_OF_OPTIMIZER)}"
+        )
+    if optim_cfg.LR_WARMUP:
+        main = functools.partial(warmed_up_lr, optim_cfg, steps_per_epoch, main)
+    return Schedule(main, left_alone)
+
+
+def onecycle_lr(optim_cfg: Any, total_steps: int, step: int) -> float:
+    """Up from LR / DIV_FACTOR to LR in the first PCT_START of the run, then down to nearly 0.
+
+    Past total_steps the cosine comes up again, as OpenPCDet's does: no step of a run is there.
+    """
+    low = optim_cfg.LR / optim_cfg.DIV_FACTOR
+    return _there_and_back(optim_cfg, total_steps, step, (low, optim_cfg.LR, low / 1e4))
+
+
+def cycled_momentum(optim_cfg: Any, total_steps: int, step: int) -> float:
+    """From MOMS[0] to MOMS[1] while the one-cycle learning rate rises, and back while it falls."""
+    high, low = optim_cfg.MOMS
+    return _there_and_back(optim_cfg, total_steps, step, (high, low, high))
+
+
+def cosine_lr(optim_cfg: Any, steps_per_epoch: int, num_epochs: int, step: int) -> float:
+    """Linear from LR / 3 to LR over WARMUP_ITER steps, then a cosine towards LR / 1000, constant in each epoch."""
+    if step < optim_cfg.WARMUP_ITER:
+        return float(optim_cfg.LR * (1 - (1 - step / optim_cfg.WARMUP_ITER) * (1 - 0.33333333)))
+    return _cosine(optim_cfg.LR, optim_cfg.LR / 1000, (step // steps_per_epoch) / num_epochs)
+
+
+def step_decay_lr(optim_cfg: Any, steps_per_epoch: int, step: int) -> float:
+    """LR times LR_DECAY for each epoch of DECAY_STEP_LIST that has begun, but not below LR_CLIP."""
+    num_decays = sum(step >= epoch * steps_per_epoch for epoch in optim_cfg.DECAY_STEP_LIST)
+    return float(optim_cfg.LR * max(optim_cfg.LR_DECAY**num_decays, optim_cfg.LR_CLIP / optim_cfg.LR))
+
+
+def constant_lr(optim_cfg: Any, step: int) -> float:
+    """LR at every step."""
+    return float(optim_cfg.LR)
+
+
+def warmed_up_lr(optim_cfg: Any, steps_per_epoch: int, main_lr: Callable[[int], float], step: int) -> float:
+    """A cosine from LR / DIV_FACTOR to LR in the first WARMUP_EPOCH epochs, then main_lr, unshifted."""
+    warmup_steps = optim_cfg.WARMUP_EPOCH * steps_per_epoch
+    if step >= warmup_steps:
+        return main_lr(step)
+    low = optim_cfg.LR / optim_cfg.DIV_FACTOR
+    return float(low + (optim_cfg.LR - low) * (1 - math.cos(math.pi * step / warmup_steps)) / 2)
+
+
+def left_alone(step: int) -> None:
+    """No momentum of the schedule's own: the optimizer's stays."""
+
+
+def _there_and_back(optim_cfg: Any, total_steps: int, step: int, values: tuple[float, float, float]) -> float:
+    """Cosine from values[0] to values[1] until the peak of the cycle, then on to values[2]."""
+    start, peak, end = values
+    peak_step = int(optim_cfg.PCT_START * total_steps)  # 0 in a very short run: it begins at the peak
+    if step < peak_step:
+        return _cosine(start, peak, step / peak_step)
+    return _cosine(peak, end, (step - peak_step) / (total_steps - peak_step))
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    """Half a cosine: `start` at share 0, `end` at share 1."""
+    return float(end + (start - end) / 2 * (1 + math.cos(math.pi * share)))

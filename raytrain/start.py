@@ -1,0 +1,131 @@
+"""Where a launch begins: its options, its run folder, and the checkpoint that it goes on from."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+from raytrain.config import Config, with_overrides
+from raytrain.errors import ConfigError, ResumeError
+from raytrain.resume import Origin, choose, compare
+from raytrain.storage import open_storage
+from raytrain.store import Store
+from raytrain.worker import Job
+
+PROBE = ".writable"
+LEFTOVERS = ("journal.jsonl", "tensorboard", "eval", "logs", "config.yaml", "environment.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a launch is told beside the config: see `raytrain train --help`.
+
+    batch_size: of a step over all virtual workers, in place of BATCH_SIZE_PER_GPU
+    """
+
+    address: str | None = None
+    resume: str = "auto"
+    overwrite: bool = False
+    allow_config_change: bool = False
+    pretrained: str | None = None
+    batch_size: int | None = None
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a launch begins: its run folder, and the checkpoint that it goes on from."""
+
+    cfg: Config
+    options: Options
+    run_dir: str
+    store: Store
+    origin: Origin | None
+
+    def job(self, num_workers: int, use_gpu: bool) -> Job:
+        """What every worker is asked to do; all that the config left open is settled in its config."""
+        options, cfg = self.options, self.cfg
+        virtual_workers = cfg.SCALE.VIRTUAL_WORKERS or max(1, num_workers)
+        if self.origin and self.origin.manifest and cfg.SCALE.VIRTUAL_WORKERS is None:
+            virtual_workers = self.origin.manifest.world["virtual_workers"]
+        words = ["SCALE.NUM_WORKERS", str(num_workers), "SCALE.VIRTUAL_WORKERS", str(virtual_workers)]
+        if options.batch_size is not None:
+            if options.batch_size % virtual_workers:
+                raise ConfigError(
+                    f"--batch_size {options.batch_size} is the total over all virtual workers, "
+                    f"and {virtual_workers} of them do not divide it"
+                )
+            words += ["OPTIMIZATION.BATCH_SIZE_PER_GPU", str(options.batch_size // virtual_workers)]
+        cfg = with_overrides(cfg, words)
+        if num_workers > virtual_workers:
+            raise ConfigError(
+                f"SCALE.NUM_WORKERS is {num_workers}, but this run has {virtual_workers} virtual workers and each "
+                f"worker process needs at least one; use at most {virtual_workers} workers, "
+                "or start a new run (--extra_tag NAME)"
+            )
+        if self.origin and self.origin.manifest:
+            compare(self.origin.manifest.config, cfg.to_tree(), options.allow_config_change, self.origin.path)
+        return Job(
+            cfg=cfg,
+            run_uri=self.run_dir,
+            launch=self.store.launch,
+            use_gpu=use_gpu,
+            virtual_workers=virtual_workers,
+            start="fresh" if options.resume == "never" else options.resume,
+            allow_config_change=options.allow_config_change,
+            pretrained=options.pretrained,
+            arguments=options.arguments,
+        )
+
+
+def find_start(cfg: Config, options: Options) -> Start:
+    """Where a launch begins; errors of the run folder, of --resume and of its checkpoints come here, in seconds."""
+    if options.overwrite and options.resume != "never":
+        raise ConfigError("--overwrite starts over in a run folder that is not empty: it goes with --resume never")
+    run_dir = run_dir_of(cfg)
+    storage = open_storage(run_dir)
+    storage.makedirs("ckpt")
+    storage.write_bytes(f"ckpt/{PROBE}", b"")  # a full or read-only disk is found now, not at the first checkpoint
+    storage.remove_tree(f"ckpt/{PROBE}")
+    store = Store(storage, cfg.CHECKPOINT, f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}")
+    if options.resume == "never":
+        start_over(store, options.overwrite)
+        return Start(cfg, options, run_dir, store, None)
+    store.clean_leftovers()
+    return Start(cfg, options, run_dir, store, choose(store, options.resume))
+
+
+def start_over(store: Store, overwrite: bool) -> None:
+    """An empty run folder; refused where it holds a run, unless that shall be overwritten.
+
+    Its checkpoints are moved aside, to ckpt/superseded: only the user deletes the only copy.
+    """
+    storage = store.storage
+    remains = [n for n in storage.list("") if n in LEFTOVERS] + [e.name for e in store.listed()]
+    if not remains:
+        return
+    if not overwrite:
+        raise ResumeError(
+            f"--resume never: {storage.path_of('')} holds a run already ({', '.join(remains[:4])}, ...). "
+            "Give this one a folder of its own (--extra_tag NAME), or add --overwrite"
+        )
+    store.supersede(-1)
+    for name in LEFTOVERS:
+        storage.remove_tree(name)
+
+
+def run_dir_of(cfg: Config) -> str:
+    """OUTPUT/EXP_GROUP_PATH/TAG/EXTRA_TAG: an absolute path, or a URI."""
+    parts = [part for part in (cfg.EXP_GROUP_PATH, cfg.TAG, cfg.EXTRA_TAG) if part]
+    for part in parts:
+        if part.startswith("/") or ".." in Path(part).parts:
+            raise ConfigError(
+                f"{part!r} as a part of the run folder would leave OUTPUT; TAG, EXTRA_TAG and "
+                "EXP_GROUP_PATH are plain names"
+            )
+    if "://" in cfg.OUTPUT:
+        return "/".join([cfg.OUTPUT.rstrip("/"), *parts])
+    return str(Path(cfg.OUTPUT).expanduser().absolute().joinpath(*parts))

@@ -1,0 +1,173 @@
+"""The state of one run: all that changes while it trains, how it is built, saved and restored."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from raytrain import __version__
+from raytrain.checkpoint import Manifest, load_weights_file
+from raytrain.engine import Engine
+from raytrain.errors import CheckpointError, TaskError
+from raytrain.optim import build_optimizer, import_optimizer_state
+from raytrain.precision import Precision
+from raytrain.progress import Plan, Progress
+from raytrain.randomness import seed_all
+from raytrain.schedule import Schedule, build_schedule
+from raytrain.task import Task
+from raytrain.world import World
+
+
+@dataclasses.dataclass
+class RunState:
+    """What a checkpoint restores (model, engine, progress, best) and what is fixed for the run.
+
+    best:        {"epoch", "step", "metrics"} of the best evaluation so far, by CHECKPOINT.METRIC
+    metrics:     of the newest evaluation
+    unevaluated: the checkpoint that the run stands at, if its evaluation is still owed
+    """
+
+    model: torch.nn.Module
+    engine: Engine
+    schedule: Schedule
+    plan: Plan
+    world: World
+    config: dict[str, Any]
+    progress: Progress = dataclasses.field(default_factory=Progress)
+    best: dict[str, Any] | None = None
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    unevaluated: str | None = None
+
+    @property
+    def seed(self) -> int:
+        return int(self.config["SEED"])
+
+
+def build_run(cfg: Any, task: Task, train_set: Any, plan: Plan, world: World) -> RunState:
+    """A run at step 0: the same weights on every process and for every number of them."""
+    seed_all(cfg.SEED, "model")
+    model = task.build_model(train_set)
+    if not isinstance(model, torch.nn.Module):
+        raise TaskError(
+            f"{type(task).__name__}.build_model(dataset) gave {type(model).__name__}; it must give a torch.nn.Module"
+        )
+    if cfg.OPTIMIZATION.SYNC_BN and world.size > 1:
+        model = synchronised_batchnorm(model, world)
+    model = model.to(world.device)
+    precision = Precision(cfg.OPTIMIZATION, world.device)
+    optimizer = build_optimizer(model, cfg.OPTIMIZATION)
+    engine = Engine(model, optimizer, precision, cfg.OPTIMIZATION.GRAD_NORM_CLIP, world)
+    schedule = build_schedule(cfg.OPTIMIZATION, plan.steps_per_epoch, plan.num_epochs)
+    return RunState(model, engine, schedule, plan, world, cfg.to_tree())
+
+
+def synchronised_batchnorm(model: torch.nn.Module, world: World) -> torch.nn.Module:
+    """`model` with BatchNorm over the samples of all workers (heritage: --sync_bn)."""
+    if world.size != world.virtual_workers:
+        raise TaskError(
+            f"OPTIMIZATION.SYNC_BN needs one worker process for each virtual worker; this run has "
+            f"{world.virtual_workers} virtual workers on {world.size} processes"
+        )
+    if world.device.type == "cuda":
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    from raytrain.sync_bn import convert_to_host_sync_batchnorm
+
+    return convert_to_host_sync_batchnorm(model)
+
+
+def manifest_of(run: RunState) -> Manifest:
+    """What a checkpoint of this moment says of itself; the evaluation is added when it is done."""
+    plan = run.plan
+    world = {
+        "num_workers": run.world.size,
+        "virtual_workers": plan.virtual_workers,
+        "num_samples": plan.num_samples,
+        "batch_size": plan.batch_size,
+        "accumulate": plan.accumulate,
+    }
+    return Manifest(run.progress, run.config, world, run.seed, metrics=None)
+
+
+def payload_of(run: RunState) -> dict[str, Any]:
+    """What checkpoint.pth holds: OpenPCDet's keys, and under `raytrain` what they lack."""
+    return {
+        "epoch": run.progress.epoch,
+        "it": run.progress.step,
+        "model_state": run.model.state_dict(),
+        "optimizer_state": run.engine.optimizer.state_dict(),
+        "version": f"raytrain+{__version__}",
+        "raytrain": {
+            "progress": dataclasses.asdict(run.progress),
+            "scaler": run.engine.precision.state_dict(),
+            "best": run.best,
+            # All randomness is drawn from (seed, epoch, sample) or (seed, step, virtual worker):
+            # with the seed and the progress, the random state is restored whole.
+            "seed": run.seed,
+        },
+    }
+
+
+def restore(run: RunState, payload: dict[str, Any], where: str) -> None:
+    """Bring `run` to the state of a payload of ours."""
+    load_model_state(run.model, payload["model_state"], where)
+    import_optimizer_state(run.engine.optimizer, payload["optimizer_state"])
+    extra = payload["raytrain"]
+    run.engine.precision.load_state_dict(extra["scaler"])
+    run.progress = Progress(**extra["progress"])
+    run.best = extra["best"]
+
+
+def restore_heritage(run: RunState, payload: dict[str, Any], where: str) -> list[str]:
+    """Bring `run` to the state of an OpenPCDet .pth; returns what could not be taken over, a line each."""
+    notes = []
+    own = run.model.state_dict()
+    state = {k: v for k, v in payload["model_state"].items() if k != "global_step" or k in own}
+    load_model_state(run.model, state, where)
+    if payload.get("optimizer_state") is not None:
+        import_optimizer_state(run.engine.optimizer, payload["optimizer_state"])
+    else:
+        notes.append("it holds no optimizer state: moments start at zero")
+    step, epoch = int(payload.get("it", 0)), int(payload.get("epoch", 0))
+    per_epoch = run.plan.steps_per_epoch
+    if epoch * per_epoch <= step <= (epoch + 1) * per_epoch:
+        # D10: one written in the last iteration of an epoch belongs to the start of the next.
+        run.progress = Progress(step // per_epoch, step % per_epoch * run.plan.samples_per_step, step)
+    else:
+        run.progress = Progress(epoch, 0, epoch * per_epoch)
+        notes.append(
+            f"its {step} iterations are not {epoch} epochs of {per_epoch} steps (another batch size or data set): "
+            f"continuing at the start of epoch {epoch + 1}, step {run.progress.step}"
+        )
+    return notes
+
+
+def load_model_state(model: torch.nn.Module, state: dict[str, Any], where: str) -> None:
+    """Strictly, with every difference named."""
+    own = model.state_dict()
+    wrong = [f"missing {k}" for k in own if k not in state]
+    wrong += [f"unknown {k}" for k in state if k not in own]
+    wrong += [
+        f"{k} has shape {tuple(state[k].shape)}, the model {tuple(own[k].shape)}"
+        for k in own
+        if k in state and tuple(own[k].shape) != tuple(state[k].shape)
+    ]
+    if wrong:
+        listed = "; ".join(wrong[:10]) + (f"; and {len(wrong) - 10} more" if len(wrong) > 10 else "")
+        raise CheckpointError(
+            f"{where}: its model_state does not fit this model: {listed}. "
+            "To start from the weights that do fit, use --pretrained_model"
+        )
+    model.load_state_dict(state)
+
+
+def load_pretrained(model: torch.nn.Module, path: str) -> tuple[int, list[str]]:
+    """Take over the tensors of a .pth whose name and shape fit; returns how many, and the model's names left alone."""
+    payload = load_weights_file(path)
+    state, own = payload.get("model_state", payload), model.state_dict()
+    fitting = {k: v for k, v in state.items() if k in own and tuple(own[k].shape) == tuple(v.shape)}
+    if not fitting:
+        raise CheckpointError(f"--pretrained_model {path}: none of its {len(state)} tensors fits this model")
+    model.load_state_dict({**own, **fitting})
+    return len(fitting), [k for k in own if k not in fitting]

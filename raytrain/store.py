@@ -1,0 +1,260 @@
+"""The checkpoints of one run: when to save, what to keep, which to trust."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+import re
+from collections.abc import Collection
+from typing import Any, Protocol
+
+from raytrain.checkpoint import (
+    Manifest,
+    discard_checkpoint,
+    load_payload,
+    read_manifest,
+    recover_checkpoint,
+    verify_checkpoint,
+    write_checkpoint,
+    write_metrics,
+)
+from raytrain.errors import CheckpointError, TaskError
+from raytrain.progress import Progress
+from raytrain.storage import Storage, parse_temporary
+
+FOLDER = "ckpt"
+SUPERSEDED = f"{FOLDER}/superseded"
+
+
+class CheckpointPolicy(Protocol):
+    """The CHECKPOINT section of the config."""
+
+    EVERY_EPOCHS: int | None
+    EVERY_STEPS: int | None
+    EVERY_SECONDS: float | None
+    KEEP_LAST: int
+    KEEP_BEST: int
+    METRIC: str | None
+    MODE: Any  # "max" or "min"
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A checkpoint that has been verified. `name` is its folder in ckpt/, `path` its full path or URI."""
+
+    name: str
+    path: str
+    manifest: Manifest
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """A checkpoint as found in ckpt/: its manifest (sizes are right, content not yet checked), or what is wrong."""
+
+    name: str
+    manifest: Manifest | None
+    damage: str = ""
+
+
+class Store:
+    """Checkpoints in the ckpt/ folder of one run. Rank 0 saves and tidies up; every rank may load."""
+
+    def __init__(self, storage: Storage, policy: CheckpointPolicy, launch: str) -> None:
+        self.storage = storage
+        self.policy = policy
+        self.launch = launch
+        self._last_save_s: float | None = None
+
+    def due(self, progress: Progress, *, epoch_done: bool, now: float) -> bool:
+        """True if a checkpoint is due at `progress`; `now` in seconds."""
+        return self.time_due(now) or self.progress_due(progress, epoch_done=epoch_done)
+
+    def progress_due(self, progress: Progress, *, epoch_done: bool) -> bool:
+        """True if EVERY_EPOCHS or EVERY_STEPS asks for a checkpoint: the same on every rank."""
+        epochs, steps = self.policy.EVERY_EPOCHS, self.policy.EVERY_STEPS
+        if epoch_done and epochs and progress.epoch % epochs == 0:
+            return True
+        return steps is not None and progress.step % steps == 0
+
+    def time_due(self, now: float) -> bool:
+        """True if EVERY_SECONDS have passed since the last save, or since the first call. Ask on rank 0 only."""
+        if self._last_save_s is None:
+            self._last_save_s = now
+        return self.policy.EVERY_SECONDS is not None and now - self._last_save_s >= self.policy.EVERY_SECONDS
+
+    def save(self, payload: dict[str, Any], manifest: Manifest, now: float) -> Saved:
+        """The checkpoint of `payload`, written and read back; then what the policy does not keep is removed.
+
+        now: unix seconds. `launch` and `created` of the manifest are filled in here.
+        """
+        created = datetime.datetime.fromtimestamp(now, datetime.timezone.utc).isoformat(timespec="seconds")
+        name = checkpoint_name(manifest.progress)
+        manifest = dataclasses.replace(manifest, launch=self.launch, created=created)
+        write_checkpoint(self.storage, f"{FOLDER}/{name}", payload, manifest)
+        self._last_save_s = now
+        saved = self.verified(name)
+        self._remove_all_but(saved)
+        return saved
+
+    def add_metrics(self, name: str, metrics: dict[str, float]) -> None:
+        """Checkpoint `name` holds the metrics of its evaluation; then what the policy now does not keep is removed."""
+        write_metrics(self.storage, f"{FOLDER}/{name}", metrics)
+        self._remove_all_but(self.verified(name))
+
+    def is_better(self, metrics: dict[str, float], best: dict[str, Any] | None) -> bool:
+        """True if `metrics` beat those of `best` by METRIC and MODE; NaN beats nothing."""
+        metric = self.policy.METRIC
+        if metric is None:
+            return False
+        if metric not in metrics:
+            raise TaskError(
+                f"CHECKPOINT.METRIC is {metric!r}, which the evaluation does not give; "
+                f"it gives {', '.join(metrics) or 'nothing'}"
+            )
+        if not math.isfinite(metrics[metric]):
+            return False
+        sign = 1 if self.policy.MODE == "max" else -1
+        return best is None or sign * metrics[metric] > sign * best["metrics"][metric]
+
+    def load(self, name: str, map_location: Any = "cpu") -> dict[str, Any]:
+        """The payload of checkpoint `name`, verified as it is read."""
+        return load_payload(self.storage, f"{FOLDER}/{name}", map_location)
+
+    def verified(self, name: str) -> Saved:
+        """Checkpoint `name`, every byte of it checked; a CheckpointError says what is wrong."""
+        return verified(self.storage, name)
+
+    def listed(self) -> list[Listed]:
+        """All checkpoints, newest first by their progress; a damaged one where its name says, else in front."""
+        return listed(self.storage)
+
+    def latest_verified(self) -> tuple[Saved | None, list[tuple[str, str]]]:
+        """The newest checkpoint that verifies, and (name, what is wrong) of each newer one that does not."""
+        return newest_verified(self.storage)
+
+    def best(self) -> Saved | None:
+        """The verified checkpoint with the best METRIC, the first of equals; None where none has one."""
+        for entry in self._ranked(self.listed()):
+            try:
+                return self.verified(entry.name)
+            except CheckpointError:
+                continue  # damaged: the next best one is the best that exists
+        return None
+
+    def retain(self) -> None:
+        """What the policy does not keep is removed, if at least one checkpoint verifies."""
+        newest, passed_over = self.latest_verified()
+        if newest is not None:
+            self._remove_all_but(newest, damaged={name for name, _ in passed_over})
+
+    def supersede(self, step: int) -> list[str]:
+        """Names of the checkpoints beyond `step`, now in ckpt/superseded/<launch>/, which retention never touches.
+
+        For a run that goes back to an older checkpoint on purpose.
+        """
+        entries = self.listed()
+        names = [entry.name for entry in entries if _position(entry, entries)[0] > step]
+        for name in names:
+            target = f"{SUPERSEDED}/{self.launch}/{name}"
+            again = 2
+            while self.storage.exists(target):
+                target, again = f"{SUPERSEDED}/{self.launch}/{name}-{again}", again + 1
+            self.storage.rename_tree(f"{FOLDER}/{name}", target)
+        return names
+
+    def clean_leftovers(self) -> None:
+        """What a writer that died in mid-save left is put in place if it is whole and needed, else removed.
+
+        Before anything is read from the store, on rank 0, at the start of a run.
+        """
+        for folder in ("", f"{FOLDER}/"):
+            for name in self.storage.list(folder.rstrip("/")):
+                left = parse_temporary(name)
+                if left is None or left.writer_lives:
+                    continue
+                if folder and left.kind == "writing":
+                    recover_checkpoint(self.storage, folder + name, folder + left.name)
+                else:
+                    self.storage.remove_tree(folder + name)
+
+    def _remove_all_but(self, sure: Saved, damaged: Collection[str] = ()) -> None:
+        """Everything goes that the policy does not keep; `sure`, which has just been verified, stays.
+
+        A damaged checkpoint counts for nothing and goes only when all that is kept is newer:
+        until then it may be what is left of the only copy.
+        """
+        entries = self.listed()
+        whole = [entry for entry in entries if entry.manifest is not None and entry.name not in damaged]
+        kept = {sure.name, *(entry.name for entry in whole[: self.policy.KEEP_LAST])}
+        kept |= {entry.name for entry in self._ranked(whole)[: self.policy.KEEP_BEST]}
+        oldest = min(_position(entry, entries) for entry in whole if entry.name in kept)
+        for entry in entries:
+            if entry.name not in kept and (entry in whole or _position(entry, entries) < oldest):
+                discard_checkpoint(self.storage, f"{FOLDER}/{entry.name}")
+
+    def _ranked(self, entries: list[Listed]) -> list[Listed]:
+        """Those of `entries` that have METRIC, best first, and the older of equals first."""
+        metric = self.policy.METRIC
+        if metric is None:
+            return []
+        sign = -1.0 if self.policy.MODE == "max" else 1.0
+        values = [
+            (sign * value, e)
+            for e in reversed(entries)
+            if e.manifest and (value := (e.manifest.metrics or {}).get(metric)) is not None
+        ]
+        return [entry for _, entry in sorted(values, key=lambda pair: pair[0])]
+
+
+def listed(storage: Storage) -> list[Listed]:
+    """All checkpoints of a run folder, newest first: see Store.listed."""
+    entries = []
+    for name in storage.list(FOLDER):
+        if re.fullmatch(r"checkpoint_(epoch|step)_\d+", name):
+            try:
+                entries.append(Listed(name, read_manifest(storage, f"{FOLDER}/{name}")))
+            except CheckpointError as error:
+                entries.append(Listed(name, None, str(error)))
+    return sorted(entries, key=lambda entry: _position(entry, entries), reverse=True)
+
+
+def verified(storage: Storage, name: str) -> Saved:
+    """Checkpoint `name` of a run folder, every byte of it checked; a CheckpointError says what is wrong."""
+    manifest = verify_checkpoint(storage, f"{FOLDER}/{name}")
+    return Saved(name, storage.path_of(f"{FOLDER}/{name}"), manifest)
+
+
+def newest_verified(storage: Storage) -> tuple[Saved | None, list[tuple[str, str]]]:
+    """The newest checkpoint of a run folder that verifies, and (name, what is wrong) of each newer one."""
+    passed_over = []
+    for entry in listed(storage):
+        if entry.manifest is None:
+            passed_over.append((entry.name, entry.damage))
+            continue
+        try:
+            return verified(storage, entry.name), passed_over
+        except CheckpointError as error:
+            passed_over.append((entry.name, str(error)))
+    return None, passed_over
+
+
+def checkpoint_name(progress: Progress) -> str:
+    """The folder of the checkpoint at `progress`: by epoch where one has just ended, else by step."""
+    return f"checkpoint_epoch_{progress.epoch}" if progress.cursor == 0 else f"checkpoint_step_{progress.step}"
+
+
+def _position(entry: Listed, entries: list[Listed]) -> tuple[float, int]:
+    """(step, epoch) to sort by: from the manifest, else from the name.
+
+    The step of a damaged checkpoint_epoch_<N> is told by the pace of the others; it comes out
+    too large rather than too small, so that no damaged one counts as older than it is.
+    """
+    if entry.manifest is not None:
+        return entry.manifest.progress.step, entry.manifest.progress.epoch
+    kind, number = entry.name.split("_")[1:]
+    if kind == "step":
+        return int(number), 0
+    ran = [e.manifest.progress for e in entries if e.manifest is not None and e.manifest.progress.epoch > 0]
+    steps_per_epoch = max((progress.step / progress.epoch for progress in ran), default=float("inf"))
+    return (int(number) * steps_per_epoch if int(number) else 0), int(number)

@@ -1,0 +1,123 @@
+"""What users write: a Task says what is trained; raytrain says how."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raytrain.errors import TaskError
+
+if TYPE_CHECKING:
+    import torch
+
+    from raytrain.config import Config
+
+
+@dataclasses.dataclass
+class ModelReturn:
+    """What one forward pass gives.
+
+    loss:      scalar tensor (a tensor of several values is averaged)
+    tb_dict:   name -> scalar (tensor or number), journalled as `terms` and drawn as train/<name>
+    disp_dict: name -> scalar, shown on the live line
+    """
+
+    loss: torch.Tensor
+    tb_dict: dict[str, Any] = dataclasses.field(default_factory=dict)
+    disp_dict: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Task:
+    """Base of all tasks. `build_dataset`, `build_model` and `model_func` must be written."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+
+    def build_dataset(self, split: str) -> Any:
+        """The map-style data set (`__len__`, `__getitem__`) of split "train" or "val".
+
+        None for "val" means that there is nothing to evaluate on. Loader workers receive it
+        by pickle. If it has `set_epoch(epoch)`, that is called, in the process that loads,
+        before the first sample of each epoch.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.build_dataset(split) must be written")
+
+    def build_model(self, dataset: Any) -> torch.nn.Module:
+        """The model, on the CPU; `dataset` is the training split."""
+        raise NotImplementedError(f"{type(self).__name__}.build_model(dataset) must be written")
+
+    def model_func(self, model: torch.nn.Module, batch: Any) -> ModelReturn:
+        """One forward pass and its loss."""
+        raise NotImplementedError(f"{type(self).__name__}.model_func(model, batch) must be written")
+
+    def collate(self, samples: list[Any]) -> Any:
+        """One batch of a list of samples; torch's default_collate unless overridden."""
+        from torch.utils.data import default_collate
+
+        return default_collate(samples)
+
+    def to_device(self, batch: Any, device: torch.device) -> Any:
+        """The batch with every tensor on `device`, copied without blocking."""
+        return move_to(batch, device)
+
+    def predict(self, model: torch.nn.Module, batch: Any) -> Any:
+        """Predictions of one batch: a list or tensor with one entry for each sample, in order.
+
+        Not overridden: evaluation reports the mean loss of `model_func` over the split.
+        """
+        raise NotImplementedError
+
+    def score(self, predictions: list[Any], dataset: Any) -> dict[str, float]:
+        """Metrics of all predictions, which come in the order of `dataset`."""
+        raise NotImplementedError(f"{type(self).__name__} has predict(model, batch) but no score(predictions, dataset)")
+
+    def has_predict(self) -> bool:
+        return type(self).predict is not Task.predict
+
+
+def move_to(batch: Any, device: torch.device) -> Any:
+    """`batch` with the tensors in its tuples, lists, dicts and dataclasses on `device`."""
+    import torch
+
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return type(batch)((key, move_to(value, device)) for key, value in batch.items())
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(move_to(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(move_to(value, device) for value in batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        fields = {f.name: move_to(getattr(batch, f.name), device) for f in dataclasses.fields(batch)}
+        return dataclasses.replace(batch, **fields)
+    return batch
+
+
+def load_task_class(path: str) -> type[Task]:
+    """The Task class that a dotted path `pkg.module:Class` names.
+
+    The current folder is searched too, so that a file beside the YAML's command works.
+    """
+    module_name, colon, class_name = path.partition(":")
+    if not colon or not module_name or not class_name:
+        raise TaskError(f"TASK is {path!r}; write it as pkg.module:Class, for example raytrain.tasks.digits:DigitsTask")
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise TaskError(
+            f"TASK {path!r}: importing {module_name!r} failed: {type(error).__name__}: {error}. "
+            f"Searched: the current folder {here} and the installed packages."
+        ) from error
+    task_class = getattr(module, class_name, None)
+    if task_class is None:
+        known = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, Task) and v is not Task]
+        raise TaskError(f"TASK {path!r}: {module_name} has no {class_name!r}; its tasks are {known or 'none'}")
+    if not (isinstance(task_class, type) and issubclass(task_class, Task)):
+        raise TaskError(f"TASK {path!r} is not a subclass of raytrain.Task")
+    return task_class

@@ -1,0 +1,261 @@
+"""One worker process of a run: the one place where its parts are put together.
+
+`run_job` is the same in-process and under Ray Train; a Control tells it what the outside wants.
+`train_loop_per_worker` is what Ray Train calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raytrain import loop
+from raytrain.config import Config, dump_config
+from raytrain.control import Control, RayControl
+from raytrain.errors import PreflightError
+from raytrain.failure import failure_of
+from raytrain.feed import Feed, check_dataset
+from raytrain.journal import Journal
+from raytrain.progress import Plan, Progress
+from raytrain.records import header_lines, model_lines
+from raytrain.resume import Origin, bring, choose, compare
+from raytrain.runfolder import RunFolder
+from raytrain.state import RunState, build_run, load_pretrained
+from raytrain.store import Store
+from raytrain.task import Task, load_task_class
+from raytrain.world import World
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a launch asks of every worker.
+
+    start: "auto" (newest verified checkpoint of the run folder, else step 0), "fresh", or the path
+           of a checkpoint. The latter two hold until this launch has saved: when Ray starts the
+           workers again, they go on from there.
+    """
+
+    cfg: Config
+    run_uri: str
+    launch: str
+    use_gpu: bool
+    virtual_workers: int
+    start: str = "auto"
+    allow_config_change: bool = False
+    pretrained: str | None = None
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a job ended: status "finished" or "stopped", and where."""
+
+    status: str
+    progress: Progress
+    metrics: dict[str, float]
+    best: dict[str, Any] | None
+
+
+def run_job(job: Job, world: World, control: Control) -> Outcome:
+    """Collective. Build the run, bring it to where it stands, and train it."""
+    cfg = job.cfg
+    prepare_torch(cfg.SCALE.THREADS, world.device)
+    task = load_task_class(cfg.TASK)(cfg)
+    datasets = build_datasets(task)
+    run = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), world), world)
+    feed = Feed(task, datasets, run.plan, world, cfg.LOADER, cfg.SEED, evaluation_epochs(cfg, datasets))
+    control.place = lambda: place_of(run, feed)
+    with contextlib.ExitStack() as stack:
+        folder = RunFolder(job.run_uri)
+        stack.callback(folder.close)
+        store = Store(folder.storage, cfg.CHECKPOINT, job.launch)
+        if world.is_first:
+            stack.enter_context(folder.locked())
+            store.clean_leftovers()
+        origin, notes = bring_to_start(run, store, job)
+        if run.unevaluated is not None and not feed.evaluate_after(run.progress.epoch):
+            run.unevaluated = None
+        journal = open_journal(folder, run, job, control, origin, notes)
+        stack.callback(journal.close)
+        stack.callback(feed.close)
+        began = time.monotonic()
+        done = loop.train_model(run, task, feed, store, journal, control)
+        status = "finished" if done else "stopped"
+        if world.is_first:
+            write_end(journal, run, store, status, time.monotonic() - began)
+        return Outcome(status, run.progress, run.metrics, run.best)
+
+
+def device_here(cfg: Config) -> torch.device:
+    """The device for training in this process."""
+    wanted = cfg.SCALE.USE_GPU
+    use_gpu = torch.cuda.is_available() if wanted == "auto" else bool(wanted)
+    if use_gpu and not torch.cuda.is_available():
+        raise PreflightError("SCALE.USE_GPU is true, but torch finds no GPU here; use --no_gpu")
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def prepare_torch(threads: int, device: torch.device) -> None:
+    """Fix what changes the order of floating-point sums: thread count, and cuDNN's choice of kernels."""
+    torch.set_num_threads(threads)
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def build_datasets(task: Task) -> dict[str, Any]:
+    """The data sets by split; "val" is left out where the task has none."""
+    datasets = {"train": task.build_dataset("train")}
+    check_dataset(datasets["train"], "train", task)
+    val = task.build_dataset("val")
+    if val is not None:
+        check_dataset(val, "val", task)
+        datasets["val"] = val
+    return datasets
+
+
+def plan_of(cfg: Config, num_samples: int, world: World) -> Plan:
+    """How the data is cut into steps."""
+    optim_cfg = cfg.OPTIMIZATION
+    return Plan(
+        num_samples, optim_cfg.BATCH_SIZE_PER_GPU, world.virtual_workers, optim_cfg.ACCUMULATE, optim_cfg.NUM_EPOCHS
+    )
+
+
+def evaluation_epochs(cfg: Config, datasets: dict[str, Any]) -> Callable[[int], bool]:
+    """Whether the validation split is read once that many epochs are finished."""
+    every, last = cfg.EVAL.EVERY, cfg.OPTIMIZATION.NUM_EPOCHS
+    return lambda epoch: "val" in datasets and (epoch == last or (every is not None and epoch % every == 0))
+
+
+def bring_to_start(run: RunState, store: Store, job: Job) -> tuple[Origin | None, list[str]]:
+    """Collective. Bring `run` to where it goes on; rank 0 chooses. Returns the origin, and what a user should know."""
+    origin = None
+    if run.world.is_first:
+        origin = choose(store, job.start)
+    origin = run.world.broadcast_object(origin)
+    if origin is None:
+        if job.pretrained is None:
+            return None, []
+        taken, left = load_pretrained(run.model, job.pretrained)
+        rest = f"; left as built: {', '.join(left[:5])}{', ...' if len(left) > 5 else ''}" if left else ""
+        return None, [f"took {taken} of {taken + len(left)} tensors from {job.pretrained}{rest}"]
+    notes = [*origin.notes]
+    if origin.manifest is not None:
+        notes += compare(origin.manifest.config, run.config, job.allow_config_change, origin.path)
+    notes += bring(run, origin, job.allow_config_change)
+    if job.pretrained is not None:
+        notes.append(f"--pretrained_model {job.pretrained} is not used: the run resumes from {origin.path}")
+    if origin.manifest is not None and origin.manifest.metrics:
+        run.metrics = {k: float("nan") if v is None else v for k, v in origin.manifest.metrics.items()}
+        if store.is_better(run.metrics, run.best):
+            run.best = {"epoch": run.progress.epoch, "step": run.progress.step, "metrics": run.metrics}
+    elif origin.name is not None and run.progress.cursor == 0 and run.progress.epoch > 0:
+        run.unevaluated = origin.name
+    if run.world.is_first and job.start not in ("auto", "fresh"):
+        moved = store.supersede(run.progress.step)
+        if moved:
+            notes.append(f"newer checkpoints of this run folder are now in ckpt/superseded: {', '.join(moved)}")
+    return origin, notes
+
+
+def open_journal(
+    folder: RunFolder, run: RunState, job: Job, control: Control, origin: Origin | None, notes: list[str]
+) -> Journal:
+    """The run's journal, with what starts written down; on ranks other than 0 it goes nowhere."""
+    if not run.world.is_first:
+        return Journal([], job.cfg.LOG)
+    tag = "/".join(filter(None, [job.cfg.EXP_GROUP_PATH, f"{job.cfg.TAG}({job.cfg.EXTRA_TAG})"]))
+    log = folder.log_sink(time.time())
+    total_batch = run.plan.batch_size * run.plan.virtual_workers if run.plan.virtual_workers > 1 else None
+    for text in [*header_lines(job.arguments, run.config, total_batch), *model_lines(run.model), *notes]:
+        log.text(text)
+    folder.describe(dump_config(job.cfg), job.arguments)
+    journal = Journal([*folder.sinks(), log, control], job.cfg.LOG)
+    journal.run(
+        tag=tag,
+        launch=job.launch,
+        step=run.progress.step,
+        epoch=run.progress.epoch,
+        resumed_from=origin.path if origin else None,
+        steps_per_epoch=run.plan.steps_per_epoch,
+        num_epochs=run.plan.num_epochs,
+        num_samples=run.plan.num_samples,
+        batch_size=run.plan.batch_size,
+        accumulate=run.plan.accumulate,
+        virtual_workers=run.plan.virtual_workers,
+        num_workers=run.world.size if isinstance(control, RayControl) else 0,
+        device=run.world.device.type,
+        param_count=sum(p.numel() for p in run.model.parameters()),
+    )
+    for note in notes:
+        journal.write("event", event="note", message=note)
+    return journal
+
+
+def write_end(journal: Journal, run: RunState, store: Store, status: str, seconds: float) -> None:
+    """The last record of a launch: how it ended, and where everything is."""
+    newest, best = store.listed(), store.best()
+    journal.write(
+        "end",
+        status=status,
+        epoch=run.progress.epoch,
+        step=run.progress.step,
+        metrics=run.metrics,
+        best=run.best["metrics"] if run.best else None,
+        checkpoint=newest[0].name if newest else None,
+        best_checkpoint=best.name if best else None,
+        run_dir=store.storage.path_of(""),
+        seconds=seconds,
+    )
+
+
+def place_of(run: RunState, feed: Feed) -> dict[str, Any]:
+    """Where the run stands, for the failure screen: the step under way counts."""
+    return {
+        "epoch": run.progress.epoch,
+        "step": run.progress.step + 1,
+        "sample_ids": list(feed.current.ids) if feed.current else None,
+    }
+
+
+def train_loop_per_worker(config: dict[str, Any]) -> None:
+    """What Ray Train runs in every worker process; `config` holds the Job."""
+    import ray.train
+    import ray.train.torch
+
+    job: Job = config["job"]
+    rank = ray.train.get_context().get_world_rank()
+    logs = redirect_output(job.run_uri, rank)
+    control = RayControl(job.launch, job.run_uri, rank)
+    try:
+        device = ray.train.torch.get_device() if job.use_gpu else torch.device("cpu")
+        world = World.joined(job.virtual_workers, device)
+        outcome = run_job(job, world, control)
+    except BaseException as error:
+        control.failed(failure_of(error, rank, control.place(), logs))
+        raise
+    control.finished(dataclasses.asdict(outcome))
+
+
+def redirect_output(run_uri: str, rank: int) -> str:
+    """All that this process prints goes to a file of its own, whose path is returned; to Ray's behind a URI."""
+    if "://" in run_uri:
+        return "the Ray session's logs"
+    path = Path(run_uri) / "logs" / f"rank_{rank}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with open(path, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    return str(path)

@@ -1,0 +1,75 @@
+"""Where this process stands among the others, and the few collectives that training needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from raytrain.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """One process of `size`, hosting a contiguous block of the run's virtual workers.
+
+    `objects` is the process group for host-side objects (gloo also where tensors go by NCCL).
+    """
+
+    rank: int = 0
+    size: int = 1
+    virtual_workers: int = 1
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+    objects: Any = None
+
+    def __post_init__(self) -> None:
+        if self.size > self.virtual_workers:
+            raise ConfigError(
+                f"SCALE.NUM_WORKERS is {self.size}, but this run has {self.virtual_workers} virtual workers and each "
+                f"worker process needs at least one; use at most {self.virtual_workers} workers, "
+                f"or start a new run with SCALE.VIRTUAL_WORKERS: {self.size}"
+            )
+
+    @classmethod
+    def joined(cls, virtual_workers: int, device: torch.device) -> World:
+        """Collective. The world of the torch process group that already stands."""
+        objects = dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
+        return cls(dist.get_rank(), dist.get_world_size(), virtual_workers, device, objects)
+
+    @property
+    def block(self) -> range:
+        """The virtual workers that this process hosts."""
+        return range(self.rank * self.virtual_workers // self.size, (self.rank + 1) * self.virtual_workers // self.size)
+
+    @property
+    def is_first(self) -> bool:
+        """Rank 0 reads clocks, disks and journals for all."""
+        return self.rank == 0
+
+    def sum_(self, tensor: torch.Tensor) -> None:
+        """Collective. `tensor` becomes its sum over all processes, the same bits on each."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def broadcast_(self, tensor: torch.Tensor) -> None:
+        """Collective. `tensor` becomes rank 0's."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Collective. Rank 0's `value`, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.objects)
+        return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Collective. Every rank's `value` by rank, on rank 0; an empty list elsewhere."""
+        if self.size == 1:
+            return [value]
+        box = [None] * self.size if self.is_first else None
+        dist.gather_object(value, box, dst=0, group=self.objects)
+        return box or []

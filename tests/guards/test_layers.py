@@ -1,0 +1,124 @@
+"""Design decisions that a machine can check: imports point down, and Ray stays at the edge."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "raytrain"
+
+# A module may import those above it. A new module needs a place here.
+ORDER = [
+    "errors",
+    "failure",
+    "progress",
+    "yamltree",
+    "schema",
+    "overrides",
+    "tree",
+    "config",
+    "randomness",
+    "sampler",
+    "schedule",
+    "optim",
+    "clip",
+    "precision",
+    "sync_bn",
+    "storage",
+    "checkpoint",
+    "store",
+    "records",
+    "journal",
+    "runfolder",
+    "display",
+    "task",
+    "world",
+    "feed",
+    "engine",
+    "state",
+    "loop",
+    "resume",
+    "cluster",
+    "worker",
+    "launch",
+    "tune",
+    "cli",
+]
+RAY_AT = {"cluster", "worker", "launch", "tune"}
+CONFIG = {"yamltree", "schema", "overrides", "tree", "config"}
+WITHOUT_TORCH = {*CONFIG, "errors", "progress", "schedule", "storage", "records", "display"}
+FROM_THE_START = {"errors", "progress", "config", "task", "loop", "worker", "launch", "cluster", "cli"}
+
+MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"}
+every_module = pytest.mark.parametrize("name", list(MODULES))
+
+
+def tree(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text())
+
+
+def imports(name: str) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of each import in a module, those inside functions too.
+
+    `from raytrain.loop import train_model` gives raytrain.loop; `from raytrain import loop` gives raytrain.loop too.
+    """
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}.py:{node.lineno}: write imports in full, not relative"
+            if node.module == "raytrain":
+                yield from ((node.lineno, f"raytrain.{alias.name}") for alias in node.names)
+            else:
+                yield node.lineno, str(node.module)
+
+
+def offenders(name: str, packages: set[str]) -> list[str]:
+    return [f"{name}.py:{line}: {found}" for line, found in imports(name) if found.split(".")[0] in packages]
+
+
+def test_the_modules_of_the_design_exist_and_each_has_its_place():
+    assert set(MODULES) >= FROM_THE_START
+    assert not set(MODULES) - set(ORDER), "say in ORDER what these may import"
+
+
+@every_module
+def test_imports_point_down(name):
+    below = ORDER[: ORDER.index(name)]
+    for line, found in imports(name):
+        package, _, target = found.partition(".")
+        if package == "raytrain" and target not in ("", "__version__"):
+            assert target.split(".")[0] in below, f"{name}.py:{line} imports {found}, which is not below it"
+
+
+@every_module
+def test_only_the_edge_imports_ray(name):
+    assert name in RAY_AT or not offenders(name, {"ray"})
+
+
+@every_module
+def test_nothing_imports_the_tasks(name):
+    for line, found in imports(name):
+        assert not found.startswith("raytrain.tasks"), f"{name}.py:{line}: tasks arrive by dotted path"
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_TORCH))
+def test_pure_modules_do_without_torch(name):
+    assert not offenders(name, {"torch", "numpy"})
+
+
+def test_the_loop_draws_no_bar_opens_no_file_and_prints_nothing():
+    assert not offenders("loop", {"ray", "tqdm", "rich", "tensorboardX", "pathlib", "os", "logging"})
+    calls = [node.func.id for node in ast.walk(tree("loop")) if isinstance(node, ast.Call) and hasattr(node.func, "id")]
+    assert not {"open", "print", "input"} & set(calls)
+
+
+@pytest.mark.parametrize("name", ["raytrain", "raytrain.cli", "raytrain.config"])
+def test_help_and_bad_configs_need_not_wait_for_torch_or_ray(name):
+    heavy = ("torch", "ray", "pandas", "pyarrow", "tensorboardX", "sklearn")
+    code = f"import sys, {name}; print([heavy for heavy in {heavy} if heavy in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

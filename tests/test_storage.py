@@ -1,0 +1,205 @@
+"""Run folders: the same on a local disk and behind pyarrow, whole after a crash, and errors that say what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from raytrain.errors import StorageError
+from raytrain.storage import ArrowStorage, LocalStorage, Storage, open_storage, parse_temporary, temporary_name
+
+
+@pytest.fixture(params=["local", "arrow file", "arrow memory"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "local":
+        return open_storage(str(tmp_path / "run"))
+    import pyarrow.fs
+
+    if request.param == "arrow file":
+        return ArrowStorage(pyarrow.fs.LocalFileSystem(), f"{tmp_path}/run", f"file://{tmp_path}/run")
+    return ArrowStorage(pyarrow.fs._MockFileSystem(), "bucket/run", "mock://bucket/run")
+
+
+def test_files_come_back_as_they_were_written(storage: Storage) -> None:
+    storage.write_bytes("a/b/one", b"first")
+    storage.write_bytes("a/b/one", b"second")
+    with storage.open_write("a/two") as file:
+        file.write(b"xyz")
+    assert storage.read_bytes("a/b/one") == b"second"
+    with storage.open_read("a/two") as file:
+        assert file.read(2) == b"xy"
+    assert storage.size("a/two") == 3
+    assert storage.list("a") == ["b", "two"]
+    assert storage.list("") == ["a"]
+    assert storage.list("nothing/here") == []
+    assert storage.exists("a") and storage.exists("a/two") and not storage.exists("a/three")
+    with storage.local_copy("a/two") as path:
+        assert path.read_bytes() == b"xyz"
+
+
+def test_trees_are_renamed_and_removed(storage: Storage) -> None:
+    storage.write_bytes("old/one", b"1")
+    storage.write_bytes("old/two", b"2")
+    storage.rename_tree("old", "deep/new")
+    assert not storage.exists("old")
+    assert storage.list("deep/new") == ["one", "two"]
+    storage.remove_tree("deep/new/one")
+    assert storage.list("deep/new") == ["two"]
+    storage.remove_tree("deep/new")
+    storage.remove_tree("deep/new")
+    assert storage.list("deep") == []
+
+
+def test_files_travel_between_this_machine_and_the_run_folder(storage: Storage, tmp_path: Path) -> None:
+    local = tmp_path / "local.txt"
+    local.write_bytes(b"x" * 3_000_000)
+    storage.upload(local, "logs/copy.txt")
+    storage.download("logs/copy.txt", tmp_path / "back.txt")
+    assert (tmp_path / "back.txt").read_bytes() == local.read_bytes()
+
+
+def test_what_does_not_exist_is_a_storage_error_with_the_path(storage: Storage) -> None:
+    with pytest.raises(StorageError, match=r"run/none: cannot read"):
+        storage.read_bytes("none")
+    with pytest.raises(StorageError, match=r"run/none: cannot look at"):
+        storage.size("none")
+
+
+def test_a_file_url_is_a_local_folder_and_local_folders_are_absolute(tmp_path: Path, monkeypatch) -> None:
+    storage = open_storage(f"file://{tmp_path}/my%20run")
+    assert isinstance(storage, LocalStorage)
+    assert storage.local_path("x") == tmp_path / "my run" / "x"
+    monkeypatch.chdir(tmp_path)
+    relative = open_storage("output/run")
+    monkeypatch.chdir("/")
+    assert relative.path_of("ckpt") == str(tmp_path / "output/run/ckpt")
+
+
+def test_local_folders_do_not_import_pyarrow(tmp_path: Path) -> None:
+    code = (
+        "import sys; from raytrain.storage import open_storage; s = open_storage(sys.argv[1]);"
+        "s.write_bytes('a/b', b'1'); s.rename_tree('a', 'c'); s.remove_tree('c'); s.list('');"
+        "sys.exit('pyarrow' in sys.modules or 'torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 0
+
+
+def test_names_go_before_the_options_of_a_uri() -> None:
+    storage = ArrowStorage(None, "bucket/run", "s3://bucket/run/?region=eu-west-1")
+    assert storage.path_of("ckpt/x") == "s3://bucket/run/ckpt/x?region=eu-west-1"
+    assert storage.path_of("") == "s3://bucket/run?region=eu-west-1"
+    with pytest.raises(StorageError, match="not on a disk of this machine"):
+        storage.local_path("x")
+
+
+def test_an_unknown_scheme_says_what_is_legal() -> None:
+    with pytest.raises(StorageError, match=r"s4://b/x: pyarrow cannot open this.*such as s3://bucket/folder"):
+        open_storage("s4://b/x")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    storage.write_bytes("config.yaml", b"old")
+    with (
+        file_size_limit(100_000),
+        pytest.raises(StorageError, match=r"File too large.*Free some space or lower CHECKPOINT.KEEP_LAST"),
+    ):
+        storage.write_bytes("config.yaml", b"x" * 200_000)
+    assert storage.read_bytes("config.yaml") == b"old"
+    assert storage.list("") == ["config.yaml"]
+
+
+def test_a_full_disk_says_so() -> None:
+    storage = open_storage("/dev")
+    if not storage.exists("full"):
+        pytest.skip("this system has no /dev/full")
+    with (
+        pytest.raises(StorageError, match=r"/dev/full: cannot write: No space left on device. Free some space"),
+        storage.open_write("full") as file,
+    ):
+        file.write(b"x")
+
+
+def test_a_read_only_folder_says_so() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o555)
+        with as_somebody_without_rights():
+            with pytest.raises(StorageError, match=r"run: cannot make the folder: Permission denied. Give the user"):
+                open_storage(f"{folder}/run").makedirs("")
+            with pytest.raises(StorageError, match=r"cannot write: Permission denied. Give the user"):
+                open_storage(folder).write_bytes("config.yaml", b"x")
+
+
+def test_a_file_in_the_way_of_a_folder_says_so(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    storage = open_storage(str(tmp_path / "run"))
+    assert not storage.exists("ckpt")
+    with pytest.raises(StorageError, match="Something else stands at this path"):
+        storage.write_bytes("ckpt/x", b"1")
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("AWS Error NO_SUCH_BUCKET during HeadBucket operation", "Create the bucket or correct its name"),
+        ("AWS Error ACCESS_DENIED during PutObject operation: Access Denied", "Check the credentials"),
+        ("AWS Error UNKNOWN (HTTP status 403) during HeadObject operation", "Check the credentials"),
+        ("AWS Error NETWORK_CONNECTION: curlCode: 7, Could not connect to server", "Check the network"),
+    ],
+)
+def test_object_store_errors_say_what_to_do(text: str, advice: str) -> None:
+    class Refusing:
+        def get_file_info(self, _: object) -> None:
+            raise OSError(text)
+
+    with pytest.raises(StorageError, match=rf"s3://b/run/x: cannot look at: .*{advice}"):
+        ArrowStorage(Refusing(), "b/run", "s3://b/run").exists("x")
+
+
+def test_temporary_names_tell_whether_their_writer_lives() -> None:
+    assert parse_temporary("checkpoint_epoch_3") is None
+    own = temporary_name("writing", "ckpt/checkpoint_epoch_3")
+    folder, _, name = own.rpartition("/")
+    assert folder == "ckpt"
+    assert parse_temporary(name) == ("writing", "checkpoint_epoch_3", False)  # this process starts a run: not writing
+    code = "from raytrain.storage import temporary_name; print(temporary_name('trash', 'x'), flush=True); input()"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdin and other.stdout
+        name = other.stdout.readline().strip()
+        if Path("/proc/self/stat").exists():
+            assert parse_temporary(name) == ("trash", "x", True)
+        other.stdin.close()
+        other.wait()
+        assert parse_temporary(name) == ("trash", "x", False)
+
+
+@contextlib.contextmanager
+def file_size_limit(size_bytes: int) -> Iterator[None]:
+    """As on a full disk, writes fail beyond this size."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def as_somebody_without_rights() -> Iterator[None]:
+    """Root may write everywhere, so it steps down meanwhile."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
