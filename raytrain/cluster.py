@@ -10,7 +10,6 @@ import shutil
 import signal
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,43 +32,45 @@ QUIET = {
 
 
 @contextlib.contextmanager
-def connected(address: str | None) -> Iterator[None]:
-    """A Ray cluster for the time of the block: the one at `address`, else one of our own on this machine."""
+def connected(address: str | None, num_cpus: int | None = None) -> Iterator[None]:
+    """A Ray cluster for the time of the block.
+
+    The one that this process is already connected to; else the one at `address`; else one of our
+    own on this machine (of num_cpus CPUs, its real ones unless given), of which nothing is left.
+    """
+    import ray
+
+    if ray.is_initialized():
+        if address is not None:
+            raise PreflightError(
+                f"--address {address}: this process is already connected to Ray; leave the address out to use that"
+            )
+        yield
+        return
     kept = {name: os.environ.get(name) for name in QUIET}
     os.environ.update({name: value for name, value in QUIET.items() if kept[name] is None})
+    own_handler = signal.getsignal(signal.SIGTERM)  # ray.init puts its own in place
     temp_dir = None
     try:
-        import ray
-
-        if ray.is_initialized():
-            if address is not None:
-                raise PreflightError(
-                    f"--address {address}: this process is already connected to Ray; leave the address out to use that"
-                )
-            yield
-            return
-        own_handler = signal.getsignal(signal.SIGTERM)  # Ray puts its own in place
         if address is None:
             remove_stale_temp_dirs()
             # Sockets lie below it and their paths may not pass 107 characters, so it is not in TMPDIR.
             temp_dir = tempfile.mkdtemp(prefix=f"{TEMP_PREFIX}{os.getpid()}-", dir="/tmp")
             ray.init(
                 address="local",
+                num_cpus=num_cpus,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                configure_logging=True,
                 _temp_dir=temp_dir,
             )
         else:
             join(address)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, own_handler)
-        try:
-            yield
-        finally:
-            ray.shutdown()
+        yield
     finally:
+        ray.shutdown()
         if temp_dir is not None:
             shutil.rmtree(temp_dir, ignore_errors=True)
         for name, value in kept.items():
@@ -132,10 +133,7 @@ def check_resources(num_workers: int, per_worker: dict[str, float]) -> None:
     import ray
 
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    fits = sum(
-        min((int(node.get(name, 0.0) / need + 1e-9) for name, need in per_worker.items() if need > 0), default=10**9)
-        for node in nodes
-    )
+    fits = sum(room(node, per_worker) for node in nodes)
     if fits >= num_workers:
         return
     total = ray.cluster_resources()
@@ -151,6 +149,18 @@ def check_resources(num_workers: int, per_worker: dict[str, float]) -> None:
         f"this cluster of {len(nodes)} node{'s' if len(nodes) != 1 else ''} can never hold {num_workers} workers, "
         f"only {fits}:\n" + "\n".join(lines) + f"\nWhat to do: {fix}"
     )
+
+
+def room(resources: dict[str, float], per_worker: dict[str, float]) -> int:
+    """How many workers fit into these resources."""
+    return min(int(resources.get(name, 0.0) / need + 1e-9) for name, need in per_worker.items() if need > 0)
+
+
+def free_workers(per_worker: dict[str, float]) -> int:
+    """How many workers the cluster has room for at this moment, at most."""
+    import ray
+
+    return room(ray.available_resources(), per_worker)
 
 
 def check_reachable(run_uri: str) -> None:
@@ -228,4 +238,4 @@ def wait_reason(per_worker: dict[str, float], num_workers: int) -> str:
     parts = [
         f"{name} {need * num_workers:g} ({free.get(name, 0.0):g} free)" for name, need in per_worker.items() if need
     ]
-    return f"{time.strftime('%H:%M:%S')} waiting for the cluster: {', '.join(parts)}"
+    return f"the cluster has no room yet: {', '.join(parts)}"

@@ -30,7 +30,7 @@ from raytrain.world import World
 Show = Callable[[Record], None]
 
 POLL_S = 0.2  # how often records are fetched from the workers
-NOTICE_S = 20.0  # after which a run that waits for resources says so
+NOTICE_S = 10.0  # how often a run that waits for resources says so
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +160,8 @@ def run_on_ray(start: Start, stop: threading.Event, show: Show) -> str:
         per_worker = cluster.resources_per_worker(job.cfg.SCALE, use_gpu)
         cluster.check_resources(num_workers, per_worker)
         cluster.check_reachable(start.run_dir)
+        # Ray would take up from its own list, which may name checkpoints that retention has removed (RAY.md F6, F36).
+        start.store.storage.remove_tree("checkpoint_manager_snapshot.json")
         mailbox = Mailbox(job.launch)
         try:
             return "stopped" if stop.is_set() else fit(job, per_worker, mailbox, stop, show)
@@ -169,6 +171,9 @@ def run_on_ray(start: Start, stop: threading.Event, show: Show) -> str:
 
 def fit(job: Job, per_worker: dict[str, float], mailbox: Mailbox, stop: threading.Event, show: Show) -> str:
     """Ray Train's fit in a thread, while this one shows records and passes on the wish to stop."""
+    scale = job.cfg.SCALE
+    assert scale.NUM_WORKERS is not None  # Start.job has settled it
+    crowded = cluster.free_workers(per_worker) < scale.NUM_WORKERS
     trainer, raised = ray_trainer(job, per_worker), []
 
     def run_fit() -> None:
@@ -179,8 +184,6 @@ def fit(job: Job, per_worker: dict[str, float], mailbox: Mailbox, stop: threadin
 
     thread = threading.Thread(target=run_fit, name="raytrain-fit", daemon=True)
     thread.start()
-    scale = job.cfg.SCALE
-    assert scale.NUM_WORKERS is not None  # Start.job has settled it
     inbox, asked, notice_at = Inbox(mailbox, show), False, time.monotonic() + NOTICE_S
     while thread.is_alive():
         thread.join(POLL_S)
@@ -191,7 +194,7 @@ def fit(job: Job, per_worker: dict[str, float], mailbox: Mailbox, stop: threadin
             asked = True
             if inbox.last_number == 0:
                 return "stopped"  # no worker has begun: nothing to save
-        if inbox.last_number == 0 and time.monotonic() > notice_at:
+        if crowded and inbox.last_number == 0 and time.monotonic() > notice_at:
             notice_at += NOTICE_S
             inbox.say("waiting", cluster.wait_reason(per_worker, scale.NUM_WORKERS))
     inbox.fetch()
@@ -206,7 +209,6 @@ class Inbox:
 
     def __init__(self, mailbox: Mailbox, show: Show) -> None:
         self._mailbox, self._show = mailbox, show
-        self._launches = 0
         self.last_number = 0
 
     def fetch(self) -> None:

@@ -115,7 +115,8 @@ class Store:
         if not math.isfinite(metrics[metric]):
             return False
         sign = 1 if self.policy.MODE == "max" else -1
-        return best is None or sign * metrics[metric] > sign * best["metrics"][metric]
+        before = best["metrics"].get(metric) if best else None  # None too if METRIC was another then
+        return before is None or sign * metrics[metric] > sign * before
 
     def load(self, name: str, map_location: Any = "cpu") -> dict[str, Any]:
         """The payload of checkpoint `name`, verified as it is read."""

@@ -42,12 +42,16 @@ ORDER = [
     "loop",
     "resume",
     "cluster",
+    "control",
     "worker",
+    "start",
     "launch",
+    "evaluation",
     "tune",
     "cli",
+    "__main__",
 ]
-RAY_AT = {"cluster", "worker", "launch", "tune"}
+RAY_AT = {"cluster", "control", "worker", "launch", "tune"}
 CONFIG = {"yamltree", "schema", "overrides", "tree", "config"}
 WITHOUT_TORCH = {*CONFIG, "errors", "progress", "schedule", "storage", "records", "display"}
 FROM_THE_START = {"errors", "progress", "config", "task", "loop", "worker", "launch", "cluster", "cli"}
