@@ -14,6 +14,7 @@ import json
 import math
 import pickle
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
@@ -258,7 +259,8 @@ def _write_files(storage: Storage, folder: str, payload: dict[str, Any], manifes
 
 def _load(file: IO[bytes], path: str, map_location: Any) -> dict[str, Any]:
     try:
-        with torch.serialization.safe_globals(_numpy_scalars()):
+        with torch.serialization.safe_globals(_numpy_scalars()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what cannot be read is told below
             payload = torch.load(file, map_location=map_location, weights_only=True)
     except torch.OutOfMemoryError:
         raise
@@ -270,7 +272,10 @@ def _load(file: IO[bytes], path: str, map_location: Any) -> dict[str, Any]:
             ) from error
         said = str(error).rpartition("WeightsUnpickler error:")[2].strip()  # before it: how to load it unsafely
         what = (said or "it ends too early").splitlines()[0]
-        raise CheckpointError(f"{path}: not a readable checkpoint: {type(error).__name__}: {what}") from error
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint: {type(error).__name__}: {what}. "
+            "Give a file that torch.save wrote, whole; other pickles could run code and are not loaded"
+        ) from error
     if not isinstance(payload, dict) or not isinstance(payload.get("model_state"), dict):
         found = f"the keys {list(payload)[:8]}" if isinstance(payload, dict) else f"a {type(payload).__name__}"
         raise CheckpointError(f"{path}: it should hold a dict with 'model_state', but holds {found}")

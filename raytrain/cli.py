@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from raytrain import __version__
-from raytrain.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, ConfigError, RaytrainError
+from raytrain.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USAGE, ConfigError, RaytrainError
 
-# Flags of the heritage that set a config key: name -> (type, key, help).
-CONFIG_FLAGS: dict[str, tuple[Any, str, str]] = {
-    "--epochs": (int, "OPTIMIZATION.NUM_EPOCHS", "epochs to train, also the length of the schedule"),
-    "--workers": (int, "LOADER.WORKERS", "loader processes of each worker"),
-    "--extra_tag": (str, "EXTRA_TAG", "last part of the run folder"),
-    "--ckpt_save_interval": (int, "CHECKPOINT.EVERY_EPOCHS", "epochs between checkpoints"),
-    "--max_ckpt_save_num": (int, "CHECKPOINT.KEEP_LAST", "checkpoints to keep"),
-    "--ckpt_save_time_interval": (float, "CHECKPOINT.EVERY_SECONDS", "seconds between checkpoints within an epoch"),
-    "--logger_iter_interval": (int, "LOG.LINE_EVERY", "steps between log lines"),
-    "--num_workers": (int, "SCALE.NUM_WORKERS", "worker processes; 0 trains in this process, without Ray"),
-    "--output": (str, "OUTPUT", "root of the run folders: a folder, or a URI such as s3://bucket/path"),
-    "--seed": (int, "SEED", "seed of all that is random"),
+# Flags that set a config key: name -> (what its value is, key, help). The schema checks the value.
+CONFIG_FLAGS: dict[str, tuple[str, str, str]] = {
+    "--epochs": ("N", "OPTIMIZATION.NUM_EPOCHS", "epochs to train, also the length of the schedule"),
+    "--workers": ("N", "LOADER.WORKERS", "loader processes of each worker"),
+    "--extra_tag": ("NAME", "EXTRA_TAG", "last part of the run folder"),
+    "--ckpt_save_interval": ("N", "CHECKPOINT.EVERY_EPOCHS", "epochs between checkpoints"),
+    "--max_ckpt_save_num": ("N", "CHECKPOINT.KEEP_LAST", "checkpoints to keep"),
+    "--ckpt_save_time_interval": ("SECONDS", "CHECKPOINT.EVERY_SECONDS", "seconds between checkpoints within an epoch"),
+    "--logger_iter_interval": ("N", "LOG.LINE_EVERY", "steps between log lines"),
+    "--num_workers": ("N", "SCALE.NUM_WORKERS", "worker processes; 0 trains in this process, without Ray"),
+    "--output": ("PATH", "OUTPUT", "root of the run folders: a folder, or a URI such as s3://bucket/path"),
+    "--seed": ("N", "SEED", "seed of all that is random"),
 }
 SWITCHES: dict[str, tuple[str, str, str]] = {
     "--sync_bn": ("OPTIMIZATION.SYNC_BN", "true", "BatchNorm over the samples of all workers"),
@@ -30,11 +32,14 @@ SWITCHES: dict[str, tuple[str, str, str]] = {
     "--no_gpu": ("SCALE.USE_GPU", "false", "train on the CPU"),
 }
 # Flags of the heritage that have nothing left to do: name -> (takes a value, what is so instead).
-VOID_FLAGS: dict[str, tuple[bool, str]] = {
+LAUNCHERS_FLAGS: dict[str, tuple[bool, str]] = {
     "--launcher": (True, "Ray places the workers (--num_workers, --address)"),
     "--tcp_port": (True, "Ray finds the ports"),
     "--local_rank": (True, "Ray gives each worker its rank"),
     "--local-rank": (True, "Ray gives each worker its rank"),
+}
+VOID_FLAGS: dict[str, tuple[bool, str]] = {
+    **LAUNCHERS_FLAGS,
     "--fix_random_seed": (False, "every run is seeded (--seed)"),
     "--merge_all_iters_to_one_epoch": (False, "loader workers live all run and read ahead across epochs anyway"),
     "--max_waiting_mins": (True, "evaluation runs inside training (EVAL.EVERY) and waits for nothing"),
@@ -44,11 +49,26 @@ VOID_FLAGS: dict[str, tuple[bool, str]] = {
     "--use_tqdm_to_record": (False, "the live line is always there"),
     "--wo_gpu_stat": (False, "no gpustat is called"),
 }
+ALL_EPOCHS = "every epoch is evaluated while it is trained (EVAL.EVERY); journal.jsonl holds the results"
+VOID_EVAL_FLAGS: dict[str, tuple[bool, str]] = {
+    **LAUNCHERS_FLAGS,
+    "--eval_all": (False, ALL_EPOCHS),
+    "--ckpt_dir": (True, ALL_EPOCHS),
+    "--start_epoch": (True, ALL_EPOCHS),
+    "--max_waiting_mins": (True, "nothing is waited for"),
+    "--infer_time": (False, "time is not measured"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0 finished, 1 failed, 2 bad usage or config, 75 stopped and saved."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].replace("-", "_").strip("_"), vars(args), n=1)
+        hint = f"; did you mean --{near[0]}?" if near else ""
+        parser.prog = f"raytrain {args.command}"
+        parser.error(f"{unknown[0]} is unknown{hint}")
     try:
         return int(args.run(args))
     except RaytrainError as error:
@@ -59,16 +79,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="raytrain", description="Train PyTorch models on Ray from one YAML file.", allow_abbrev=False
-    )
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line, without all the flags there are."""
+
+    def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ").rstrip(".")
+        self.exit(EXIT_USAGE, f"raytrain: {message}{'' if message.endswith('?') else '.'} See {self.prog} --help\n")
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="raytrain", description="Train PyTorch models on Ray from one YAML file.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"raytrain {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
 
     train = commands.add_parser("train", help="train, or go on training", allow_abbrev=False)
     add_config_arguments(train)
-    train.add_argument("--batch_size", type=int, metavar="N", help="samples of a step over all virtual workers")
+    train.add_argument("--batch_size", type=count, metavar="N", help="samples of a step over all virtual workers")
     train.add_argument("--address", metavar="HOST:PORT", help="join this Ray cluster (auto: the one on this machine)")
     train.add_argument(
         "--resume",
@@ -80,19 +106,22 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--overwrite", action="store_true", help="with --resume never: a run in the folder gives way")
     train.add_argument("--pretrained_model", metavar="PATH", help="weights to begin with, where names and shapes fit")
     train.add_argument(
-        "--allow-config-change", action="store_true", help="resume under a batch size, seed ... that was not the run's"
+        "--allow-config-change",
+        "--allow_config_change",
+        action="store_true",
+        help="resume under a batch size, seed ... that was not the run's",
     )
-    for flag, (takes_value, reason) in VOID_FLAGS.items():
-        train.add_argument(flag, nargs="?" if takes_value else 0, action=_Void, help=argparse.SUPPRESS, const=reason)
+    add_void_arguments(train, VOID_FLAGS)
     add_set_argument(train)
     train.set_defaults(run=run_train)
 
     evaluate = commands.add_parser("eval", help="evaluate a checkpoint", allow_abbrev=False)
     add_config_arguments(evaluate)
     evaluate.add_argument("--ckpt", metavar="PATH", help="the checkpoint; else the run's best one, else its newest")
-    evaluate.add_argument("--batch_size", type=int, metavar="N", help="samples at a time")
+    evaluate.add_argument("--batch_size", type=count, metavar="N", help="samples at a time")
     evaluate.add_argument("--eval_tag", default="default", help="last part of the folder for the results")
     evaluate.add_argument("--save_to_file", action="store_true", help="write the predictions too, as predictions.pt")
+    add_void_arguments(evaluate, VOID_EVAL_FLAGS)
     add_set_argument(evaluate)
     evaluate.set_defaults(run=run_eval)
 
@@ -106,9 +135,14 @@ def build_parser() -> argparse.ArgumentParser:
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg_file", required=True, metavar="YAML", help="the config of the run")
     for flag, (kind, key, text) in CONFIG_FLAGS.items():
-        parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=f"{text} ({key})")
+        parser.add_argument(flag, metavar=kind, help=f"{text} ({key})")
     for flag, (key, _, text) in SWITCHES.items():
         parser.add_argument(flag, action="store_true", help=f"{text} ({key})")
+
+
+def add_void_arguments(parser: argparse.ArgumentParser, flags: dict[str, tuple[bool, str]]) -> None:
+    for flag, (takes_value, reason) in flags.items():
+        parser.add_argument(flag, nargs="?" if takes_value else 0, action=_Void, help=argparse.SUPPRESS, const=reason)
 
 
 def add_set_argument(parser: argparse.ArgumentParser) -> None:
@@ -120,6 +154,13 @@ def add_set_argument(parser: argparse.ArgumentParser) -> None:
         metavar="KEY VALUE",
         help="any config keys, dotted: --set OPTIMIZATION.LR 1e-3 MODEL.WIDTH 32 (must come last)",
     )
+
+
+def count(word: str) -> int:
+    """The type of a flag that counts something."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number >= 1")
+    return int(word)
 
 
 class _Void(argparse.Action):
@@ -134,16 +175,11 @@ def load(args: argparse.Namespace) -> Any:
     from raytrain.config import load_config
 
     if args.use_gpu and args.no_gpu:
-        raise ConfigError("--use_gpu and --no_gpu are both given")
-    words: list[str] = []
-    for flag, (_, key, _) in CONFIG_FLAGS.items():
-        value = getattr(args, flag[2:])
-        if value is not None:
-            words += [key, str(value)]
-    for flag, (key, value, _) in SWITCHES.items():
-        if getattr(args, flag[2:]):
-            words += [key, value]
-    return load_config(args.cfg_file, [*words, *args.set_words])
+        raise ConfigError("--use_gpu and --no_gpu are both given; give one of them")
+    given = vars(args)
+    flags = [(flag, key, given[flag[2:]]) for flag, (_, key, _) in CONFIG_FLAGS.items() if given[flag[2:]] is not None]
+    flags += [(flag, key, word) for flag, (key, word, _) in SWITCHES.items() if given[flag[2:]]]
+    return load_config(args.cfg_file, args.set_words, flags)
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -162,7 +198,7 @@ def run_train(args: argparse.Namespace) -> int:
             allow_config_change=args.allow_config_change,
             pretrained=args.pretrained_model,
             batch_size=args.batch_size,
-            arguments={k: v for k, v in vars(args).items() if k != "run"},
+            arguments={k: v for k, v in vars(args).items() if k not in ("run", "command")},
         ),
     )
     if result.status == "complete":
@@ -189,7 +225,10 @@ def run_eval(args: argparse.Namespace) -> int:
 def run_show_config(args: argparse.Namespace) -> int:
     from raytrain.config import dump_config
 
-    print(dump_config(load(args)), end="")
+    try:
+        print(dump_config(load(args)), end="", flush=True)
+    except BrokenPipeError:  # `raytrain show-config ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at exit has a place to go
     return EXIT_FINISHED
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,11 @@ from typing import Any
 from raytrain.errors import PreflightError
 
 TEMP_PREFIX = "raytrain-ray-"
+
+ANSWER_S = 5.0  # a Ray head that has not answered by then is not there
+# Ray heads speak gRPC: a client's first bytes, and the type of the frame that comes back first (RFC 9113, 3.4).
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+HTTP2_SETTINGS = bytes([4])
 
 # Set where the user has not: each is read by Ray in the driver and handed on to its workers.
 QUIET = {
@@ -38,6 +44,8 @@ def connected(address: str | None, num_cpus: int | None = None) -> Iterator[None
     The one that this process is already connected to; else the one at `address`; else one of our
     own on this machine (of num_cpus CPUs, its real ones unless given), of which nothing is left.
     """
+    if address is not None:
+        check_address(address)
     import ray
 
     if ray.is_initialized():
@@ -79,14 +87,9 @@ def connected(address: str | None, num_cpus: int | None = None) -> Iterator[None
 
 
 def join(address: str) -> None:
-    """Connect to the cluster at `address`, or a PreflightError within seconds that says why not."""
+    """Connect to the cluster at `address`, or a PreflightError that says why not."""
     import ray
 
-    if address.startswith("ray://"):
-        raise PreflightError(
-            f"--address {address}: training does not run through Ray Client; start it on the cluster with "
-            f"`ray job submit --address http://HEAD:8265 -- raytrain train ...`, or give HEAD:6379"
-        )
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
@@ -99,6 +102,33 @@ def join(address: str) -> None:
         raise PreflightError(
             f"--address {address}: no Ray cluster answers there ({first_line}). Start one with "
             f"`ray start --head`, or leave --address out to use this machine alone.{token}"
+        ) from error
+
+
+def check_address(address: str, patience_s: float = ANSWER_S) -> None:
+    """PreflightError unless a Ray head answers at `address`: ray.init would try for minutes, and print of it."""
+    if address.startswith("ray://"):
+        raise PreflightError(
+            f"--address {address}: training does not run through Ray Client; start it on the cluster with "
+            f"`ray job submit --address http://HEAD:8265 -- raytrain train ...`, or give HEAD:6379"
+        )
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", address)
+    if address == "auto":
+        return  # Ray looks for one on this machine, and says at once if there is none
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise PreflightError(f"--address {address}: this is no address of a Ray head; write HOST:PORT, or auto")
+    fix = "Start one with `ray start --head`, or leave --address out to use this machine alone"
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=patience_s) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") not in ("1", "true"):
+                connection.sendall(HTTP2_GREETING)
+                if connection.recv(9)[3:4] != HTTP2_SETTINGS:
+                    raise PreflightError(f"--address {address}: what answers there is no Ray head. {fix}")
+    except OSError as error:
+        raise PreflightError(
+            f"--address {address}: no Ray cluster answers there ({error.strerror or error}). {fix}"
         ) from error
 
 
@@ -143,6 +173,9 @@ def check_resources(num_workers: int, per_worker: dict[str, float]) -> None:
         if need > 0
     ]
     fix = "use fewer workers (--num_workers), or less each (--set SCALE.CPUS_PER_WORKER 0.5)"
+    absent = [name for name, need in per_worker.items() if need > 0 and name not in total]
+    if absent:
+        fix = f"take {absent[0]} out of SCALE.RESOURCES, or start nodes that have it (ray start --resources)"
     if per_worker.get("GPU", 0) > total.get("GPU", 0.0):
         fix = "train on the CPU (--no_gpu), or join a cluster with GPUs (--address)"
     raise PreflightError(

@@ -28,14 +28,19 @@ from raytrain.tree import Tree, plain
 from raytrain.yamltree import Node, dump_tree, node_of, read_tree
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), flags: Sequence[tuple[str, str, str]] = ()
+) -> Config:
     """The checked configuration of a YAML file and the `--set` words after it.
 
     overrides: dotted key, value, dotted key, value, ...
+    flags:     (flag, dotted key, value) of the command line's own flags, which `overrides` override
     Raises ConfigError, one line for each thing that is wrong.
     """
     path = Path(path)
     root = read_tree(path)
+    for flag, key, word in flags:
+        apply_overrides(root, [key, word], Config, flag)
     apply_overrides(root, overrides, Config)
     root.value.setdefault("TAG", Node(path.stem, root.where))
     root.value.setdefault("EXP_GROUP_PATH", Node(_group_path(path), root.where))

@@ -12,6 +12,7 @@ from typing import Any
 
 from raytrain.cluster import Mailbox
 from raytrain.records import Record
+from raytrain.storage import joined
 
 POST_S = 0.2  # how often rank 0 posts to the driver and asks whether it shall stop
 RECENT = 50
@@ -25,6 +26,10 @@ class Control:
 
     def __init__(self) -> None:
         self.place: Callable[[], dict[str, Any]] = dict
+
+    def begin(self, what: str) -> None:
+        """From now on it is `what` that fails, if something does."""
+        self.place = lambda: {"what": what}
 
     def now(self) -> float:
         return time.time()
@@ -131,7 +136,7 @@ class RayControl(Control):
             name, metrics = report
             checkpoint = None
             if name is not None:
-                path = f"{self._run_uri}/ckpt/{name}"
+                path = joined(self._run_uri, "ckpt", name)
                 checkpoint = Checkpoint(path) if "://" in path else Checkpoint.from_directory(path)
             # Anything but a finite float would end the run from within Ray's controller (RAY.md F4).
             clean = {k: float(v) for k, v in metrics.items() if math.isfinite(v)}

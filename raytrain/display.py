@@ -159,10 +159,10 @@ def end_text(end: Record) -> str:
 def failure_screen(failure: Mapping[str, Any]) -> str:
     """One screen on a failed worker: who, when, the user's own traceback, where the logs are.
 
-    failure: any of rank, step, epoch (from 0), sample_ids, error (one line), traceback (cleaned
-    text), logs (path); what is not known is left out or None.
+    failure: any of what (failed: "Training" if not said), rank, step, epoch (from 0), sample_ids, error (one
+    line), traceback (cleaned text), logs (path); what is not known is left out or None.
     """
-    head = "Training failed" + "".join(
+    head = f"{failure.get('what') or 'Training'} failed" + "".join(
         [
             f" on rank {failure['rank']}" if failure.get("rank") is not None else "",
             f" at step {failure['step']}" if failure.get("step") is not None else "",
@@ -177,7 +177,7 @@ def failure_screen(failure: Mapping[str, Any]) -> str:
     trace = str(failure.get("traceback") or failure.get("error") or "no traceback arrived: the process died").strip()
     logs = ["", f"Full logs: {failure['logs']}"] if failure.get("logs") else []
     room = SCREEN_LINES - len(lines) - len(logs) - 1
-    return "\n".join([*lines, "", *(f"  {line}" for line in _trimmed(trace.splitlines(), room)), *logs])
+    return "\n".join([*lines, "", *(f"  {line}".rstrip() for line in _trimmed(trace.splitlines(), room)), *logs])
 
 
 def _trimmed(lines: list[str], room: int) -> list[str]:

@@ -47,13 +47,13 @@ class Engine:
         grad_norm_clip: float | None,
         world: World,
     ) -> None:
+        self.model = model
         self.optimizer = optimizer
         self.precision = precision
         self.grad_norm_clip = grad_norm_clip
         self.world = world
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
         self.trainable = [p for p in model.parameters() if p.requires_grad]
-        self.buffers = [b for b in model.buffers() if b is not None and b.numel()]
         self.loss_sum = torch.zeros((), device=world.device)
         self._kept: list[torch.Tensor] = []
         self._first_done = False
@@ -65,7 +65,7 @@ class Engine:
             param.grad = None
         self.loss_sum = torch.zeros((), device=self.world.device)
         self._first_done = False
-        self._kept = [b.clone() for b in self.buffers] if len(self.world.block) > 1 else []
+        self._kept = self._copied_buffers() if len(self.world.block) > 1 else []
 
     @contextmanager
     def virtual_worker(self) -> Iterator[None]:
@@ -78,7 +78,7 @@ class Engine:
             self._first_done = True
             yield
             return
-        firsts = [b.clone() for b in self.buffers]
+        firsts = self._copied_buffers()
         self._set_buffers(self._kept)
         try:
             yield
@@ -87,7 +87,7 @@ class Engine:
 
     def backward(self, loss: torch.Tensor, share: float) -> None:
         """Add `share` of this loss's gradient (and of the loss, for the journal) to the step."""
-        self.loss_sum += loss.detach() * share
+        self.loss_sum = self.loss_sum + loss.detach() * share
         scaled: Any = self.precision.scaler.scale(loss * share)
         scaled.backward()
 
@@ -105,8 +105,15 @@ class Engine:
         scaler.update()
         return Stepped(self.loss_sum, grad_norm, granted)
 
+    def _buffers(self) -> list[torch.Tensor]:
+        """Looked up each time: a module may put another tensor in a buffer's place."""
+        return [buffer.detach() for buffer in self.model.buffers() if buffer.numel()]
+
+    def _copied_buffers(self) -> list[torch.Tensor]:
+        return [buffer.clone() for buffer in self._buffers()]
+
     def _set_buffers(self, values: list[torch.Tensor]) -> None:
-        for buffer, value in zip(self.buffers, values, strict=True):
+        for buffer, value in zip(self._buffers(), values, strict=True):
             buffer.copy_(value)
 
     def _combine(self, wishes: tuple[bool, ...]) -> tuple[bool, ...]:
@@ -156,10 +163,11 @@ class Engine:
 
     def _broadcast_buffers(self) -> None:
         """Collective. Every process gets rank 0's buffers, all dtypes in one message."""
-        if not self.buffers:
+        buffers = self._buffers()
+        if not buffers:
             return
-        packed = torch.cat([b.contiguous().reshape(-1).view(torch.uint8) for b in self.buffers])
+        packed = torch.cat([b.contiguous().reshape(-1).view(torch.uint8) for b in buffers])
         self.world.broadcast_(packed)
-        sizes = [b.numel() * b.element_size() for b in self.buffers]
-        for buffer, part in zip(self.buffers, packed.split(sizes), strict=True):
+        sizes = [b.numel() * b.element_size() for b in buffers]
+        for buffer, part in zip(buffers, packed.split(sizes), strict=True):
             buffer.copy_(part.clone().view(buffer.dtype).view_as(buffer))

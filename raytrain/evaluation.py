@@ -13,15 +13,18 @@ import torch
 from raytrain import loop
 from raytrain.config import Config, load_config, with_overrides
 from raytrain.errors import CheckpointError, TaskError
+from raytrain.failure import explains_itself, failure_of, keep_traceback
 from raytrain.feed import Feed
+from raytrain.launch import as_seen
 from raytrain.progress import Progress
+from raytrain.randomness import seed_all
 from raytrain.records import strict
 from raytrain.resume import load_origin, origin_at
 from raytrain.start import run_dir_of
 from raytrain.state import build_run, load_model_state
 from raytrain.storage import open_storage
 from raytrain.store import Store
-from raytrain.task import load_task_class
+from raytrain.task import make_task
 from raytrain.worker import build_datasets, device_here, plan_of, prepare_torch
 from raytrain.world import World
 
@@ -52,15 +55,26 @@ def evaluate(
         cfg = load_config(cfg)
     if batch_size is not None:
         cfg = with_overrides(cfg, ["OPTIMIZATION.BATCH_SIZE_PER_GPU", str(batch_size)])
-    storage = open_storage(run_dir_of(cfg))
+    run_dir = run_dir_of(cfg)
+    try:
+        return _evaluated(cfg, run_dir, checkpoint, eval_tag, save_predictions)
+    except Exception as error:
+        if explains_itself(error):
+            raise
+        raise as_seen(failure_of(error, 0, {"what": "The evaluation"}, keep_traceback(error, run_dir))) from error
+
+
+def _evaluated(cfg: Config, run_dir: str, checkpoint: str | None, eval_tag: str, save_predictions: bool) -> Evaluation:
+    storage = open_storage(run_dir)
     if checkpoint is None:
         store = Store(storage, cfg.CHECKPOINT, "")
         found = store.best() or store.latest_verified()[0]
         if found is None:
             raise CheckpointError(f"{storage.path_of('')} holds no checkpoint to evaluate; name one with --ckpt")
         checkpoint = found.path
-    task = load_task_class(cfg.TASK)(cfg)
-    datasets = build_datasets(task)
+    seed_all(cfg.SEED, "task")
+    task = make_task(cfg)
+    datasets = build_datasets(task, cfg.SEED)
     if "val" not in datasets:
         raise TaskError(f"{cfg.TASK}: build_dataset('val') gives None, so there is nothing to evaluate on")
     world = World(device=device_here(cfg))

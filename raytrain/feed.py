@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import multiprocessing
+import multiprocessing.queues
+import os
+import pickle
 import signal
 import sys
 import threading
 import time
-import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_convert
 
 from raytrain.errors import DataError, TaskError
+from raytrain.failure import users_traceback
 from raytrain.progress import Plan, Progress
 from raytrain.randomness import seed_all
 from raytrain.sampler import epoch_order, step_samples
@@ -62,7 +65,7 @@ class KeyedBatches(Dataset[Any]):
     def __getitem__(self, key: BatchKey) -> tuple[BatchKey, Any]:
         """The key and its batch, or a DataError in the batch's place (raised in the training process)."""
         dataset = self.datasets[key.split]
-        where = f"data set {key.split!r}, epoch {key.epoch}"
+        where = f"data set {key.split!r}"
         try:
             if self.epochs.get(key.split) != key.epoch:
                 self.epochs[key.split] = key.epoch
@@ -70,15 +73,18 @@ class KeyedBatches(Dataset[Any]):
                     dataset.set_epoch(key.epoch)
             samples = []
             for sample_id in key.ids:
-                where = f"sample {sample_id} of data set {key.split!r}, epoch {key.epoch}"
+                where = f"sample {sample_id} of data set {key.split!r}"
                 seed_all(self.seed, "sample", key.split, key.epoch, sample_id)
                 samples.append(dataset[sample_id])
-            where = f"collate of samples {list(key.ids)} of data set {key.split!r}, epoch {key.epoch}"
+            where = f"collate of {len(key.ids)} samples of data set {key.split!r}"
             seed_all(self.seed, "collate", key.split, key.epoch, key.ids[0])
             return key, default_convert(self.task.collate(samples))
         except Exception as error:
-            lines = traceback.format_exception(type(error), error, error.__traceback__)
-            return key, DataError(f"{where}: {type(error).__name__}: {error}\n\n{''.join(lines).rstrip()}")
+            told = f"{where}: {type(error).__name__}: {error}"
+            if where.startswith("collate") and type(self.task).collate is Task.collate:
+                named = type(self.task).__name__
+                return key, DataError(f"{told}\n\nWrite {named}.collate(samples) to make one batch of such samples")
+            return key, DataError(f"{told}\n\n{users_traceback(error)}")
 
 
 class Feed:
@@ -119,8 +125,16 @@ class Feed:
             multiprocessing_context=_loader_context(type(self.task).__module__) if workers else None,
             worker_init_fn=_init_loader_worker if workers else None,
         )
-        with _main_module_hidden():
-            self._batches = iter(loader)
+        with _main_module_hidden(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Got pickle error")  # the TaskError says it
+            try:
+                self._batches = iter(loader)
+            except (pickle.PicklingError, AttributeError, TypeError) as error:
+                raise TaskError(
+                    f"{type(self.task).__name__} and its data sets go to {workers} loader workers by pickle, which "
+                    f"fails: {error}. Keep lambdas, open files, locks and classes made inside functions out of them, "
+                    "or load in the training process (--workers 0)"
+                ) from error
 
     def epoch_steps(self, progress: Progress) -> Iterator[Step]:
         """What is left of the epoch that `progress` stands in."""
@@ -148,13 +162,25 @@ class Feed:
         assert self._batches is not None, "Feed.start() comes first"
         self.current = key
         began = time.perf_counter()
-        got, batch = next(self._batches)
-        assert got == key, f"the loop asked for {key}, the stream holds {got}"
+        got, batch = self._next(self._batches)
         if isinstance(batch, DataError):
             raise batch
+        assert got == key, f"the loop asked for {key}, the stream holds {got}"
         batch = self.task.to_device(batch, self.world.device)
         self._wait_s += time.perf_counter() - began
         return batch
+
+    def _next(self, batches: Iterator[tuple[BatchKey, Any]]) -> tuple[BatchKey, Any]:
+        try:
+            return next(batches)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"a loader worker died: {error}\n\n"
+                "Most often the machine ran out of memory or of /dev/shm (lower LOADER.WORKERS or LOADER.PREFETCH),\n"
+                "or native code crashed (with --workers 0 it does so in the training process)"
+            ) from error
 
     def take_wait_s(self) -> float:
         """Seconds spent in fetch since this was last asked."""
@@ -193,6 +219,8 @@ class _Keys:
 def check_dataset(dataset: Any, split: str, task: Task) -> None:
     """Raise TaskError unless `dataset` is a map-style data set with samples."""
     where = f"{type(task).__name__}.build_dataset({split!r})"
+    if dataset is None:
+        raise TaskError(f"{where} gave None; only the validation split may be left out")
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         raise TaskError(
             f"{where} gave {type(dataset).__name__}, which has no __getitem__: iterable data sets cannot be resumed "
@@ -241,7 +269,31 @@ def _main_module_hidden() -> Iterator[None]:
 
 
 def _init_loader_worker(_: int) -> None:
-    """Ctrl-C is for the training process, which still wants the batches of its last step."""
+    """A loader worker lives as long as the training process: no longer, and through signals meant for all.
+
+    Ctrl-C, and a SIGTERM to the whole process group, let the training process finish its step,
+    for which it needs this worker. A second SIGTERM ends it.
+    """
+    threading.Thread(target=_end_with_parent, name="raytrain-parent-watch", daemon=True).start()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     torch.set_num_threads(1)
+    multiprocessing.queues.Queue._on_queue_feeder_error = _send_error_instead  # type: ignore[attr-defined]
+
+
+def _send_error_instead(queue: Any, error: Exception, item: Any) -> None:
+    """A batch that cannot be pickled would be lost without a word, and the loop would wait for it for ever."""
+    told = f"{type(error).__name__}: {error}"
+    advice = (
+        "Batches go from loader workers to the training process by pickle: keep functions and open files out of them"
+    )
+    queue.put((item[0], (None, DataError(f"a batch cannot leave its loader worker: {told}\n\n{advice}"))))
+
+
+def _end_with_parent() -> None:
+    """torch's own watch looks at the parent of this process, which is the fork server and never dies first."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only called in loader workers"
+    parent.join()
+    os._exit(0)

@@ -19,10 +19,11 @@ from raytrain.config import Config, load_config, with_overrides
 from raytrain.control import LocalControl
 from raytrain.display import Display, failure_screen
 from raytrain.errors import RaytrainError, TrainingError
-from raytrain.failure import failure_of
+from raytrain.failure import explains_itself, failure_of, keep_traceback
 from raytrain.records import Record
 from raytrain.resume import is_complete
 from raytrain.start import Options, Start, find_start
+from raytrain.storage import parent_and_name
 from raytrain.task import load_task_class
 from raytrain.worker import Job, device_here, run_job, train_loop_per_worker
 from raytrain.world import World
@@ -56,10 +57,10 @@ def train(
     *,
     num_workers: int | None = None,
     address: str | None = None,
-    resume: str = "auto",
+    resume: str | os.PathLike[str] = "auto",
     overwrite: bool = False,
     allow_config_change: bool = False,
-    pretrained: str | None = None,
+    pretrained: str | os.PathLike[str] | None = None,
     quiet: bool = False,
 ) -> Result:
     """Train as `raytrain train` does: on Ray, or in this process with num_workers 0.
@@ -72,7 +73,8 @@ def train(
         cfg = load_config(cfg)
     if num_workers is not None:
         cfg = with_overrides(cfg, ["SCALE.NUM_WORKERS", str(num_workers)])
-    options = Options(address, resume, overwrite, allow_config_change, pretrained)
+    weights = None if pretrained is None else os.fspath(pretrained)
+    options = Options(address, os.fspath(resume), overwrite, allow_config_change, weights)
     return launch(cfg, options, silent if quiet else None)
 
 
@@ -147,7 +149,9 @@ def run_here(start: Start, stop: threading.Event, show: Show) -> str:
     try:
         return run_job(job, world, control).status
     except Exception as error:
-        raise as_seen(failure_of(error, 0, control.place(), start.run_dir)) from error
+        if explains_itself(error):
+            raise
+        raise as_seen(failure_of(error, 0, control.place(), keep_traceback(error, start.run_dir))) from error
     finally:
         torch.set_num_threads(threads)
 
@@ -230,7 +234,7 @@ def ray_trainer(job: Job, per_worker: dict[str, float]) -> Any:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    parent, _, name = job.run_uri.rpartition("/")
+    parent, name = parent_and_name(job.run_uri)
     scale = job.cfg.SCALE
     # Two workers that share a GPU cannot use NCCL (RAY.md F26).
     backend = "nccl" if job.use_gpu and scale.GPUS_PER_WORKER >= 1 else "gloo"

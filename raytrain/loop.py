@@ -7,15 +7,16 @@ in one process, and on a cluster. Whatever changes a weight is in train_step.
 from __future__ import annotations
 
 import math
+import numbers
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from raytrain.engine import Stepped
 from raytrain.errors import TaskError, TrainingError
-from raytrain.feed import Feed, Step
+from raytrain.feed import BatchKey, Feed, Step
 from raytrain.journal import Journal
 from raytrain.randomness import seed_all
 from raytrain.state import RunState, manifest_of, payload_of
@@ -43,7 +44,7 @@ def train_model(run: RunState, task: Task, feed: Feed, store: Store, journal: Jo
         name = None
         saves = stopped or evaluates or finished or store.progress_due(run.progress, epoch_done=True)
         if saves:  # before the evaluation: whatever happens in there, the epoch is not trained again
-            name = save_checkpoint(run, store, journal, control)
+            name = save_checkpoint(run, store, journal, control, metrics=None if evaluates else {})
         if evaluates and not stopped:
             finish_evaluation(run, task, feed, store, journal, control, name)
         elif saves:
@@ -56,9 +57,12 @@ def train_model(run: RunState, task: Task, feed: Feed, store: Store, journal: Jo
 def train_one_epoch(run: RunState, task: Task, feed: Feed, store: Store, journal: Journal, control: Control) -> bool:
     """Collective. Train what is left of this epoch; False if stopped on the way."""
     run.model.train()
+
+    def wishes() -> tuple[bool, bool]:
+        return control.stop_wished(), run.world.is_first and store.time_due(control.now())
+
     step_start = time.perf_counter()
     for step in feed.epoch_steps(run.progress):
-        wishes = (control.stop_wished(), run.world.is_first and store.time_due(control.now()))
         began = run.progress
         stepped, returns = train_step(run, task, feed, step, wishes)
         run.progress = run.plan.advanced(began, step.consumed)
@@ -72,8 +76,8 @@ def train_one_epoch(run: RunState, task: Task, feed: Feed, store: Store, journal
                 grad_norm=stepped.grad_norm,
                 lr=run.schedule.lr(began.step),
                 momentum=run.schedule.momentum(began.step),
-                terms=mean_of([r.tb_dict for r in returns]),
-                disp=mean_of([r.disp_dict for r in returns]),
+                terms=mean_of(returns, "tb_dict", task),
+                disp=mean_of(returns, "disp_dict", task),
                 samples=step.consumed,
                 data_s=data_s,
                 step_s=step_end - step_start,
@@ -89,9 +93,12 @@ def train_one_epoch(run: RunState, task: Task, feed: Feed, store: Store, journal
 
 
 def train_step(
-    run: RunState, task: Task, feed: Feed, step: Step, wishes: Sequence[bool]
+    run: RunState, task: Task, feed: Feed, step: Step, wishes: Callable[[], Sequence[bool]]
 ) -> tuple[Stepped, list[ModelReturn]]:
-    """Collective. One optimizer step on the micro-batches of every virtual worker."""
+    """Collective. One optimizer step on the micro-batches of every virtual worker.
+
+    wishes: asked as late as can be, so that a signal in mid-step stops the run after that very step
+    """
     at = run.progress.step
     returns = []
     run.engine.zero_grad()
@@ -105,7 +112,7 @@ def train_step(
                     returned = task.model_func(run.model, batch)
                 run.engine.backward(loss_of(returned, task), share)
                 returns.append(returned)
-    stepped = run.engine.step(run.schedule.lr(at), run.schedule.momentum(at), wishes)
+    stepped = run.engine.step(run.schedule.lr(at), run.schedule.momentum(at), wishes())
     return stepped, returns
 
 
@@ -127,6 +134,7 @@ def evaluate(run: RunState, task: Task, feed: Feed) -> tuple[dict[str, float], l
             else:
                 loss = loss_of(task.model_func(run.model, batch), task)
                 found.append((key.ids[0], (float(loss), len(key.ids))))
+    feed.current = BatchKey("val", run.progress.epoch, ())  # what fails from here on is no batch's fault
     metrics: dict[str, float] = {}
     in_order: list[Any] = []
     gathered = run.world.gather_objects(found)
@@ -158,25 +166,36 @@ def finish_evaluation(
         samples=len(feed.datasets["val"]),
         seconds=time.perf_counter() - started,
     )
+    metric = store.policy.METRIC
+    if metric is not None and not math.isfinite(metrics[metric]):
+        told = f"{metric} is {metrics[metric]} after epoch {run.progress.epoch}, so that epoch is none of the best ones"
+        journal.write("event", event="warning", message=f"{told} (CHECKPOINT.METRIC)")
     if run.world.is_first and name is not None:
         store.add_metrics(name, metrics)
     control.saved(name, metrics)
 
 
-def save_checkpoint(run: RunState, store: Store, journal: Journal, control: Control) -> str | None:
-    """Rank 0 writes the run's state; a state with NaN in it is refused, so the last good one stays the newest."""
+def save_checkpoint(
+    run: RunState, store: Store, journal: Journal, control: Control, metrics: dict[str, float | None] | None = None
+) -> str | None:
+    """Rank 0 writes the run's state; a state with NaN in it is refused, so the last good one stays the newest.
+
+    metrics: none, {}, where no evaluation is to follow;  None where it is owed, or the epoch is not over
+    """
     if not run.world.is_first:
         return None
     started = time.perf_counter()
     payload = payload_of(run)
-    bad = [k for k, v in payload["model_state"].items() if v.is_floating_point() and not bool(v.isfinite().all())]
+    tensors = {k: v for k, v in payload["model_state"].items() if isinstance(v, torch.Tensor)}
+    bad = [k for k, v in tensors.items() if v.is_floating_point() and not bool(v.isfinite().all())]
     if bad:
         raise TrainingError(
             f"after step {run.progress.step} the weights are no longer finite ({', '.join(bad[:3])}"
             f"{', ...' if len(bad) > 3 else ''}); they were not saved and the last good checkpoint is untouched. "
             "Lower OPTIMIZATION.LR or GRAD_NORM_CLIP, or look at the loss in journal.jsonl"
         )
-    name = store.save(payload, manifest_of(run), control.now()).name
+    journal.flush()  # the steps that no resume from this checkpoint takes again
+    name = store.save(payload, manifest_of(run, metrics), control.now()).name
     journal.write(
         "checkpoint",
         name=name,
@@ -191,9 +210,20 @@ def loss_of(returned: ModelReturn, task: Task) -> torch.Tensor:
     """The scalar loss of a ModelReturn, or a TaskError saying what came instead."""
     loss = getattr(returned, "loss", None)
     if not isinstance(loss, torch.Tensor):
+        found = "None" if returned is None else f"{type(returned).__name__} with loss {type(loss).__name__}"
         raise TaskError(
-            f"{type(task).__name__}.model_func gave {type(returned).__name__} with loss "
-            f"{type(loss).__name__}; return raytrain.ModelReturn(loss, tb_dict, disp_dict) with a tensor as its loss"
+            f"{type(task).__name__}.model_func gave {found}; "
+            "return raytrain.ModelReturn(loss, tb_dict, disp_dict) with a tensor as its loss"
+        )
+    if not loss.is_floating_point() or loss.numel() == 0:
+        raise TaskError(
+            f"{type(task).__name__}.model_func gave a loss of {loss.dtype} and shape {tuple(loss.shape)}; "
+            "it must be one floating-point number, or several to be averaged"
+        )
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise TaskError(
+            f"{type(task).__name__}.model_func gave a loss that does not depend on any trainable parameter, so nothing "
+            "can be learnt from it; look for detach(), .item(), .data, argmax, numpy or no_grad() on its way"
         )
     return loss.mean()
 
@@ -201,10 +231,12 @@ def loss_of(returned: ModelReturn, task: Task) -> torch.Tensor:
 def predictions_of(task: Task, model: torch.nn.Module, batch: Any, num_samples: int) -> list[Any]:
     """One entry for each sample, on the host."""
     predictions = task.predict(model, batch)
-    if not hasattr(predictions, "__len__") or isinstance(predictions, dict) or len(predictions) != num_samples:
-        size = len(predictions) if hasattr(predictions, "__len__") else "no length"
+    listed = hasattr(predictions, "__len__") and not isinstance(predictions, (dict, str))
+    if not listed or getattr(predictions, "shape", None) == () or len(predictions) != num_samples:
+        size = f" of shape {tuple(predictions.shape)}" if isinstance(predictions, torch.Tensor) else ""
+        size = f" of length {len(predictions)}" if listed and not size else size
         raise TaskError(
-            f"{type(task).__name__}.predict gave {type(predictions).__name__} ({size}) for a batch of {num_samples} "
+            f"{type(task).__name__}.predict gave {type(predictions).__name__}{size} for a batch of {num_samples} "
             "samples; give a list or tensor with one entry for each sample"
         )
     return list(move_to(predictions, torch.device("cpu")))
@@ -213,22 +245,33 @@ def predictions_of(task: Task, model: torch.nn.Module, batch: Any, num_samples: 
 def checked_metrics(metrics: Any, task: Task) -> dict[str, float]:
     """Plain floats by name, or a TaskError."""
     if not isinstance(metrics, dict):
-        raise TaskError(f"{type(task).__name__}.score gave {type(metrics).__name__}; give a dict of name -> number")
-    try:
-        return {str(name): float(value) for name, value in metrics.items()}
-    except (TypeError, ValueError) as error:
-        raise TaskError(f"{type(task).__name__}.score gave a metric that is no number: {error}") from error
+        raise TaskError(
+            f"{type(task).__name__}.score gave {type(metrics).__name__}; give a dict of name -> number, "
+            'such as {"accuracy": 0.97}'
+        )
+    checked = {}
+    for name, value in metrics.items():
+        try:
+            checked[str(name)] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TaskError(
+                f"{type(task).__name__}.score gave {name!r} the value {value!r:.60}, which is no number; "
+                "give a dict of name -> number"
+            ) from error
+    return checked
 
 
-def mean_of(dicts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean of each name over the micro-batches; values may be numbers or device tensors."""
-    names = {name: None for d in dicts for name in d}
-    return {n: math.fsum(v) / len(v) if all_numbers(v) else sum(v) / len(v) for n in names for v in [values(dicts, n)]}
-
-
-def values(dicts: list[dict[str, Any]], name: str) -> list[Any]:
-    return [v.detach() if isinstance(v, torch.Tensor) else v for d in dicts if name in d for v in [d[name]]]
-
-
-def all_numbers(found: list[Any]) -> bool:
-    return all(isinstance(v, (int, float)) for v in found)
+def mean_of(returns: list[ModelReturn], field: str, task: Task) -> dict[str, Any]:
+    """Mean of each name in that field over the micro-batches; values are numbers or device tensors of one."""
+    found: dict[str, list[Any]] = {}
+    for terms in (getattr(returned, field) for returned in returns):
+        if not isinstance(terms, dict):
+            raise TaskError(f"{type(task).__name__}.model_func gave {terms!r:.60} as {field}; give name -> number")
+        for name, value in terms.items():
+            if not isinstance(value, numbers.Real) and not (isinstance(value, torch.Tensor) and value.numel() == 1):
+                raise TaskError(
+                    f"{type(task).__name__}.model_func gave {field}[{name!r}] = {value!r:.60}; "
+                    "give one number or a tensor of one number"
+                )
+            found.setdefault(name, []).append(value.detach().reshape(()) if isinstance(value, torch.Tensor) else value)
+    return {name: sum(each) / len(each) for name, each in found.items()}

@@ -11,49 +11,54 @@ from typing import Any, get_origin
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from raytrain.errors import ConfigError
-from raytrain.schema import annotation_at, nearest, section_in, shown
+from raytrain.schema import annotation_at, legal, nearest, section_in, shown
 from raytrain.yamltree import BASE, Node, node_of, parse_text
 
 _NO = object()  # "not of that type"
 
 
-def apply_overrides(root: Node, words: Sequence[str], model: type[BaseModel]) -> None:
+def apply_overrides(root: Node, words: Sequence[str], model: type[BaseModel], where: str = "--set") -> None:
     """Sets each pair of `words` (dotted key, value) in `root`.
 
     A value takes the type that `model` gives its key, else the type of the value that was there.
+    where: the flag that errors name
     Keys that neither knows are added; checking the tree against the model finds them.
     """
     if isinstance(words, str):
         raise TypeError("overrides must be a list of words, not one string")
     for dotted in words[::2]:
+        if dotted.startswith("--"):
+            raise ConfigError(
+                f"{where}: {dotted} is a flag, but all words after --set are keys and values; put it before"
+            )
         key, equals, value = dotted.partition("=")
         if equals:
-            raise ConfigError(f"--set: {dotted}: found `=`; write a space: --set {key} {value}")
+            raise ConfigError(f"{where}: {dotted}: found `=`; write a space: --set {key} {value}")
     if len(words) % 2:
         raise ConfigError(
-            f"--set: {words[-1]} has no value: found an odd number of words; write pairs: --set A.B value C.D value"
+            f"{where}: {words[-1]} has no value: found an odd number of words; write pairs: --set A.B value C.D value"
         )
     for dotted, word in zip(words[::2], words[1::2], strict=True):
         keys = dotted.split(".")
         if not all(keys) or BASE in keys:
-            raise ConfigError(f"--set: {dotted!r} is not a key that can be set; write it as SECTION.KEY")
-        _apply(root, keys, word, model)
+            raise ConfigError(f"{where}: {dotted!r} is not a key that can be set; write it as SECTION.KEY")
+        _apply(root, keys, word, model, where)
 
 
-def _apply(root: Node, keys: list[str], word: str, model: type[BaseModel]) -> None:
-    parent, old = _place(root, keys, model)
+def _apply(root: Node, keys: list[str], word: str, model: type[BaseModel], where: str) -> None:
+    parent, old = _place(root, keys, model, where)
     annotation = annotation_at(model, keys)
     value = parse_word(word)
     mapping = _is_mapping(annotation) or (old is not None and isinstance(old.value, dict))
     if mapping and value is not None:
-        for key, inner in _pairs(keys, word).items():
-            _apply(root, [*keys, *key.split(".")], inner, model)
+        for key, inner in _pairs(keys, word, where).items():
+            _apply(root, [*keys, *key.split(".")], inner, model, where)
         return
     if annotation is not None:
         value = _typed(annotation, _readings(word))
     elif old is not None:
         value = _like_old(old.plain(), _readings(word))
-    node = node_of(value, "--set")
+    node = node_of(value, where)
     if isinstance(parent.value, list):
         parent.value[int(keys[-1])] = node
     else:
@@ -96,7 +101,7 @@ def _readings(word: str) -> list[Any]:
     return [*readings, None] if text.lower() == "none" else readings
 
 
-def _pairs(keys: list[str], word: str) -> dict[str, str]:
+def _pairs(keys: list[str], word: str, where: str) -> dict[str, str]:
     """`a:1,b:2` or a mapping in YAML or Python -> key -> word."""
     value = parse_word(word)
     if isinstance(value, dict):
@@ -106,12 +111,12 @@ def _pairs(keys: list[str], word: str) -> dict[str, str]:
         return {key.strip(): inner.strip() for key, _, inner in parts}
     dotted = ".".join(keys)
     raise ConfigError(
-        f"--set: {dotted} is a mapping, but {shown(value)} was given; "
+        f"{where}: {dotted} is a mapping, but {shown(value)} was given; "
         f"set one of its keys ({dotted}.KEY value) or several ({dotted} a:1,b:2)"
     )
 
 
-def _place(root: Node, keys: list[str], model: type[BaseModel]) -> tuple[Node, Node | None]:
+def _place(root: Node, keys: list[str], model: type[BaseModel], where: str) -> tuple[Node, Node | None]:
     """The node that holds the last key, made where it is absent, and what is there now."""
     node = root
     for depth, key in enumerate(keys):
@@ -119,17 +124,21 @@ def _place(root: Node, keys: list[str], model: type[BaseModel]) -> tuple[Node, N
         if isinstance(node.value, list):
             if node.child(key) is None:
                 raise ConfigError(
-                    f"--set: {dotted}: {above} is a list of {len(node.value)}; {key!r} is none of its indices"
+                    f"{where}: {dotted}: {above} is a list of {len(node.value)}; {key!r} is none of its indices"
                 )
         elif not isinstance(node.value, dict):
             meant = nearest(keys[-1], model)
             hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
-            raise ConfigError(f"--set: {dotted}: {above} is {shown(node.value)}, which has no keys{hint}")
+            raise ConfigError(f"{where}: {dotted}: {above} is {shown(node.value)}, which has no keys{hint}")
         if depth == len(keys) - 1:
             return node, node.child(key)
         child = node.child(key)
         if child is None or child.value is None:
-            child = Node({}, "--set")
+            annotation = annotation_at(model, keys[: depth + 1])
+            if annotation is not None and not _is_mapping(annotation):
+                own = ".".join(keys[: depth + 1])
+                raise ConfigError(f"{where}: {dotted}: {own} has no keys; it must be {legal(annotation)}")
+            child = Node({}, where)
             if isinstance(node.value, list):
                 node.value[int(key)] = child
             else:

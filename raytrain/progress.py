@@ -47,11 +47,6 @@ class Plan:
     def total_steps(self) -> int:
         return self.steps_per_epoch * self.num_epochs
 
-    def epoch_samples(self, cursor: int = 0) -> int:
-        """Length of the padded epoch order when the rest after `cursor` is dealt to the virtual workers."""
-        rest = max(0, self.num_samples - cursor)
-        return cursor + math.ceil(rest / self.virtual_workers) * self.virtual_workers
-
     def advanced(self, progress: Progress, consumed: int) -> Progress:
         """Progress after one step that consumed `consumed` samples over all virtual workers."""
         cursor = progress.cursor + consumed
@@ -62,6 +57,8 @@ class Plan:
 
     def converted(self, epoch: int, cursor: int) -> Progress:
         """The same place in the data under this plan, for a run whose plan was changed."""
+        if cursor >= self.num_samples:  # the data set has shrunk: nothing of this epoch is left
+            epoch, cursor = epoch + 1, 0
         return Progress(epoch, cursor, epoch * self.steps_per_epoch + cursor // self.samples_per_step)
 
     def finished(self, progress: Progress) -> bool:

@@ -16,8 +16,12 @@ def keyed_seed(*key: Hashable) -> int:
 
 
 def seed_all(*key: Hashable) -> None:
-    """Seed random, numpy's legacy generator and torch (CPU and every GPU) by `key`."""
+    """Seed random, numpy's legacy generator and torch (CPU, and every GPU if this process has begun to use them)."""
     seed = keyed_seed(*key)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
-    torch.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+    # Not torch.manual_seed: it writes down the call stack for each kind of device that is not in use,
+    # 0.4 ms on a two-core machine, where this takes 1 us and a sample of digits 50 us.
+    torch.default_generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed & 0x7FFFFFFFFFFFFFFF)

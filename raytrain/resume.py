@@ -10,9 +10,11 @@ from raytrain.checkpoint import MANIFEST, PAYLOAD, Manifest, load_payload, load_
 from raytrain.config import config_diff
 from raytrain.errors import CheckpointError, ResumeError
 from raytrain.progress import Plan
+from raytrain.records import read_journal
+from raytrain.runfolder import JOURNAL
 from raytrain.state import RunState, restore, restore_heritage
-from raytrain.storage import Storage, open_storage
-from raytrain.store import Store, newest_verified
+from raytrain.storage import Storage, open_storage, parent_and_name
+from raytrain.store import FOLDER, Store, newest_verified
 
 # Going on with another value of these would feed wrong samples, or the same ones twice.
 FIXED = {
@@ -50,6 +52,7 @@ def choose(store: Store, start: str) -> Origin | None:
     if start != "auto" and not any(e.manifest and e.manifest.launch == store.launch for e in store.listed()):
         return None if start == "fresh" else origin_at(start)
     found, passed_over = store.latest_verified()
+    passed_over = [*vanished(store), *passed_over]
     notes = [f"passed over {name}: {reason}" for name, reason in passed_over]
     if found is not None:
         return Origin(found.path, found.name, found.manifest, notes)
@@ -60,6 +63,23 @@ def choose(store: Store, start: str) -> Origin | None:
             + "\nTo start over all the same, use --resume never --overwrite"
         )
     return None
+
+
+def vanished(store: Store) -> list[tuple[str, str]]:
+    """The newest checkpoint that the journal tells of, with what is wrong, if nothing is left of it.
+
+    Retention never removes that one. Without it a run whose ckpt/ is lost would start over silently.
+    """
+    storage = store.storage
+    if not storage.exists(JOURNAL):
+        return []
+    lines = storage.read_bytes(JOURNAL).decode("utf-8", errors="replace").split("\n")
+    told = read_journal(line for line in lines if '"checkpoint"' in line or '"run"' in line)
+    names = [record["name"] for record in told if record["kind"] == "checkpoint"]
+    if not names or storage.exists(f"{FOLDER}/{names[-1]}"):
+        return []
+    path = storage.path_of(f"{FOLDER}/{names[-1]}")
+    return [(names[-1], f"{path}: the journal tells of this checkpoint, but it is gone")]
 
 
 def origin_at(path: str) -> Origin:
@@ -79,17 +99,17 @@ def origin_at(path: str) -> Origin:
             raise CheckpointError("\n".join([f"--resume {path}: this run folder holds no checkpoint to trust", *notes]))
         return Origin(found.path, None, found.manifest, notes)
     if not storage.exists(MANIFEST):
+        wrong = "this is no checkpoint" if storage.exists("") else "there is no such file or folder"
         raise ResumeError(
-            f"--resume {path}: there is no checkpoint; give auto, never, a .pth file, a checkpoint folder "
-            "(RUN/ckpt/checkpoint_epoch_3) or a run folder"
+            f"{path}: {wrong}; name a .pth file, a checkpoint folder (RUN/ckpt/checkpoint_epoch_3) or a run folder"
         )
     return Origin(path, None, verify_checkpoint(*parent_storage(path)), [])
 
 
 def parent_storage(path: str) -> tuple[Storage, str]:
     """The folder of a checkpoint, and its name there."""
-    parent, _, name = path.rstrip("/").rpartition("/")
-    return open_storage(parent or "/"), name
+    parent, name = parent_and_name(path)
+    return open_storage(parent), name
 
 
 def compare(old: dict[str, Any], new: dict[str, Any], allow_config_change: bool, where: str) -> list[str]:

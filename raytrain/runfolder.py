@@ -34,15 +34,18 @@ class RunFolder:
         self.storage: Storage = open_storage(uri)
         self._spool: Path | None = None
         self._copied: dict[str, tuple[int, int]] = {}
-        if not self.storage.is_local:
-            self._spool = Path(tempfile.mkdtemp(prefix="raytrain-spool-"))
-            if self.storage.exists(JOURNAL):
-                self.storage.download(JOURNAL, self._spool / JOURNAL)
 
     @property
     def local(self) -> Path:
-        """The folder on this machine that growing files are written to."""
-        return self._spool if self._spool is not None else self.storage.local_path("")
+        """The folder on this machine that growing files are written to. Rank 0 only: two spools would overwrite
+        each other's files behind the URI."""
+        if self.storage.is_local:
+            return self.storage.local_path("")
+        if self._spool is None:
+            self._spool = Path(tempfile.mkdtemp(prefix="raytrain-spool-"))
+            if self.storage.exists(JOURNAL):
+                self.storage.download(JOURNAL, self._spool / JOURNAL)
+        return self._spool
 
     def publish(self) -> None:
         """Copy what has grown since the last time, where that is needed."""
@@ -158,6 +161,9 @@ def _git_commit() -> str | None:
             text = head.read_text().strip()
             if not text.startswith("ref: "):
                 return text
-            ref = folder / ".git" / text[5:]
-            return ref.read_text().strip() if ref.is_file() else None
+            ref, packed = folder / ".git" / text[5:], folder / ".git" / "packed-refs"  # the latter after `git gc`
+            if ref.is_file():
+                return ref.read_text().strip()
+            lines = packed.read_text().splitlines() if packed.is_file() else []
+            return next((line.split()[0] for line in lines if line.endswith(f" {text[5:]}")), None)
     return None

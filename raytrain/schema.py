@@ -139,7 +139,7 @@ def _complaint(item: Any, node: Node, keys: tuple[str, ...], model: type[BaseMod
         return f"{dotted} is missing; it must be {allowed}"
     if item["type"] == "value_error":
         return f"{dotted} is {shown(value)}, but {item['ctx']['error']}"
-    quoted = isinstance(value, str) and "number" in allowed and _is_number(value) and node.where != "--set"
+    quoted = isinstance(value, str) and "number" in allowed and _is_number(value) and not node.where.startswith("--")
     hint = "; remove the quotes" if quoted else f"; write '{shown(value)}'" if _unquoted(value, allowed) else ""
     return f"{dotted} is {shown(value)}, but {'it' if field == dotted else field} must be {allowed}{hint}"
 

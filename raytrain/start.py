@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from raytrain.config import Config, with_overrides
 from raytrain.errors import ConfigError, ResumeError
 from raytrain.resume import Origin, choose, compare
-from raytrain.storage import open_storage
+from raytrain.storage import joined, open_storage
 from raytrain.store import Store
 from raytrain.worker import Job
 
@@ -51,21 +52,21 @@ class Start:
         virtual_workers = cfg.SCALE.VIRTUAL_WORKERS or max(1, num_workers)
         if self.origin and self.origin.manifest and cfg.SCALE.VIRTUAL_WORKERS is None:
             virtual_workers = self.origin.manifest.world["virtual_workers"]
+        if num_workers > virtual_workers:
+            raise ConfigError(
+                f"SCALE.NUM_WORKERS is {num_workers}, but this run has {virtual_workers} virtual worker"
+                f"{'s' if virtual_workers > 1 else ''} and each worker process needs at least one; "
+                f"use --num_workers {virtual_workers} at most, or start a new run (--extra_tag NAME)"
+            )
         words = ["SCALE.NUM_WORKERS", str(num_workers), "SCALE.VIRTUAL_WORKERS", str(virtual_workers)]
         if options.batch_size is not None:
             if options.batch_size % virtual_workers:
                 raise ConfigError(
                     f"--batch_size {options.batch_size} is the total over all virtual workers, "
-                    f"and {virtual_workers} of them do not divide it"
+                    f"and {virtual_workers} of them do not divide it; give a multiple of {virtual_workers}"
                 )
             words += ["OPTIMIZATION.BATCH_SIZE_PER_GPU", str(options.batch_size // virtual_workers)]
         cfg = with_overrides(cfg, words)
-        if num_workers > virtual_workers:
-            raise ConfigError(
-                f"SCALE.NUM_WORKERS is {num_workers}, but this run has {virtual_workers} virtual workers and each "
-                f"worker process needs at least one; use at most {virtual_workers} workers, "
-                "or start a new run (--extra_tag NAME)"
-            )
         if self.origin and self.origin.manifest:
             compare(self.origin.manifest.config, cfg.to_tree(), options.allow_config_change, self.origin.path)
         return Job(
@@ -78,6 +79,8 @@ class Start:
             allow_config_change=options.allow_config_change,
             pretrained=options.pretrained,
             arguments=options.arguments,
+            cwd=str(Path.cwd()),
+            search_path=tuple(str(Path(path).absolute()) for path in sys.path),
         )
 
 
@@ -85,17 +88,26 @@ def find_start(cfg: Config, options: Options) -> Start:
     """Where a launch begins; errors of the run folder, of --resume and of its checkpoints come here, in seconds."""
     if options.overwrite and options.resume != "never":
         raise ConfigError("--overwrite starts over in a run folder that is not empty: it goes with --resume never")
+    if options.address is not None and cfg.SCALE.NUM_WORKERS == 0:
+        raise ConfigError(
+            f"--address {options.address} joins a Ray cluster, but with SCALE.NUM_WORKERS 0 the run stays in this "
+            "process, without Ray; leave one of them out"
+        )
     run_dir = run_dir_of(cfg)
     storage = open_storage(run_dir)
     storage.makedirs("ckpt")
     storage.write_bytes(f"ckpt/{PROBE}", b"")  # a full or read-only disk is found now, not at the first checkpoint
     storage.remove_tree(f"ckpt/{PROBE}")
     store = Store(storage, cfg.CHECKPOINT, f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}")
+    origin = None
+    if options.resume != "never":
+        store.clean_leftovers()
+        origin = choose(store, options.resume)
+    if origin is None and options.pretrained is not None and not Path(options.pretrained).expanduser().is_file():
+        raise ResumeError(f"--pretrained_model {options.pretrained}: there is no such file; name a .pth file")
     if options.resume == "never":
         start_over(store, options.overwrite)
-        return Start(cfg, options, run_dir, store, None)
-    store.clean_leftovers()
-    return Start(cfg, options, run_dir, store, choose(store, options.resume))
+    return Start(cfg, options, run_dir, store, origin)
 
 
 def start_over(store: Store, overwrite: bool) -> None:
@@ -126,6 +138,5 @@ def run_dir_of(cfg: Config) -> str:
                 f"{part!r} as a part of the run folder would leave OUTPUT; TAG, EXTRA_TAG and "
                 "EXP_GROUP_PATH are plain names"
             )
-    if "://" in cfg.OUTPUT:
-        return "/".join([cfg.OUTPUT.rstrip("/"), *parts])
-    return str(Path(cfg.OUTPUT).expanduser().absolute().joinpath(*parts))
+    local = "://" not in cfg.OUTPUT or cfg.OUTPUT.lower().startswith("file://")
+    return joined(open_storage(cfg.OUTPUT).path_of("") if local else cfg.OUTPUT, *parts)

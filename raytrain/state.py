@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from raytrain import __version__
 from raytrain.checkpoint import Manifest, load_weights_file
@@ -50,8 +51,13 @@ def build_run(cfg: Any, task: Task, train_set: Any, plan: Plan, world: World) ->
     seed_all(cfg.SEED, "model")
     model = task.build_model(train_set)
     if not isinstance(model, torch.nn.Module):
+        found = f"the class {model.__name__} itself" if isinstance(model, type) else type(model).__name__
+        raise TaskError(f"{type(task).__name__}.build_model(dataset) gave {found}; it must give a torch.nn.Module")
+    lazy = [name for name, param in model.named_parameters() if is_lazy(param)]
+    if lazy:
         raise TaskError(
-            f"{type(task).__name__}.build_model(dataset) gave {type(model).__name__}; it must give a torch.nn.Module"
+            f"{type(task).__name__}.build_model(dataset) gave a model whose parameters have no shape yet "
+            f"({', '.join(lazy[:5])}); send one batch through its lazy layers before you return it"
         )
     if cfg.OPTIMIZATION.SYNC_BN and world.size > 1:
         model = synchronised_batchnorm(model, world)
@@ -77,8 +83,8 @@ def synchronised_batchnorm(model: torch.nn.Module, world: World) -> torch.nn.Mod
     return convert_to_host_sync_batchnorm(model)
 
 
-def manifest_of(run: RunState) -> Manifest:
-    """What a checkpoint of this moment says of itself; the evaluation is added when it is done."""
+def manifest_of(run: RunState, metrics: dict[str, float | None] | None) -> Manifest:
+    """What a checkpoint of this moment says of itself; metrics are None until the evaluation is done."""
     plan = run.plan
     world = {
         "num_workers": run.world.size,
@@ -87,7 +93,7 @@ def manifest_of(run: RunState) -> Manifest:
         "batch_size": plan.batch_size,
         "accumulate": plan.accumulate,
     }
-    return Manifest(run.progress, run.config, world, run.seed, metrics=None)
+    return Manifest(run.progress, run.config, world, run.seed, metrics)
 
 
 def payload_of(run: RunState) -> dict[str, Any]:
@@ -149,9 +155,9 @@ def load_model_state(model: torch.nn.Module, state: dict[str, Any], where: str) 
     wrong = [f"missing {k}" for k in own if k not in state]
     wrong += [f"unknown {k}" for k in state if k not in own]
     wrong += [
-        f"{k} has shape {tuple(state[k].shape)}, the model {tuple(own[k].shape)}"
+        f"{k} has shape {shape_of(state[k])}, the model {shape_of(own[k])}"
         for k in own
-        if k in state and tuple(own[k].shape) != tuple(state[k].shape)
+        if k in state and shape_of(own[k]) != shape_of(state[k])
     ]
     if wrong:
         listed = "; ".join(wrong[:10]) + (f"; and {len(wrong) - 10} more" if len(wrong) > 10 else "")
@@ -162,11 +168,16 @@ def load_model_state(model: torch.nn.Module, state: dict[str, Any], where: str) 
     model.load_state_dict(state)
 
 
+def shape_of(value: Any) -> tuple[int, ...] | None:
+    """None for what is no tensor: the extra state of a module."""
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
 def load_pretrained(model: torch.nn.Module, path: str) -> tuple[int, list[str]]:
     """Take over the tensors of a .pth whose name and shape fit; returns how many, and the model's names left alone."""
     payload = load_weights_file(path)
-    state, own = payload.get("model_state", payload), model.state_dict()
-    fitting = {k: v for k, v in state.items() if k in own and tuple(own[k].shape) == tuple(v.shape)}
+    state, own = payload["model_state"], model.state_dict()
+    fitting = {k: v for k, v in state.items() if k in own and shape_of(own[k]) == shape_of(v)}
     if not fitting:
         raise CheckpointError(f"--pretrained_model {path}: none of its {len(state)} tensors fits this model")
     model.load_state_dict({**own, **fitting})

@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
-from raytrain.errors import StorageError
+from raytrain.errors import ConfigError, StorageError
 
 CHUNK_BYTES = 1 << 20
 
@@ -86,10 +86,25 @@ def open_storage(uri_or_path: str) -> Storage:
         try:
             filesystem, root = FileSystem.from_uri(uri_or_path)
         except (ValueError, NotImplementedError) as error:
-            raise StorageError(
+            raise ConfigError(
                 f"{uri_or_path}: pyarrow cannot open this: {error}. Use a local path or a URI such as s3://bucket/folder"
             ) from error
     return ArrowStorage(filesystem, root, uri_or_path)
+
+
+def joined(root: str, *names: str) -> str:
+    """The path or URI of `names` below `root`; what a URI says after "?" (its region, its endpoint) stays behind."""
+    if "://" not in root:
+        return str(Path(root).joinpath(*names))
+    address, mark, options = root.partition("?")
+    return "/".join([address.rstrip("/"), *names]) + mark + options
+
+
+def parent_and_name(path: str) -> tuple[str, str]:
+    """What `joined` has put together: the path or URI of the folder, and the last name."""
+    address, mark, options = path.partition("?") if "://" in path else (path, "", "")
+    parent, _, name = address.rstrip("/").rpartition("/")
+    return (parent or "/") + mark + options, name
 
 
 class LocalStorage:
@@ -217,8 +232,7 @@ class ArrowStorage:
         self.uri = uri
 
     def path_of(self, name: str) -> str:
-        address, mark, options = self.uri.partition("?")
-        return f"{address.rstrip('/')}/{name}".rstrip("/") + mark + options
+        return joined(self.uri, name) if name else joined(self.uri)
 
     def local_path(self, name: str) -> Path:
         raise StorageError(f"{self.path_of(name)} is not on a disk of this machine; use read_bytes or download")

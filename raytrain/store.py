@@ -110,7 +110,7 @@ class Store:
         if metric not in metrics:
             raise TaskError(
                 f"CHECKPOINT.METRIC is {metric!r}, which the evaluation does not give; "
-                f"it gives {', '.join(metrics) or 'nothing'}"
+                f"it gives {', '.join(metrics) or 'nothing'}. Set CHECKPOINT.METRIC to one of these, or to null"
             )
         if not math.isfinite(metrics[metric]):
             return False

@@ -20,7 +20,9 @@ class HostSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training:
             return super().forward(input)
         channels = input.shape[1]
-        flat = input.transpose(0, 1).reshape(channels, -1)  # (C, n)
+        # Sums of bf16 or fp16 in their own type lose most of their digits; torch's BatchNorm uses f32 too.
+        exact = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
+        flat = exact.transpose(0, 1).reshape(channels, -1)  # (C, n)
         n = torch.full((1,), float(flat.shape[1]), dtype=flat.dtype)
         total = all_reduce(torch.cat([flat.sum(1), n]))
         count, mean = total[-1], total[:-1] / total[-1]
@@ -35,10 +37,10 @@ class HostSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
                 unbiased = var * (count / (count - 1).clamp(min=1))
                 self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
         shape = (1, channels) + (1,) * (input.dim() - 2)
-        normal = (input - mean.view(shape)) * torch.rsqrt(var + self.eps).view(shape)
+        normal = (exact - mean.view(shape)) * torch.rsqrt(var + self.eps).view(shape)
         if self.affine:
             normal = normal * self.weight.view(shape) + self.bias.view(shape)
-        return normal
+        return normal.to(input.dtype)
 
 
 def convert_to_host_sync_batchnorm(module: nn.Module) -> nn.Module:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytrain.errors import TaskError
+from raytrain.failure import users_traceback
 
 if TYPE_CHECKING:
     import torch
@@ -43,15 +45,17 @@ class Task:
         by pickle. If it has `set_epoch(epoch)`, that is called, in the process that loads,
         before the first sample of each epoch.
         """
-        raise NotImplementedError(f"{type(self).__name__}.build_dataset(split) must be written")
+        raise TaskError(f"{type(self).__name__}.build_dataset(split) must be written; raytrain has no default for it")
 
     def build_model(self, dataset: Any) -> torch.nn.Module:
         """The model, on the CPU; `dataset` is the training split."""
-        raise NotImplementedError(f"{type(self).__name__}.build_model(dataset) must be written")
+        raise TaskError(f"{type(self).__name__}.build_model(dataset) must be written; raytrain has no default for it")
 
     def model_func(self, model: torch.nn.Module, batch: Any) -> ModelReturn:
         """One forward pass and its loss."""
-        raise NotImplementedError(f"{type(self).__name__}.model_func(model, batch) must be written")
+        raise TaskError(
+            f"{type(self).__name__}.model_func(model, batch) must be written; raytrain has no default for it"
+        )
 
     def collate(self, samples: list[Any]) -> Any:
         """One batch of a list of samples; torch's default_collate unless overridden."""
@@ -72,7 +76,10 @@ class Task:
 
     def score(self, predictions: list[Any], dataset: Any) -> dict[str, float]:
         """Metrics of all predictions, which come in the order of `dataset`."""
-        raise NotImplementedError(f"{type(self).__name__} has predict(model, batch) but no score(predictions, dataset)")
+        raise TaskError(
+            f"{type(self).__name__} has predict(model, batch) but no score(predictions, dataset); "
+            "write it to give a dict of name -> number"
+        )
 
     def has_predict(self) -> bool:
         return type(self).predict is not Task.predict
@@ -96,6 +103,19 @@ def move_to(batch: Any, device: torch.device) -> Any:
     return batch
 
 
+def make_task(cfg: Config) -> Task:
+    """The task of a config, ready to build its data sets and model."""
+    task_class = load_task_class(cfg.TASK)
+    try:
+        inspect.signature(task_class).bind(cfg)
+    except TypeError as error:
+        raise TaskError(
+            f"TASK {cfg.TASK!r}: {task_class.__name__}.__init__ cannot be called with the config alone ({error}); "
+            "write it as def __init__(self, cfg)"
+        ) from error
+    return task_class(cfg)
+
+
 def load_task_class(path: str) -> type[Task]:
     """The Task class that a dotted path `pkg.module:Class` names.
 
@@ -109,15 +129,22 @@ def load_task_class(path: str) -> type[Task]:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
-        raise TaskError(
-            f"TASK {path!r}: importing {module_name!r} failed: {type(error).__name__}: {error}. "
-            f"Searched: the current folder {here} and the installed packages."
-        ) from error
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            raise TaskError(
+                f"TASK {path!r}: there is no module {error.name!r}; searched: the current folder {here}, PYTHONPATH "
+                "and the installed packages"
+            ) from error
+        told = f"TASK {path!r}: importing {module_name!r} failed: {type(error).__name__}: {error}"
+        raise TaskError(f"{told}\n\n{users_traceback(error)}") from error
     task_class = getattr(module, class_name, None)
     if task_class is None:
         known = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, Task) and v is not Task]
-        raise TaskError(f"TASK {path!r}: {module_name} has no {class_name!r}; its tasks are {known or 'none'}")
+        raise TaskError(
+            f"TASK {path!r}: {module.__file__} has no {class_name!r}; its tasks are {', '.join(known) or 'none'}"
+        )
     if not (isinstance(task_class, type) and issubclass(task_class, Task)):
-        raise TaskError(f"TASK {path!r} is not a subclass of raytrain.Task")
+        raise TaskError(
+            f"TASK {path!r}: {class_name} is no subclass of raytrain.Task; write class {class_name}(raytrain.Task)"
+        )
     return task_class

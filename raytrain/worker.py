@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import multiprocessing.util
 import os
 import sys
 import time
@@ -26,12 +27,13 @@ from raytrain.failure import failure_of
 from raytrain.feed import Feed, check_dataset
 from raytrain.journal import Journal
 from raytrain.progress import Plan, Progress
+from raytrain.randomness import seed_all
 from raytrain.records import header_lines, model_lines
 from raytrain.resume import Origin, bring, choose, compare
 from raytrain.runfolder import RunFolder
 from raytrain.state import RunState, build_run, load_pretrained
 from raytrain.store import Store
-from raytrain.task import Task, load_task_class
+from raytrain.task import Task, make_task
 from raytrain.world import World
 
 
@@ -42,6 +44,8 @@ class Job:
     start: "auto" (newest verified checkpoint of the run folder, else step 0), "fresh", or the path
            of a checkpoint. The latter two hold until this launch has saved: when Ray starts the
            workers again, they go on from there.
+    cwd, search_path: of the driver (sys.path); workers take them over, so that a task file and
+           relative paths mean the same there, on a cluster that was started elsewhere too
     """
 
     cfg: Config
@@ -53,6 +57,8 @@ class Job:
     allow_config_change: bool = False
     pretrained: str | None = None
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    cwd: str = ""
+    search_path: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +75,12 @@ def run_job(job: Job, world: World, control: Control) -> Outcome:
     """Collective. Build the run, bring it to where it stands, and train it."""
     cfg = job.cfg
     prepare_torch(cfg.SCALE.THREADS, world.device)
-    task = load_task_class(cfg.TASK)(cfg)
-    datasets = build_datasets(task)
+    control.begin("Making the task")
+    seed_all(cfg.SEED, "task")
+    task = make_task(cfg)
+    control.begin("Building the data sets")
+    datasets = build_datasets(task, cfg.SEED)
+    control.begin("Building the model")
     run = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), world), world)
     feed = Feed(task, datasets, run.plan, world, cfg.LOADER, cfg.SEED, evaluation_epochs(cfg, datasets))
     control.place = lambda: place_of(run, feed)
@@ -109,14 +119,21 @@ def prepare_torch(threads: int, device: torch.device) -> None:
     torch.set_num_threads(threads)
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.cuda.init()  # from here on seed_all reaches the GPU, also while a model is built on it
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def build_datasets(task: Task) -> dict[str, Any]:
-    """The data sets by split; "val" is left out where the task has none."""
+def build_datasets(task: Task, seed: int) -> dict[str, Any]:
+    """The data sets by split; "val" is left out where the task has none.
+
+    What a task draws at random here (a split of its own) is the same on every process and at
+    every resume, and in both splits: else training would see what it is evaluated on.
+    """
+    seed_all(seed, "datasets")
     datasets = {"train": task.build_dataset("train")}
     check_dataset(datasets["train"], "train", task)
+    seed_all(seed, "datasets")
     val = task.build_dataset("val")
     if val is not None:
         check_dataset(val, "val", task)
@@ -222,11 +239,10 @@ def write_end(journal: Journal, run: RunState, store: Store, status: str, second
 
 def place_of(run: RunState, feed: Feed) -> dict[str, Any]:
     """Where the run stands, for the failure screen: the step under way counts."""
-    return {
-        "epoch": run.progress.epoch,
-        "step": run.progress.step + 1,
-        "sample_ids": list(feed.current.ids) if feed.current else None,
-    }
+    samples = {"sample_ids": list(feed.current.ids) if feed.current else None}
+    if feed.current and feed.current.split == "val":
+        return {"what": f"The evaluation after epoch {feed.current.epoch}", **samples}
+    return {"epoch": run.progress.epoch, "step": run.progress.step + 1, **samples}
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
@@ -238,6 +254,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     job: Job = config["job"]
     rank = ray.train.get_context().get_world_rank()
     logs = redirect_output(job.run_uri, rank)
+    stand_where_the_driver_stands(job)
     control = RayControl(job.launch, job.run_uri, rank)
     try:
         device = ray.train.torch.get_device() if job.use_gpu else torch.device("cpu")
@@ -246,7 +263,18 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     except BaseException as error:
         control.failed(failure_of(error, rank, control.place(), logs))
         raise
-    control.finished(dataclasses.asdict(outcome))
+    else:
+        control.finished(dataclasses.asdict(outcome))
+    finally:
+        # Ray kills this process, so nothing else would run what is to run at exit: /tmp/pymp-* would stay.
+        multiprocessing.util._exit_function()  # type: ignore[attr-defined]
+
+
+def stand_where_the_driver_stands(job: Job) -> None:
+    """Relative paths and imports mean what they mean in the driver, where this node has its folder."""
+    with contextlib.suppress(OSError):
+        os.chdir(job.cwd)
+    sys.path[:] = [*job.search_path, *(path for path in sys.path if path not in job.search_path)]
 
 
 def redirect_output(run_uri: str, rank: int) -> str:

@@ -255,7 +255,9 @@ def _compose(text: str, name: str) -> yaml.Node | None:
         line = lines[number] if number < len(lines) else ""
         if "'\\t'" in (error.problem or ""):
             raise ConfigError(f"{name}:{number + 1}: a tab indents {line.strip()!r}; indent with spaces") from None
-        why = ", ".join(part for part in (error.context, error.problem) if part)
+        begun = error.context_mark.line if error.context_mark else number
+        context = f"{error.context} that begins in line {begun + 1}" if begun != number else error.context
+        why = ", ".join(part for part in (context, error.problem) if part)
         raise ConfigError(f"{name}:{number + 1}: not valid YAML: {why}; the line reads {line.strip()!r}") from None
     except yaml.reader.ReaderError as error:
         number = text.count("\n", 0, error.position) + 1
@@ -269,6 +271,8 @@ def _read_text(path: Path) -> str:
         data = path.read_bytes()
     except FileNotFoundError:
         raise ConfigError(_missing(path)) from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: this is a folder; name one YAML file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     try:

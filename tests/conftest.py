@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import Pair
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -23,6 +25,13 @@ def ray_address() -> Iterator[str]:
 
     with cluster.connected(None, num_cpus=8):
         yield ray.get_runtime_context().gcs_address
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Two processes joined by gloo."""
+    with contextlib.closing(Pair(tmp_path_factory.mktemp("pair") / "meeting")) as processes:
+        yield processes
 
 
 @pytest.fixture

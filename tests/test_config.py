@@ -290,7 +290,8 @@ UNREADABLE = {
     "hello": "x.yaml:1: found the single value 'hello'; a config must be a mapping",
     "A:\n\tB: 1\n": "x.yaml:2: a tab indents 'B: 1'; indent with spaces",
     "A: 1: 2\n": "x.yaml:1: not valid YAML: mapping values are not allowed here; the line reads 'A: 1: 2'",
-    "A: [1, 2\nB: 3\n": "x.yaml:2: not valid YAML: while parsing a flow sequence, expected ',' or ']'",
+    "A: [1, 2\nB: 3\n": "x.yaml:2: not valid YAML: while parsing a flow sequence that begins in line 1, "
+    "expected ',' or ']'",
     "A: 1\n---\nB: 2\n": "x.yaml:2: not valid YAML: expected a single document in the stream",
     "A: 1\nB: *there\n": "x.yaml:2: not valid YAML: found undefined alias 'there'; the line reads 'B: *there'",
     "A: 1\nB: 2\nA: 3\n": "x.yaml:3: A stands twice (first in line 1); keep one of them",

@@ -1,0 +1,179 @@
+"""Promise 1: killing and resuming a run changes its wall clock and nothing else."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from runs import (
+    EPOCHS,
+    Run,
+    alive,
+    assert_curves_are_whole,
+    assert_same_bits,
+    assert_uses_once,
+    gone,
+    wait_for,
+)
+
+from raytrain.cli import main
+
+
+@pytest.mark.parametrize("loader_workers", [0, 2])
+def test_a_run_killed_in_mid_epoch_ends_with_the_same_bits(
+    tmp_path: Path, undisturbed_here: Run, loader_workers: int
+) -> None:
+    run = Run(tmp_path, {"LOADER.WORKERS": loader_workers})
+    run.killed_at(14, "--num_workers", "0")
+    assert run.payload(run.names()[-1])["raytrain"]["progress"] == {"epoch": 1, "cursor": 4, "step": 12}
+    run.run("--num_workers", "0")
+    assert_same_bits(run.payload(), undisturbed_here.payload())
+    assert_uses_once(run, virtual_workers=1)
+    assert_curves_are_whole(run, steps_per_epoch=11)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("loader_workers", [0, 2])
+def test_a_run_on_two_workers_killed_in_mid_epoch_ends_with_the_same_bits(
+    tmp_path: Path, undisturbed_on_two: Run, ray_address: str, loader_workers: int
+) -> None:
+    run = Run(tmp_path, {"LOADER.WORKERS": loader_workers})
+    run.killed_at(9, "--num_workers", "2", "--address", ray_address, processes=2)
+    assert run.payload(run.names()[-1])["raytrain"]["progress"] == {"epoch": 1, "cursor": 16, "step": 8}
+    run.run("--num_workers", "2", "--address", ray_address)
+    assert_same_bits(run.payload(), undisturbed_on_two.payload())
+    assert_uses_once(run, virtual_workers=2)
+    assert_curves_are_whole(run, steps_per_epoch=6)
+
+
+@pytest.mark.ray
+def test_a_run_whose_first_worker_is_killed_goes_on_by_itself(
+    tmp_path: Path, undisturbed_on_two: Run, ray_address: str
+) -> None:
+    run = Run(tmp_path, {"SCALE.MAX_FAILURES": 1, "LOADER.WORKERS": 2})
+    assert "started again" in run.with_a_worker_killed_at(9, ray_address, rank=0)
+    assert_same_bits(run.payload(), undisturbed_on_two.payload())
+    assert_uses_once(run, virtual_workers=2)
+    assert_curves_are_whole(run, steps_per_epoch=6)
+
+
+def test_a_run_killed_again_and_again_at_any_moment_ends_with_the_same_bits(
+    tmp_path: Path, undisturbed_here: Run
+) -> None:
+    run = Run(tmp_path, {"CHECKPOINT.EVERY_STEPS": 1})
+    (run.gate / "slow").write_text("0.02")
+    for _ in range(2):
+        run.hold(0)
+        launched = run.start("--num_workers", "0")
+        run.held(1, launched)
+        run.release()
+        time.sleep(random.uniform(0.0, 0.3))  # where it dies is what must not matter
+        launched.kill([])
+    (run.gate / "slow").unlink()
+    assert main(run.words("--num_workers", "0")) == 0
+    assert_same_bits(run.payload(), undisturbed_here.payload())
+    assert_curves_are_whole(run, steps_per_epoch=11)
+
+
+VARIANTS = {
+    "accumulated": {"OPTIMIZATION.ACCUMULATE": 2},
+    "fp16": {"OPTIMIZATION.USE_AMP": True, "OPTIMIZATION.LOSS_SCALE_FP16": 2.0**17},
+    "bf16": {"OPTIMIZATION.USE_AMP": True, "OPTIMIZATION.AMP_DTYPE": "bf16"},
+    "sgd": {"OPTIMIZATION.OPTIMIZER": "sgd"},
+    "adam with warm-up": {"OPTIMIZATION.OPTIMIZER": "adam", "OPTIMIZATION.LR_WARMUP": True},
+    "cosine": {"OPTIMIZATION.OPTIMIZER": "adam_cosineanneal"},
+    "three virtual workers": {"SCALE.VIRTUAL_WORKERS": 3},
+    "unshuffled": {"LOADER.SHUFFLE": False},
+    "extra state": {"TASK": "tasks_for_tests:Counting"},
+    "split by chance": {"TASK": "tasks_for_tests:SplitByChance"},
+    "nothing to evaluate": {
+        "TASK": "tasks_for_tests:Unscored",
+        "CHECKPOINT.METRIC": None,
+        "CHECKPOINT.KEEP_BEST": 0,
+    },
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_a_run_that_failed_resumes_to_the_same_bits_under(tmp_path: Path, changes: dict[str, object]) -> None:
+    whole, run = Run(tmp_path / "whole", changes), Run(tmp_path / "failed", changes)
+    assert main(whole.words("--num_workers", "0")) == 0
+    (run.gate / "fail").write_text("10")
+    assert main(run.words("--num_workers", "0")) == 1
+    (run.gate / "fail").unlink()
+    assert main(run.words("--num_workers", "0")) == 0
+    assert run.lines("run")[-1]["step"] >= 4
+    assert_same_bits(run.payload(), whole.payload())
+
+
+def test_an_evaluation_that_was_cut_off_is_made_up_for(tmp_path: Path, undisturbed_here: Run) -> None:
+    run = Run(tmp_path)
+    (run.gate / "spoil_score").touch()
+    assert main(run.words("--num_workers", "0")) == 1
+    assert run.names()[-1] == "checkpoint_epoch_1"
+    (run.gate / "spoil_score").unlink()
+    assert main(run.words("--num_workers", "0")) == 0
+    assert_same_bits(run.payload(), undisturbed_here.payload())
+    assert_curves_are_whole(run, steps_per_epoch=11)
+
+
+def test_a_run_whose_loader_worker_is_killed_fails_and_then_ends_with_the_same_bits(
+    tmp_path: Path, undisturbed_here: Run
+) -> None:
+    run = Run(tmp_path, {"LOADER.WORKERS": 2, "LOADER.PREFETCH": 1})
+    run.hold(14)
+    launched = run.start("--num_workers", "0")
+    [pid] = run.held(1, launched)
+    loaders = wait_for(lambda: loader_workers_of(pid), "loader workers")
+    os.kill(loaders[0], signal.SIGKILL)
+    wait_for(lambda: not alive(loaders[0]), "its end")
+    run.release()
+    assert "DataLoader worker" in launched.ended(1)
+    gone(set(loaders))
+    assert main(run.words("--num_workers", "0")) == 0
+    assert_same_bits(run.payload(), undisturbed_here.payload())
+
+
+@pytest.mark.parametrize("words", [["--num_workers", "0"], ["--num_workers", "2"]], ids=" ".join)
+@pytest.mark.parametrize("task", ["Exact", "Unscored"])
+def test_a_finished_run_says_so_and_trains_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], task: str, words: list[str]
+) -> None:
+    run = Run(tmp_path, {"TASK": f"tasks_for_tests:{task}", "CHECKPOINT.METRIC": None, "CHECKPOINT.KEEP_BEST": 0})
+    run = Run(tmp_path, {**run.changes, "SCALE.VIRTUAL_WORKERS": 2})
+    assert main(run.words("--num_workers", "0")) == 0
+    before = [(p, p.stat().st_mtime_ns) for p in sorted(run.run_dir.rglob("*")) if p.is_file()]
+    capsys.readouterr()
+    assert main(run.words(*words)) == 0
+    assert f"already complete: all {EPOCHS} epochs" in capsys.readouterr().out
+    assert [(p, p.stat().st_mtime_ns) for p in sorted(run.run_dir.rglob("*")) if p.is_file()] == before
+
+
+def test_a_run_under_another_batch_size_goes_on_from_its_own_checkpoints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(tmp_path)
+    (run.gate / "fail").write_text("14")
+    assert main(run.words("--num_workers", "0")) == 1  # 11 steps an epoch; newest checkpoint: step 12
+    run = Run(tmp_path, {"OPTIMIZATION.BATCH_SIZE_PER_GPU": 8})
+    words = run.words("--num_workers", "0", "--allow-config-change")
+    (run.gate / "fail").write_text("16")
+    assert main(words) == 1  # 6 steps an epoch: goes on at step 6, saves step 8, fails
+    (run.gate / "fail").unlink()
+    capsys.readouterr()
+    assert main(words) == 0
+    assert "checkpoint_step_8: epoch 2, after step 8" in capsys.readouterr().out
+    assert [r["step"] for r in run.lines("run")] == [0, 6, 8]
+    assert main(words) == 0
+    assert "already complete" in capsys.readouterr().out
+
+
+def loader_workers_of(pid: int) -> list[int]:
+    """Loader workers are children of the fork server, which is a child of `pid`."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    grandchildren = [Path(f"/proc/{child}/task/{child}/children").read_text().split() for child in children]
+    return [int(grandchild) for each in grandchildren for grandchild in each]

@@ -1,0 +1,77 @@
+"""A run keeps its virtual workers for life: fewer processes take the same samples in the same steps."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import LEDGER, Run, assert_curves_are_whole, assert_each_sample_once, assert_uses_once
+
+from raytrain.cli import main
+
+
+@pytest.fixture(scope="module")
+def failed_on_two(tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Run:
+    """A run on two workers that failed in its 10th step, in mid-epoch."""
+    run = Run(tmp_path_factory.mktemp("failed"))
+    (run.gate / "fail").write_text("9")
+    assert main(run.words("--num_workers", "2")) == 1
+    assert run.names()[-1] == "checkpoint_step_8"
+    return run
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("num_workers", ["0", "1"])
+def test_a_run_begun_on_two_workers_goes_on_with_fewer(
+    tmp_path: Path, failed_on_two: Run, undisturbed_on_two: Run, num_workers: str
+) -> None:
+    shutil.copytree(failed_on_two.folder, tmp_path, dirs_exist_ok=True)
+    run = Run(tmp_path)  # with a gate of its own, which lets it pass
+    (run.gate / "fail").unlink()
+    assert main(run.words("--num_workers", num_workers)) == 0
+    assert run.records("run")[-1]["virtual_workers"] == 2
+    assert_uses_once(run, virtual_workers=2)
+    assert_curves_are_whole(run, steps_per_epoch=6)
+    for field in ("step", "epoch", "iteration", "lr", "momentum", "samples"):
+        assert column(run, field) == column(undisturbed_on_two, field), field
+    assert_equal_to_rounding(run, undisturbed_on_two)
+
+
+@pytest.mark.ray
+def test_four_virtual_workers_on_two_processes_and_on_one_agree(tmp_path: Path, ray_address: str) -> None:
+    two, one = (Run(tmp_path / name, {"SCALE.VIRTUAL_WORKERS": 4}) for name in ("two", "one"))
+    assert main(two.words("--num_workers", "2")) == 0
+    assert main(one.words("--num_workers", "0")) == 0
+    for run in (one, two):
+        assert_uses_once(run, virtual_workers=4)
+    for field in ("step", "epoch", "lr", "momentum", "samples"):
+        assert column(two, field) == column(one, field), field
+    assert_equal_to_rounding(two, one)
+
+
+@pytest.mark.ray
+def test_each_sample_is_used_once_when_a_run_goes_on_with_fewer_workers(tmp_path: Path, ray_address: str) -> None:
+    run = Run(tmp_path, LEDGER)
+    (run.gate / "fail").write_text("9")
+    assert main(run.words("--num_workers", "2")) == 1
+    (run.gate / "fail").unlink()
+    assert main(run.words("--num_workers", "0")) == 0
+    assert_each_sample_once(run.payload(), virtual_workers=2)
+
+
+def column(run: Run, field: str) -> list[Any]:
+    return [record[field] for record in run.records("step")]
+
+
+def assert_equal_to_rounding(found: Run, expected: Run) -> None:
+    """Weights, BatchNorm's buffers and moments; sums of gradients are taken in another order."""
+    states = [run.payload() for run in (found, expected)]
+    for name in expected.payload()["model_state"]:
+        torch.testing.assert_close(*(s["model_state"][name] for s in states), rtol=1e-5, atol=1e-6, msg=name)
+    for index, moments in states[1]["optimizer_state"]["state"].items():
+        for name in moments:
+            pair = (s["optimizer_state"]["state"][index][name] for s in states)
+            torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-7, msg=f"{index} {name}")

@@ -1,0 +1,187 @@
+"""What a user sees of each mistake in bad_inputs.yaml: the whole message, and the exit status."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from raytrain.cli import main
+
+HERE = Path(__file__).parent
+GOOD = """\
+TASK: bad_tasks:{task}
+OPTIMIZATION: {OPTIMIZER: adamw, BATCH_SIZE_PER_GPU: 4, NUM_EPOCHS: 2}
+SCALE: {NUM_WORKERS: 0, USE_GPU: false}
+LOADER: {WORKERS: 0}
+"""
+RUN = "train --cfg_file run.yaml"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bad:
+    """A row of the table; bad_inputs.yaml says what its fields mean."""
+
+    id: str
+    wrong: str
+    status: int
+    message: str = ""
+    prints: str = ""
+    run: str = RUN
+    add: str = ""
+    task: str = "Good"
+    files: dict[str, str | bytes] = dataclasses.field(default_factory=dict)
+    before: str = ""
+    within_s: float = 30.0
+    process: bool = False
+    ray: bool = False
+
+    @property
+    def words(self) -> list[str]:
+        return [*shlex.split(self.run), *shlex.split(self.add)]
+
+
+TABLE = [Bad(**row) for row in yaml.safe_load((HERE / "bad_inputs.yaml").read_text())]
+rows = pytest.mark.parametrize(
+    "bad", [pytest.param(bad, id=bad.id, marks=[pytest.mark.ray] if bad.ray else []) for bad in TABLE]
+)
+
+
+def test_the_table_is_whole() -> None:
+    assert len(TABLE) >= 45
+    assert len({bad.id for bad in TABLE}) == len(TABLE)
+    assert all(bad.message or bad.prints for bad in TABLE)
+
+
+@rows
+def test_a_bad_input_is_answered_with_what_is_wrong_and_what_to_do(
+    bad: Bad, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], request: Any
+) -> None:
+    if bad.ray and not bad.process:
+        request.getfixturevalue("ray_address")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name, content in {"run.yaml": GOOD.replace("{task}", bad.task), **bad.files}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with BEFORE[bad.before](tmp_path):
+        capfd.readouterr()
+        began = time.monotonic()
+        status, out, err = as_process(bad.words) if bad.process else (in_process(bad.words), *capfd.readouterr())
+        took_s = time.monotonic() - began
+    told = err.replace(str(tmp_path), "{here}")
+    assert re.fullmatch(pattern(bad.message), told), f"{bad.id}: expected\n{bad.message}\nbut found\n{told}"
+    assert re.search(pattern(bad.prints), out), f"{bad.id}: {bad.prints!r} is not in\n{out}"
+    assert status == bad.status
+    assert took_s < bad.within_s
+
+
+def pattern(text: str) -> str:
+    """`...` stands for anything in a line, a line `(lines)` for any number of lines."""
+    return "".join(
+        r"(?:.*\n)*?" if line.strip() == "(lines)" else re.escape(line).replace(r"\.\.\.", ".*") + "\n"
+        for line in text.splitlines()
+    )
+
+
+def in_process(words: list[str]) -> int:
+    try:
+        return main(words)
+    except SystemExit as ended:  # argparse
+        assert isinstance(ended.code, int)
+        return ended.code
+
+
+def as_process(words: list[str]) -> tuple[int, str, str]:
+    env = {**os.environ, "PYTHONPATH": str(HERE), "COLUMNS": "200"}
+    command = [sys.executable, "-m", "raytrain", *words]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+# What is done before the command, by the name in `before`
+
+
+@contextmanager
+def nothing(folder: Path) -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def trained(folder: Path) -> Iterator[None]:
+    """The run has been trained to its end, in output/run/default."""
+    assert main(shlex.split(RUN)) == 0
+    yield
+
+
+@contextmanager
+def all_damaged(folder: Path) -> Iterator[None]:
+    """It has, and then a bit of each of its checkpoints was flipped."""
+    with trained(folder):
+        for file in folder.glob("output/run/default/ckpt/*/checkpoint.pth"):
+            data = bytearray(file.read_bytes())
+            data[len(data) // 2] ^= 1
+            file.write_bytes(data)
+        yield
+
+
+@contextmanager
+def all_lost(folder: Path) -> Iterator[None]:
+    """It has, and then somebody removed its checkpoints."""
+    with trained(folder):
+        (folder / "output/run/default/ckpt").rename(folder / "elsewhere")
+        yield
+
+
+@contextmanager
+def pickle_bomb(folder: Path) -> Iterator[None]:
+    """bomb.pth runs a command when it is loaded as pickles are."""
+
+    class Bomb:
+        def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+            return os.system, (f"touch {folder}/exploded",)
+
+    torch.save({"model_state": Bomb()}, folder / "bomb.pth")
+    yield
+    assert not (folder / "exploded").exists()
+
+
+@contextmanager
+def another_models_weights(folder: Path) -> Iterator[None]:
+    torch.save({"model_state": {"weight": torch.zeros(5, 3), "head.weight": torch.zeros(2)}}, folder / "other.pth")
+    yield
+
+
+@contextmanager
+def full_disk(folder: Path) -> Iterator[None]:
+    """No file can grow past 12 kB: to a program that is a full disk under another name."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_288, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+BEFORE = {
+    "": nothing,
+    "trained": trained,
+    "all damaged": all_damaged,
+    "all lost": all_lost,
+    "pickle bomb": pickle_bomb,
+    "another model's weights": another_models_weights,
+    "full disk": full_disk,
+}

@@ -1,0 +1,265 @@
+"""The command line: OpenPCDet's flags, ours, exit statuses, and how little is loaded before it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from raytrain import __version__, cli, load_config
+from raytrain.cli import main
+
+TESTS = Path(__file__).parent
+CONFIG = """\
+TASK: bad_tasks:Good
+OPTIMIZATION: {OPTIMIZER: adamw, BATCH_SIZE_PER_GPU: 4, NUM_EPOCHS: 2}
+SCALE: {NUM_WORKERS: 0, USE_GPU: false}
+LOADER: {WORKERS: 0}
+"""
+HEAVY = ("torch", "ray", "numpy", "pyarrow", "tensorboardX", "rich", "sklearn")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with run.yaml in it."""
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def parsed(words: str) -> argparse.Namespace:
+    return cli.build_parser().parse_args(shlex.split(words))
+
+
+def value_at(tree: dict[str, Any], dotted: str) -> Any:
+    for key in dotted.split("."):
+        tree = tree[key]
+    return tree
+
+
+# OpenPCDet's flags (HERITAGE section 1), each in one of the three lists
+
+SET_A_KEY = {
+    "--epochs 7": ("OPTIMIZATION.NUM_EPOCHS", 7),
+    "--workers 3": ("LOADER.WORKERS", 3),
+    "--extra_tag second": ("EXTRA_TAG", "second"),
+    "--extra_tag 2024": ("EXTRA_TAG", "2024"),
+    "--sync_bn": ("OPTIMIZATION.SYNC_BN", True),
+    "--ckpt_save_interval 4": ("CHECKPOINT.EVERY_EPOCHS", 4),
+    "--max_ckpt_save_num 12": ("CHECKPOINT.KEEP_LAST", 12),
+    "--logger_iter_interval 20": ("LOG.LINE_EVERY", 20),
+    "--ckpt_save_time_interval 60": ("CHECKPOINT.EVERY_SECONDS", 60.0),
+    "--use_amp": ("OPTIMIZATION.USE_AMP", True),
+    "--set OPTIMIZATION.LR 1e-3 OPTIMIZATION.NUM_EPOCHS 9": ("OPTIMIZATION.NUM_EPOCHS", 9),
+}
+OPTIONS = {
+    "--batch_size 16": ("batch_size", 16),
+    "--ckpt a/checkpoint_epoch_3.pth": ("ckpt", "a/checkpoint_epoch_3.pth"),
+    "--pretrained_model weights.pth": ("pretrained_model", "weights.pth"),
+}
+VOID = [
+    "--launcher pytorch",
+    "--tcp_port 18888",
+    "--local_rank 0",
+    "--local-rank=0",
+    "--fix_random_seed",
+    "--merge_all_iters_to_one_epoch",
+    "--max_waiting_mins 0",
+    "--start_epoch 0",
+    "--num_epochs_to_eval 5",
+    "--save_to_file",
+    "--use_tqdm_to_record",
+    "--wo_gpu_stat",
+]
+OURS = {
+    "--num_workers 5": ("SCALE.NUM_WORKERS", 5),
+    "--use_gpu": ("SCALE.USE_GPU", True),
+    "--no_gpu": ("SCALE.USE_GPU", False),
+    "--output elsewhere": ("OUTPUT", "elsewhere"),
+    "--seed 9": ("SEED", 9),
+}
+
+
+@pytest.mark.parametrize("words", [*SET_A_KEY, *OURS])
+def test_a_flag_sets_its_config_key(folder: Path, words: str) -> None:
+    key, value = {**SET_A_KEY, **OURS}[words]
+    found = value_at(cli.load(parsed(f"train --cfg_file run.yaml {words}")).to_tree(), key)
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize("words", OPTIONS)
+def test_a_flag_becomes_an_option_of_the_launch(words: str) -> None:
+    name, value = OPTIONS[words]
+    assert getattr(parsed(f"train --cfg_file run.yaml {words}"), name) == value
+
+
+@pytest.mark.parametrize("words", VOID)
+def test_a_flag_with_nothing_left_to_do_is_accepted_with_one_line(
+    folder: Path, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = parsed(f"train --cfg_file run.yaml {words} --epochs 3")
+    note = capsys.readouterr().err
+    flag = words.replace("=", " ").split()[0]
+    assert note.startswith(f"note: {flag} has no effect here: ") and note.count("\n") == 1
+    assert cli.load(args).OPTIMIZATION.NUM_EPOCHS == 3
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--launcher none",
+        "--tcp_port 1",
+        "--local_rank 0",
+        "--eval_all",
+        "--ckpt_dir a",
+        "--start_epoch 2",
+        "--infer_time",
+    ],
+)
+def test_an_evaluation_too_accepts_flags_with_nothing_left_to_do(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parsed(f"eval --cfg_file run.yaml {words} --workers 3 --eval_tag second --ckpt a.pth --save_to_file")
+    assert capsys.readouterr().err.startswith(f"note: {words.split()[0]} has no effect here: ")
+
+
+def test_set_wins_over_a_flag(folder: Path) -> None:
+    cfg = cli.load(parsed("train --cfg_file run.yaml --epochs 3 --set OPTIMIZATION.NUM_EPOCHS 5"))
+    assert cfg.OPTIMIZATION.NUM_EPOCHS == 5
+
+
+def test_the_batch_size_is_the_total_over_the_virtual_workers(folder: Path) -> None:
+    assert main(shlex.split("train --cfg_file run.yaml --batch_size 6 --set SCALE.VIRTUAL_WORKERS 2")) == 0
+    written = yaml.safe_load((folder / "output/run/default/config.yaml").read_text())
+    assert written["OPTIMIZATION"]["BATCH_SIZE_PER_GPU"] == 3
+
+
+# Exit statuses
+
+
+def test_a_finished_run_ends_with_0_and_so_does_the_same_command_again(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = shlex.split("train --cfg_file run.yaml")
+    assert main(command) == 0
+    assert "finished after epoch 2, step 6" in capsys.readouterr().out
+    files = {path: path.stat().st_mtime_ns for path in folder.glob("output/run/default/ckpt/*/*")}
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("already complete: all 2 epochs are trained") and str(folder / "output/run/default") in out
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("output/run/default/ckpt/*/*")} == files
+
+
+def test_a_run_stopped_by_a_signal_ends_with_75_and_the_same_command_goes_on(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = shlex.split("train --cfg_file run.yaml --set TASK bad_tasks:StoppedOnce")
+    assert main(command) == 75
+    assert "stopped after epoch 0, step 1" in capsys.readouterr().out
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "resumed from" in out and "finished after epoch 2, step 6" in out
+
+
+@pytest.mark.parametrize(("words", "status"), [("--set TASK bad_tasks:SampleRaises", 1), ("--epochs 0", 2)])
+def test_what_fails_ends_with_1_and_what_is_asked_wrongly_with_2(folder: Path, words: str, status: int) -> None:
+    assert main(shlex.split(f"train --cfg_file run.yaml {words}")) == status
+
+
+def test_the_status_of_the_process_is_that_of_the_command(folder: Path) -> None:
+    for words, status in (("show-config --cfg_file run.yaml", 0), ("show-config --cfg_file none.yaml", 2)):
+        done = subprocess.run([sys.executable, "-m", "raytrain", *words.split()], capture_output=True, check=False)
+        assert done.returncode == status
+        assert (b"Traceback" not in done.stderr) and bool(done.stderr) == bool(status)
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"raytrain {__version__}\n"
+
+
+# show-config and eval
+
+
+def test_the_config_that_is_shown_loads_again_to_an_equal_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--cfg_file run.yaml --epochs 3 --extra_tag second --set MODEL.WIDTH 5 SCALE.RESOURCES fast_disk:1"
+    assert main(shlex.split(f"show-config {words}")) == 0
+    (folder / "shown.yaml").write_text(capsys.readouterr().out)
+    assert load_config(folder / "shown.yaml") == cli.load(parsed(f"train {words}"))
+
+
+def test_a_run_is_evaluated_from_its_own_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(shlex.split("train --cfg_file run.yaml")) == 0
+    trained = capsys.readouterr().out
+    assert main(shlex.split("eval --cfg_file run.yaml --eval_tag again --save_to_file")) == 0
+    path, metric, results = capsys.readouterr().out.splitlines()
+    assert path == str(folder / "output/run/default/ckpt/checkpoint_epoch_2")
+    assert metric.split()[0] == "error" and metric.split()[1][:5] in trained
+    assert results.split() == ["results", str(folder / "output/run/default/eval/epoch_2/val/again")]
+    assert {file.name for file in Path(results.split()[1]).iterdir()} == {"metrics.json", "predictions.pt"}
+
+
+def test_a_failing_evaluation_shows_the_users_own_traceback(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(shlex.split("train --cfg_file run.yaml --set TASK bad_tasks:Good")) == 0
+    capsys.readouterr()
+    assert main(shlex.split("eval --cfg_file run.yaml --set TASK bad_tasks:ScoreRaises")) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("raytrain: The evaluation failed on rank 0\n")
+    assert "in score" in error and "raytrain/loop.py" not in error
+
+
+# What is loaded before it is needed
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "light"),
+    [
+        ("--help", 0, True),
+        ("train --help", 0, True),
+        ("train --cfg_file run.yaml --epoch 3", 2, True),
+        ("train", 2, True),
+        ("train --cfg_file none.yaml", 2, False),
+        ("train --cfg_file run.yaml --set OPTIMIZATION.LRR 1", 2, False),
+        ("train --cfg_file run.yaml --ckpt a --resume b", 2, False),
+        ("show-config --cfg_file run.yaml", 0, False),
+    ],
+)
+def test_help_and_config_errors_wait_for_nothing_heavy(folder: Path, words: str, status: int, light: bool) -> None:
+    """Neither torch nor ray; help and wrong flags do without the config's libraries too."""
+    code = (
+        "import sys\nfrom raytrain.cli import main\n"
+        f"try: status = main({shlex.split(words)!r})\n"
+        "except SystemExit as ended: status = ended.code\n"
+        f"names = {HEAVY} + (('pydantic', 'yaml') if {light} else ())\n"
+        "print('loaded', status, [name for name in names if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"loaded {status} []"
+
+
+def test_help_fits_its_reader(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every flag that does something is explained; those that do nothing do not take the reader's time."""
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    told = capsys.readouterr().out
+    flags = [*cli.CONFIG_FLAGS, *cli.SWITCHES, "--batch_size", "--ckpt", "--pretrained_model", "--set", "--address"]
+    flags += ["--resume", "--overwrite", "--allow-config-change"]
+    assert [flag for flag in flags if flag not in told] == []
+    assert [flag for flag in cli.VOID_FLAGS if f"{flag} " in told] == []
+
+
+def test_a_pipe_that_is_closed_early_is_no_error(folder: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "raytrain", "show-config", "--cfg_file", "run.yaml"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert done.stderr == b""
