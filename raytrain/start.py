@@ -11,6 +11,7 @@ from typing import Any
 
 from raytrain.config import Config, with_overrides
 from raytrain.errors import ConfigError, ResumeError
+from raytrain.progress import Progress
 from raytrain.resume import Origin, choose, compare
 from raytrain.storage import joined, open_storage
 from raytrain.store import Store
@@ -124,7 +125,7 @@ def start_over(store: Store, overwrite: bool) -> None:
             f"--resume never: {storage.path_of('')} holds a run already ({', '.join(remains[:4])}, ...). "
             "Give this one a folder of its own (--extra_tag NAME), or add --overwrite"
         )
-    store.supersede(-1)
+    store.supersede(Progress(-1))
     for name in LEFTOVERS:
         storage.remove_tree(name)
 

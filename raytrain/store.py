@@ -149,13 +149,14 @@ class Store:
         if newest is not None:
             self._remove_all_but(newest, damaged={name for name, _ in passed_over})
 
-    def supersede(self, step: int) -> list[str]:
-        """Names of the checkpoints beyond `step`, now in ckpt/superseded/<launch>/, which retention never touches.
+    def supersede(self, progress: Progress) -> list[str]:
+        """Names of the checkpoints beyond `progress`, now in ckpt/superseded/<launch>/, which retention never touches.
 
         For a run that goes back to an older checkpoint on purpose.
         """
         entries = self.listed()
-        names = [entry.name for entry in entries if _position(entry, entries)[0] > step]
+        here = (progress.epoch, progress.cursor, 0)
+        names = [entry.name for entry in entries if _position(entry, entries) > here]
         for name in names:
             target = f"{SUPERSEDED}/{self.launch}/{name}"
             again = 2
@@ -245,17 +246,20 @@ def checkpoint_name(progress: Progress) -> str:
     return f"checkpoint_epoch_{progress.epoch}" if progress.cursor == 0 else f"checkpoint_step_{progress.step}"
 
 
-def _position(entry: Listed, entries: list[Listed]) -> tuple[float, int]:
-    """(step, epoch) to sort by: from the manifest, else from the name.
+def _position(entry: Listed, entries: list[Listed]) -> tuple[int, int, int]:
+    """Where in the data it stands, to sort by: (epoch, cursor, 0) from the manifest, else what the name tells.
 
-    The step of a damaged checkpoint_epoch_<N> is told by the pace of the others; it comes out
-    too large rather than too small, so that no damaged one counts as older than it is.
+    Steps would not do: under another batch size (--allow-config-change) they count anew. A damaged
+    checkpoint_step_<S> is put behind every whole one of no more steps, in the epoch that their
+    pace tells: rather too new than too old, since what is old is removed.
     """
     if entry.manifest is not None:
-        return entry.manifest.progress.step, entry.manifest.progress.epoch
+        return entry.manifest.progress.epoch, entry.manifest.progress.cursor, 0
     kind, number = entry.name.split("_")[1:]
-    if kind == "step":
-        return int(number), 0
-    ran = [e.manifest.progress for e in entries if e.manifest is not None and e.manifest.progress.epoch > 0]
-    steps_per_epoch = max((progress.step / progress.epoch for progress in ran), default=float("inf"))
-    return (int(number) * steps_per_epoch if int(number) else 0), int(number)
+    if kind == "epoch":
+        return int(number), 0, 0
+    whole = [e.manifest.progress for e in entries if e.manifest is not None]
+    before = max((p for p in whole if p.step <= int(number)), default=Progress(-1))
+    paces = [p.step / p.epoch for p in whole if p.epoch > 0 and p.cursor == 0]
+    epoch = int(int(number) / min(paces)) if paces else -1
+    return max((before.epoch, before.cursor, int(number)), (epoch, 0, int(number)))

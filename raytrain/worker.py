@@ -180,7 +180,7 @@ def bring_to_start(run: RunState, store: Store, job: Job) -> tuple[Origin | None
     elif origin.name is not None and run.progress.cursor == 0 and run.progress.epoch > 0:
         run.unevaluated = origin.name
     if run.world.is_first and job.start not in ("auto", "fresh"):
-        moved = store.supersede(run.progress.step)
+        moved = store.supersede(run.progress)
         if moved:
             notes.append(f"newer checkpoints of this run folder are now in ckpt/superseded: {', '.join(moved)}")
     return origin, notes

@@ -288,12 +288,12 @@ def test_going_back_moves_newer_checkpoints_aside(storage: Storage) -> None:
         Store(storage, policy(), "first").save(
             {"model_state": {"w": torch.ones(2)}}, Manifest(progress_at(step), {}, {}, 0), now=0.0
         )
-    assert store.supersede(20) == ["checkpoint_epoch_3", "checkpoint_step_25"]
+    assert store.supersede(progress_at(20)) == ["checkpoint_epoch_3", "checkpoint_step_25"]
     assert names(store) == ["checkpoint_epoch_2", "checkpoint_epoch_1"]
     assert storage.list("ckpt/superseded/later") == ["checkpoint_epoch_3", "checkpoint_step_25"]
     save(store, 25)
     assert names(store) == ["checkpoint_step_25"]
-    assert store.supersede(20) == ["checkpoint_step_25"]
+    assert store.supersede(progress_at(20)) == ["checkpoint_step_25"]
     moved = ["checkpoint_epoch_3", "checkpoint_step_25", "checkpoint_step_25-2"]
     assert storage.list("ckpt/superseded/later") == moved
 
