@@ -158,7 +158,11 @@ def run_here(start: Start, stop: threading.Event, show: Show) -> str:
 
 def run_on_ray(start: Start, stop: threading.Event, show: Show) -> str:
     """The run on a Ray cluster, joined or started for it; how it ended."""
-    with cluster.connected(start.options.address):
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(cluster.connected(start.options.address))
+        except SystemExit:  # Ray's own answer to a SIGTERM while it starts
+            return "stopped"
         num_workers, use_gpu = cluster.resolve_workers(start.cfg.SCALE)
         job = start.job(num_workers, use_gpu)
         per_worker = cluster.resources_per_worker(job.cfg.SCALE, use_gpu)
@@ -166,16 +170,12 @@ def run_on_ray(start: Start, stop: threading.Event, show: Show) -> str:
         cluster.check_reachable(start.run_dir)
         # Ray would take up from its own list, which may name checkpoints that retention has removed (RAY.md F6, F36).
         start.store.storage.remove_tree("checkpoint_manager_snapshot.json")
-        mailbox = Mailbox(job.launch)
-        try:
-            return "stopped" if stop.is_set() else fit(job, per_worker, mailbox, stop, show)
-        finally:
-            mailbox.clear()
+        return "stopped" if stop.is_set() else fit(job, per_worker, stop, show)
 
 
-def fit(job: Job, per_worker: dict[str, float], mailbox: Mailbox, stop: threading.Event, show: Show) -> str:
+def fit(job: Job, per_worker: dict[str, float], stop: threading.Event, show: Show) -> str:
     """Ray Train's fit in a thread, while this one shows records and passes on the wish to stop."""
-    scale = job.cfg.SCALE
+    scale, mailbox = job.cfg.SCALE, Mailbox(job.launch)
     assert scale.NUM_WORKERS is not None  # Start.job has settled it
     crowded = cluster.free_workers(per_worker) < scale.NUM_WORKERS
     trainer, raised = ray_trainer(job, per_worker), []
@@ -197,15 +197,16 @@ def fit(job: Job, per_worker: dict[str, float], mailbox: Mailbox, stop: threadin
             inbox.say("stopping", "the state is saved after the step under way; once more to stop at once")
             asked = True
             if inbox.last_number == 0:
-                return "stopped"  # no worker has begun: nothing to save
+                return "stopped"  # no worker has begun; one that still does finds the wish in the mailbox
         if crowded and inbox.last_number == 0 and time.monotonic() > notice_at:
             notice_at += NOTICE_S
             inbox.say("waiting", cluster.wait_reason(per_worker, scale.NUM_WORKERS))
     inbox.fetch()
-    outcome = mailbox.get("outcome")
+    outcome, failure = mailbox.get("outcome"), first_failure(mailbox, raised, job)
+    mailbox.clear()
     if outcome is not None and not raised:
         return str(outcome["status"])
-    raise as_seen(first_failure(mailbox, raised, job)) from (raised[0] if raised else None)
+    raise as_seen(failure) from (raised[0] if raised else None)
 
 
 class Inbox:

@@ -77,21 +77,26 @@ class RunFolder:
         self.storage.write_bytes("config.yaml", config_yaml.encode())
         self.storage.write_bytes("environment.json", json.dumps(environment(arguments), indent=1).encode() + b"\n")
 
-    @contextlib.contextmanager
-    def locked(self, patience_s: float = 30.0) -> Iterator[None]:
-        """Only one process at a time writes here; one that is just dying is waited for.
+    def locked(self, patience_s: float = 30.0) -> contextlib.AbstractContextManager[None]:
+        """See the function `locked`."""
+        return locked(self.storage, patience_s)
 
-        Local and NFS folders only: object stores have no locks.
-        """
-        if not self.storage.is_local:
-            yield
-            return
-        with open(self.storage.local_path(LOCK), "a+") as file:
-            _wait_for_lock(file, self.storage.path_of(""), patience_s)
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}")
-            file.flush()
-            yield
+
+@contextlib.contextmanager
+def locked(storage: Storage, patience_s: float = 30.0) -> Iterator[None]:
+    """Only one process at a time writes in this run folder; one that is just dying is waited for.
+
+    Local and NFS folders only: object stores have no locks.
+    """
+    if not storage.is_local:
+        yield
+        return
+    with open(storage.local_path(LOCK), "a+") as file:
+        _wait_for_lock(file, storage.path_of(""), patience_s)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}")
+        file.flush()
+        yield
 
 
 def _wait_for_lock(file: Any, folder: str, patience_s: float) -> None:

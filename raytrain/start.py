@@ -13,6 +13,7 @@ from raytrain.config import Config, with_overrides
 from raytrain.errors import ConfigError, ResumeError
 from raytrain.progress import Progress
 from raytrain.resume import Origin, choose, compare
+from raytrain.runfolder import locked
 from raytrain.storage import joined, open_storage
 from raytrain.store import Store
 from raytrain.worker import Job
@@ -107,7 +108,8 @@ def find_start(cfg: Config, options: Options) -> Start:
     if origin is None and options.pretrained is not None and not Path(options.pretrained).expanduser().is_file():
         raise ResumeError(f"--pretrained_model {options.pretrained}: there is no such file; name a .pth file")
     if options.resume == "never":
-        start_over(store, options.overwrite)
+        with locked(storage):  # or the checkpoints of a run that is still training would be moved away under it
+            start_over(store, options.overwrite)
     return Start(cfg, options, run_dir, store, origin)
 
 

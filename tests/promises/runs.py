@@ -96,11 +96,11 @@ class Run:
         """What the command printed, once it has ended with this exit status."""
         return self.start(*flags).ended(status)
 
-    def killed_at(self, step: int, *flags: str, processes: int = 1) -> None:
+    def killed_at(self, step: int, *flags: str, processes: int = 1, workers_too: bool = True) -> None:
         """The command, with SIGKILL for driver and workers while the step after `step` steps is under way."""
         self.hold(step)
         launched = self.start(*flags)
-        launched.kill(self.held(processes, launched))
+        launched.kill(self.held(processes, launched), workers_too)
         self.release()
         for path in self.gate.glob("held-*"):
             path.unlink()
@@ -185,10 +185,10 @@ class Launched:
         assert found == status, f"exit status {found}, not {status}:\n{self.output()}"
         return self.output()
 
-    def kill(self, workers: list[int]) -> None:
-        """SIGKILL for it and for these; returns when all that they had started is gone too."""
+    def kill(self, workers: list[int], workers_too: bool = True) -> None:
+        """SIGKILL for it and for its workers; returns when all that they had started is gone, and the workers are."""
         everyone = {pid for root in {self.pid, *workers} for pid in family(root)}
-        for pid in {self.pid, *workers}:
+        for pid in {self.pid, *workers} if workers_too else {self.pid}:
             os.kill(pid, signal.SIGKILL)
         self.process.wait()
         gone(everyone)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import Run, assert_curves_are_whole, assert_same_bits
+from runs import Run, assert_curves_are_whole, assert_same_bits, wait_for
 
 from raytrain.cli import main
 
@@ -161,6 +161,22 @@ def test_two_workers_pass_over_a_damaged_checkpoint_together(
     assert_curves_are_whole(run, steps_per_epoch=6)
 
 
+def test_starting_over_waits_for_a_run_that_still_trains(tmp_path: Path, undisturbed_here: Run) -> None:
+    run = Run(tmp_path)
+    run.hold(14)
+    first = run.start("--num_workers", "0")
+    run.held(1, first)
+    second = run.start("--num_workers", "0", "--resume", "never", "--overwrite")
+    wait_for(lambda: has_open(second.pid, run.run_dir / ".lock"), "the second one at the lock")
+    assert run.names()[-2:] == [BEFORE, NEWEST]
+    run.release()
+    first.ended(0)
+    second.ended(0)
+    assert_same_bits(run.payload(), undisturbed_here.payload())
+    assert_curves_are_whole(run, steps_per_epoch=11)
+    assert len(list((run.ckpt / "superseded").glob("*/checkpoint_epoch_3"))) == 1  # the first one's, untouched
+
+
 def failed(folder: Path) -> Run:
     """A run that failed in mid-epoch, with NEWEST, BEFORE and older checkpoints."""
     run = Run(folder)
@@ -169,3 +185,7 @@ def failed(folder: Path) -> Run:
     (run.gate / "fail").unlink()
     assert run.names()[-2:] == [BEFORE, NEWEST]
     return run
+
+
+def has_open(pid: int, file: Path) -> bool:
+    return any(Path(link.parent, link.name).resolve() == file for link in Path(f"/proc/{pid}/fd").iterdir())

@@ -117,6 +117,18 @@ def test_ctrl_c_stops_a_run_on_a_cluster_of_its_own_with_its_state_saved(
     assert_curves_are_whole(run, steps_per_epoch=6)
 
 
+@pytest.mark.ray
+def test_a_sigterm_while_ray_starts_stops_too_and_leaves_nothing(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    launched = run.start("--num_workers", "2", env={"RAY_ADDRESS": ""})
+    wait_for(lambda: len(set(family(launched.pid))) > 1, "the first process of Ray's")
+    os.kill(launched.pid, signal.SIGTERM)
+    everyone = set(family(launched.pid))
+    launched.ended(75)
+    gone(everyone)
+    assert not list(Path("/tmp").glob(f"raytrain-ray-{launched.pid}-*"))
+
+
 def stop_on_two_workers(run: Run, address: str, send: Callable[[Launched, list[int]], None]) -> None:
     """The run, stopped by `send` in its 10th step or soon after, as it ought to be."""
     run.hold(9)
