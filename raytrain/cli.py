@@ -7,6 +7,7 @@ import difflib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from raytrain import __version__
@@ -69,6 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean --{near[0]}?" if near else ""
         parser.prog = f"raytrain {args.command}"
         parser.error(f"{unknown[0]} is unknown{hint}")
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        parser.error("the current folder has been removed; go to one that exists (cd)")
     try:
         return int(args.run(args))
     except RaytrainError as error:
@@ -203,8 +208,8 @@ def run_train(args: argparse.Namespace) -> int:
     )
     if result.status == "complete":
         metrics = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
-        print(f"already complete: all {cfg.OPTIMIZATION.NUM_EPOCHS} epochs are trained  {metrics}")
-        print(f"  run folder   {result.run_dir}")
+        say(f"already complete: all {cfg.OPTIMIZATION.NUM_EPOCHS} epochs are trained  {metrics}")
+        say(f"  run folder   {result.run_dir}")
     return EXIT_STOPPED if result.status == "stopped" else EXIT_FINISHED
 
 
@@ -215,21 +220,26 @@ def run_eval(args: argparse.Namespace) -> int:
     evaluation = evaluate(
         cfg, args.ckpt, eval_tag=args.eval_tag, batch_size=args.batch_size, save_predictions=args.save_to_file
     )
-    print(f"{evaluation.checkpoint}")
+    say(f"{evaluation.checkpoint}")
     for name, value in evaluation.metrics.items():
-        print(f"  {name:<12} {value:.6g}")
-    print(f"  {'results':<12} {evaluation.folder}")
+        say(f"  {name:<12} {value:.6g}")
+    say(f"  {'results':<12} {evaluation.folder}")
     return EXIT_FINISHED
 
 
 def run_show_config(args: argparse.Namespace) -> int:
     from raytrain.config import dump_config
 
-    try:
-        print(dump_config(load(args)), end="", flush=True)
-    except BrokenPipeError:  # `raytrain show-config ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at exit has a place to go
+    say(dump_config(load(args)).rstrip("\n"))
     return EXIT_FINISHED
+
+
+def say(text: str) -> None:
+    """Prints it; that nobody reads any more (`raytrain ... | head`) is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at exit has a place to go
 
 
 if __name__ == "__main__":

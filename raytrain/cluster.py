@@ -229,6 +229,13 @@ def _sees(marker: str) -> bool:
     return Path(marker).exists() and os.access(Path(marker).parent, os.W_OK)
 
 
+def attempt() -> str:
+    """Which start of a run's workers this worker belongs to: Ray makes a placement group for each."""
+    import ray
+
+    return ray.get_runtime_context().get_placement_group_id() or ""
+
+
 class Mailbox:
     """A few small values between the driver and the workers of one launch, kept in the cluster's own store.
 

@@ -154,12 +154,12 @@ class Scale(Section):
     """What the run takes of the cluster."""
 
     NUM_WORKERS: Natural | None = None  # processes; 0: in this one, without Ray; None: what fits
-    VIRTUAL_WORKERS: Count | None = None  # fixed for the life of a run; None: the first NUM_WORKERS
+    VIRTUAL_WORKERS: Annotated[Count, Field(le=65536)] | None = None  # fixed for a run's life; None: its NUM_WORKERS
     USE_GPU: Literal["auto"] | Flag = "auto"
     CPUS_PER_WORKER: Positive = 1.0
     GPUS_PER_WORKER: Positive = 1.0
     RESOURCES: dict[str, NonNegative] = {}  # custom Ray resources of each worker
-    THREADS: Count = 1  # torch's, in each worker
+    THREADS: Annotated[Count, Field(le=1024)] = 1  # torch's, in each worker
     MAX_FAILURES: Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=-1)] = 0  # -1: no limit
 
     @field_validator("VIRTUAL_WORKERS")
@@ -181,7 +181,7 @@ class Scale(Section):
 
 class Loader(Section):
     WORKERS: Natural = 2  # loader processes of each worker
-    PREFETCH: Count = 2  # batches that each of them keeps ready
+    PREFETCH: Annotated[Count, Field(le=1024)] = 2  # batches that each of them keeps ready
     SHUFFLE: Flag = True
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from raytrain.cluster import Mailbox
+from raytrain.cluster import Mailbox, attempt
 from raytrain.records import Record
 from raytrain.storage import joined
 
@@ -70,7 +70,7 @@ class RayControl(Control):
 
     def __init__(self, launch: str, run_uri: str, rank: int) -> None:
         super().__init__()
-        self._mailbox, self._run_uri, self._rank = Mailbox(launch), run_uri, rank
+        self._mailbox, self._run_uri, self._rank, self._attempt = Mailbox(launch), run_uri, rank, attempt()
         self._lock = threading.Lock()
         self._posted: list[Record] = []
         self._step: Record | None = None
@@ -101,7 +101,8 @@ class RayControl(Control):
 
     def failed(self, failure: dict[str, Any]) -> None:
         """Tell the driver why this rank ends."""
-        self._mailbox.put(f"failure-{self._rank}", {**failure, "time": time.time()})
+        told = {**failure, "time": time.time(), "attempt": self._attempt}
+        self._mailbox.put(f"failure-{self._attempt}-{self._rank}", told)
         self._send()
 
     def finished(self, outcome: dict[str, Any]) -> None:
@@ -116,7 +117,7 @@ class RayControl(Control):
     def _post(self) -> None:
         while not self._ending.wait(POST_S):
             self._send()
-            if self._mailbox.get("stop") is not None:
+            if any(self._mailbox.get(key) is not None for key in ("stop", f"stop-{self._attempt}")):
                 self._stop.set()
         self._send()
 
@@ -125,7 +126,7 @@ class RayControl(Control):
             number = self._number
             records = [*self._posted, *([self._step] if self._step else [])]
         if number != self._sent:
-            self._mailbox.put("records", records)
+            self._mailbox.put("records", {"attempt": self._attempt, "records": records})
             self._sent = number
 
     def _report(self) -> None:
@@ -144,5 +145,9 @@ class RayControl(Control):
 
 
 def stop_on_signal(launch: str) -> None:
-    """From now on SIGTERM to this process (a node that goes) wishes a stop of the whole run."""
-    signal.signal(signal.SIGTERM, lambda *_: Mailbox(launch).put("stop", "SIGTERM to a worker"))
+    """From now on SIGTERM to this process (a node that goes) wishes a stop of the whole run.
+
+    Not of the workers that are started after these: when one of these dies, Ray ends the others by SIGTERM.
+    """
+    key = f"stop-{attempt()}"
+    signal.signal(signal.SIGTERM, lambda *_: Mailbox(launch).put(key, "SIGTERM to a worker"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +31,23 @@ class Display:
         self._run: Record | None = None
         self._first: Record | None = None  # step record of this launch, the ETA's other end
         self._drawn_at = 0.0
+        self._unseen = False
 
     def feed(self, record: Record) -> None:
-        """Shows what the record says, if people are to see it."""
+        """Shows what the record says, if people are to see it.
+
+        Training goes on where nothing can be shown any more: `raytrain train | head`, a full disk.
+        """
+        if self._unseen:
+            return
+        try:
+            self._feed(record)
+        except (OSError, SystemExit):  # rich ends the process where a pipe is broken
+            self._unseen = True
+            with contextlib.suppress(OSError, ValueError):  # what is flushed at exit has a place to go
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._console.file.fileno())
+
+    def _feed(self, record: Record) -> None:
         kind = record["kind"]
         if kind == "run":
             self._run, self._first = record, None

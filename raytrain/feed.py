@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import multiprocessing.queues
 import os
 import pickle
@@ -18,18 +19,23 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_convert
 
-from raytrain.errors import DataError, TaskError
+from raytrain.errors import DataError, PreflightError, TaskError
 from raytrain.failure import users_traceback
 from raytrain.progress import Plan, Progress
 from raytrain.randomness import seed_all
-from raytrain.sampler import epoch_order, step_samples
+from raytrain.sampler import cut, epoch_order, step_samples
 from raytrain.task import Task
 from raytrain.world import World
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+MAX_SAMPLES = 100_000_000  # 3 GB for the order of an epoch: shuffled and dealt, for the loop and for what reads ahead
+LOADERS_PER_CPU = 16  # more than one, since loading may be waiting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +120,8 @@ class Feed:
         """Begin to read ahead from `progress`; loader workers start here."""
         keys = self._keys(progress, evaluate_first)
         workers = self.loader_cfg.WORKERS
-        loader: DataLoader[Any] = DataLoader(
+        check_loader_workers(workers, len(os.sched_getaffinity(0)))
+        loader: DataLoader[Any] = _QuietDataLoader(
             KeyedBatches(self.datasets, self.task, self.seed),
             batch_size=None,
             sampler=_Keys(keys),
@@ -125,7 +132,7 @@ class Feed:
             multiprocessing_context=_loader_context(type(self.task).__module__) if workers else None,
             worker_init_fn=_init_loader_worker if workers else None,
         )
-        with _main_module_hidden(), warnings.catch_warnings():
+        with _main_module_hidden(), _signals_held_back(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Got pickle error")  # the TaskError says it
             try:
                 self._batches = iter(loader)
@@ -142,20 +149,20 @@ class Feed:
         order = epoch_order(plan.num_samples, self.seed, progress.epoch, self.loader_cfg.SHUFFLE)
         for shares in step_samples(order, progress.cursor, plan):
             micro_batches = {
-                v: [
-                    BatchKey("train", progress.epoch, tuple(part.tolist())) for part in shares[v].split(plan.batch_size)
-                ]
+                v: [BatchKey("train", progress.epoch, ids) for ids in cut(shares[v].tolist(), plan.batch_size)]
                 for v in self.world.block
             }
             yield Step(micro_batches, shares.numel())
 
-    def validation_keys(self, epoch: int) -> list[BatchKey]:
+    def validation_keys(self, epoch: int) -> Iterator[BatchKey]:
         """This process's part of the validation split: every size-th batch of the data set's order.
 
         What a batch holds does not depend on the number of processes, so neither do predictions.
         """
-        batches = torch.arange(len(self.datasets["val"])).split(self.plan.batch_size)
-        return [BatchKey("val", epoch, tuple(b.tolist())) for b in batches[self.world.rank :: self.world.size]]
+        batches = cut(range(len(self.datasets["val"])), self.plan.batch_size)
+        return (
+            BatchKey("val", epoch, ids) for ids in itertools.islice(batches, self.world.rank, None, self.world.size)
+        )
 
     def fetch(self, key: BatchKey) -> Any:
         """The batch of `key`, the next one of the stream, on the device."""
@@ -216,6 +223,22 @@ class _Keys:
         return self.keys
 
 
+class _QuietDataLoader(DataLoader[Any]):
+    """Without torch's warning, twice, that there are fewer CPUs than loader workers."""
+
+    def check_worker_number_rationality(self) -> None: ...
+
+
+def check_loader_workers(workers: int, num_cpus: int) -> None:
+    """PreflightError for more loader workers than can be of use: each takes 140 MB before its first sample."""
+    most = LOADERS_PER_CPU * num_cpus
+    if workers > most:
+        raise PreflightError(
+            f"LOADER.WORKERS is {workers}, for each worker process; on {num_cpus} CPU{'s' if num_cpus > 1 else ''} so "
+            f"many load no faster and may fill the memory. Give {most} at most; {num_cpus} is a good start"
+        )
+
+
 def check_dataset(dataset: Any, split: str, task: Task) -> None:
     """Raise TaskError unless `dataset` is a map-style data set with samples."""
     where = f"{type(task).__name__}.build_dataset({split!r})"
@@ -232,6 +255,11 @@ def check_dataset(dataset: Any, split: str, task: Task) -> None:
         raise TaskError(
             f"{where} gave {type(dataset).__name__}, whose len() fails: {type(error).__name__}: {error}"
         ) from error
+    if size > MAX_SAMPLES:
+        raise TaskError(
+            f"{where} gave a data set of {size:,} samples; the order of an epoch is kept in memory, so {MAX_SAMPLES:,} "
+            "are the most. Let len() be what an epoch shall be, and NUM_EPOCHS say how many there are"
+        )
     if size == 0:
         raise TaskError(
             f"{where} gave an empty data set; there is nothing to {'train' if split == 'train' else 'evaluate'} on"
@@ -268,6 +296,18 @@ def _main_module_hidden() -> Iterator[None]:
                 setattr(main, name, value)
 
 
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """SIGINT and SIGTERM wait: for this thread until the block ends, for loader workers until they can handle
+    them, for the fork server for ever (it ends with the processes that use it)."""
+    resource_tracker.ensure_running()  # when it starts its process, it lets these signals through again
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
 def _init_loader_worker(_: int) -> None:
     """A loader worker lives as long as the training process: no longer, and through signals meant for all.
 
@@ -275,9 +315,9 @@ def _init_loader_worker(_: int) -> None:
     for which it needs this worker. A second SIGTERM ends it.
     """
     threading.Thread(target=_end_with_parent, name="raytrain-parent-watch", daemon=True).start()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     torch.set_num_threads(1)
     multiprocessing.queues.Queue._on_queue_feeder_error = _send_error_instead  # type: ignore[attr-defined]
 

@@ -32,6 +32,11 @@ Show = Callable[[Record], None]
 
 POLL_S = 0.2  # how often records are fetched from the workers
 NOTICE_S = 10.0  # how often a run that waits for resources says so
+DIED = (
+    "The worker process died without a word. Most often the machine ran out of memory and the system killed it\n"
+    "(`dmesg` tells: fewer workers, a smaller batch or LOADER.WORKERS 0 need less), or native code crashed.\n"
+    "The same command goes on from the newest checkpoint; with SCALE.MAX_FAILURES the run does so by itself."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,14 +219,16 @@ class Inbox:
 
     def __init__(self, mailbox: Mailbox, show: Show) -> None:
         self._mailbox, self._show = mailbox, show
+        self._attempt: str | None = None
         self.last_number = 0
 
     def fetch(self) -> None:
-        records = self._mailbox.get("records") or []
-        if records and max(r["number"] for r in records) < self.last_number:
-            self.last_number = 0  # the workers were started again and count anew
+        posted = self._mailbox.get("records") or {"attempt": None, "records": []}
+        if self._attempt not in (None, posted["attempt"]):
+            self.last_number = 0  # they count anew
             self.say("restart", "the workers were started again after a failure")
-        for record in sorted(records, key=lambda r: r["number"]):
+        self._attempt = posted["attempt"]
+        for record in sorted(posted["records"], key=lambda r: r["number"]):
             if record["number"] > self.last_number:
                 self.last_number = record["number"]
                 self._show(record)
@@ -274,12 +281,18 @@ def worker_callbacks(launch_id: str) -> list[Any]:
 
 def first_failure(mailbox: Mailbox, raised: list[BaseException], job: Job) -> dict[str, Any]:
     """The failure to show: the first that a worker told of, since the others often only follow from it."""
-    told = [mailbox.get(key) for key in mailbox.keys("failure-")]
-    if told:
-        return min(told, key=lambda failure: failure["time"])
+    told = sorted((mailbox.get(key) for key in mailbox.keys("failure-")), key=lambda failure: failure["time"])
+    told = [failure for failure in told if failure["attempt"] == told[-1]["attempt"]]
+    ends: dict[int, Exception] = getattr(raised[0], "worker_failures", {}) if raised else {}
+    silent = sorted(set(ends) - {failure["rank"] for failure in told})
+    if told and not silent:
+        return told[0]
     text = str(raised[0]) if raised else "the workers ended without saying why"
+    rank = silent[0] if silent else None
+    if rank is not None:  # what others tell only follows from it
+        text = f"{DIED}\n\nRay says: {str(ends[rank]).strip().splitlines()[-1]}"
     logs = f"{job.run_uri}/logs"
-    return {"error": text, "traceback": text, "logs": logs, "exit_status": 1, "expected": False}
+    return {"rank": rank, "error": text, "traceback": text, "logs": logs, "exit_status": 1, "expected": False}
 
 
 def as_seen(failure: dict[str, Any]) -> RaytrainError:

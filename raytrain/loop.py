@@ -186,8 +186,8 @@ def save_checkpoint(
         return None
     started = time.perf_counter()
     payload = payload_of(run)
-    tensors = {k: v for k, v in payload["model_state"].items() if isinstance(v, torch.Tensor)}
-    bad = [k for k, v in tensors.items() if v.is_floating_point() and not bool(v.isfinite().all())]
+    # Parameters only: a buffer may hold infinities on purpose, as attention masks do.
+    bad = [name for name, param in run.model.named_parameters() if not bool(param.isfinite().all())]
     if bad:
         raise TrainingError(
             f"after step {run.progress.step} the weights are no longer finite ({', '.join(bad[:3])}"

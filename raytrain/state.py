@@ -135,7 +135,7 @@ def restore_heritage(run: RunState, payload: dict[str, Any], where: str) -> list
         import_optimizer_state(run.engine.optimizer, payload["optimizer_state"])
     else:
         notes.append("it holds no optimizer state: moments start at zero")
-    step, epoch = int(payload.get("it", 0)), int(payload.get("epoch", 0))
+    step, epoch = int(payload.get("it") or 0), int(payload.get("epoch") or 0)
     per_epoch = run.plan.steps_per_epoch
     if epoch * per_epoch <= step <= (epoch + 1) * per_epoch:
         # D10: one written in the last iteration of an epoch belongs to the start of the next.

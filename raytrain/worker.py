@@ -32,7 +32,7 @@ from raytrain.records import header_lines, model_lines
 from raytrain.resume import Origin, bring, choose, compare
 from raytrain.runfolder import RunFolder
 from raytrain.state import RunState, build_run, load_pretrained
-from raytrain.store import Store
+from raytrain.store import Store, checkpoint_name
 from raytrain.task import Task, make_task
 from raytrain.world import World
 
@@ -97,6 +97,10 @@ def run_job(job: Job, world: World, control: Control) -> Outcome:
         journal = open_journal(folder, run, job, control, origin, notes)
         stack.callback(journal.close)
         stack.callback(feed.close)
+        if world.broadcast_object(ends_elsewhere(run, store, origin)):
+            evaluates = feed.evaluate_after(run.progress.epoch)
+            loop.save_checkpoint(run, store, journal, control, metrics=None if evaluates else {})
+            run.unevaluated = checkpoint_name(run.progress) if evaluates else None
         began = time.monotonic()
         done = loop.train_model(run, task, feed, store, journal, control)
         status = "finished" if done else "stopped"
@@ -184,6 +188,13 @@ def bring_to_start(run: RunState, store: Store, job: Job) -> tuple[Origin | None
         if moved:
             notes.append(f"newer checkpoints of this run folder are now in ckpt/superseded: {', '.join(moved)}")
     return origin, notes
+
+
+def ends_elsewhere(run: RunState, store: Store, origin: Origin | None) -> bool:
+    """True if the run starts from a finished run's checkpoint, of which its own folder holds nothing yet."""
+    if origin is None or origin.name is not None or not run.plan.finished(run.progress):
+        return False
+    return checkpoint_name(run.progress) not in [entry.name for entry in store.listed()]
 
 
 def open_journal(

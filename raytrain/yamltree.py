@@ -15,6 +15,9 @@ import yaml
 from raytrain.errors import ConfigError
 
 BASE = "_BASE_CONFIG_"
+# Far beyond any config: what is larger would fill the memory before it could be found wrong.
+MAX_BYTES = 4_000_000
+MAX_VALUES = 100_000
 _TAG = "tag:yaml.org,2002:"
 # YAML 1.2 numbers (`1e-3` is one, `010` is ten, `1:30` is text), plus the underscores of Python.
 _INT = re.compile(r"[-+]?(0b[01_]+|0o[0-7_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)$")
@@ -140,8 +143,10 @@ class _Builder:
     def __init__(self, name: str) -> None:
         self.name = name
         self.open: list[yaml.Node] = []  # the collections around the present node
+        self.count = 0
 
     def node(self, node: yaml.Node, keys: tuple[str, ...], where: str) -> Node:
+        self.counted(keys, where)
         if any(node is other for other in self.open):
             raise ConfigError(f"{where}: {_dotted(keys)}: an alias (*name) stands inside its own anchor (&name)")
         self.open.append(node)
@@ -156,12 +161,20 @@ class _Builder:
         finally:
             self.open.pop()
 
+    def counted(self, keys: tuple[str, ...], where: str) -> None:
+        self.count += 1
+        if self.count > MAX_VALUES:
+            raise ConfigError(
+                f"{where}: {_dotted(keys)}: more than {MAX_VALUES:,} values; aliases (*name) of aliases multiply"
+            )
+
     def pairs(self, node: yaml.MappingNode, keys: tuple[str, ...]) -> dict[str, tuple[yaml.Node, str]]:
         """key -> (value, place of the key), `<<` followed; a key that stands twice is an error."""
         merged: dict[str, tuple[yaml.Node, str]] = {}
         own: dict[str, tuple[yaml.Node, str]] = {}
         for key_node, value in node.value:
             at = _at(self.name, key_node)
+            self.counted(keys, at)
             if key_node.tag == _TAG + "merge":
                 sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
                 for source in sources:
@@ -268,13 +281,16 @@ def _compose(text: str, name: str) -> yaml.Node | None:
 
 def _read_text(path: Path) -> str:
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(_missing(path)) from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: this is a folder; name one YAML file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_BYTES:,} bytes, so this is no config; name one YAML file")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

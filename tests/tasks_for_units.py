@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,18 @@ class FailsOnRank1(PointsTask):
         self.steps += model.training
         if self.steps == 7 and torch.distributed.get_rank() == 1:
             explode(batch[0])
+        return super().model_func(model, batch)
+
+
+class DiesOnRank1(PointsTask):
+    """Its process ends on rank 1 at step 3 as if the system had killed it."""
+
+    steps = 0
+
+    def model_func(self, model: nn.Module, batch: Any) -> ModelReturn:
+        self.steps += model.training
+        if self.steps == 3 and torch.distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
         return super().model_func(model, batch)
 
 

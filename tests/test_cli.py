@@ -263,3 +263,14 @@ def test_a_pipe_that_is_closed_early_is_no_error(folder: Path) -> None:
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
     os.close(write)
     assert done.stderr == b""
+
+
+def test_a_current_folder_that_was_removed_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = folder / "gone"
+    gone.mkdir()
+    os.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(SystemExit) as ended:
+        main(["show-config", "--cfg_file", str(folder / "run.yaml")])
+    assert ended.value.code == 2
+    assert "the current folder has been removed; go to one that exists" in capsys.readouterr().err

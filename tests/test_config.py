@@ -249,6 +249,9 @@ WRONG_VALUES = {
     "SCALE: {RESOURCES: {TPU: -1}}": "SCALE.RESOURCES.TPU is -1, but SCALE.RESOURCES must be a mapping of names to",
     "SCALE: {RESOURCES: {GPU: 1}}": 'SCALE.RESOURCES is {"GPU": 1}, but GPU is set by GPUS_PER_WORKER',
     "SCALE: {NUM_WORKERS: 4, VIRTUAL_WORKERS: 2}": "SCALE.VIRTUAL_WORKERS is 2, but NUM_WORKERS is 4; it must be at",
+    "SCALE: {THREADS: 1000000}": "SCALE.THREADS is 1000000, but it must be a whole number >= 1 and <= 1024",
+    "SCALE: {VIRTUAL_WORKERS: 10000000000}": "SCALE.VIRTUAL_WORKERS is 10000000000, but it must be a whole number >= 1",
+    "LOADER: {PREFETCH: 1000000}": "LOADER.PREFETCH is 1000000, but it must be a whole number >= 1 and <= 1024",
     "SCALE: {MAX_FAILURES: -2}": "SCALE.MAX_FAILURES is -2, but it must be a whole number >= -1",
     "CHECKPOINT: {EVERY_SECONDS: 0}": "CHECKPOINT.EVERY_SECONDS is 0, but it must be a number > 0 or null",
     "CHECKPOINT: {MODE: best}": 'CHECKPOINT.MODE is "best", but it must be one of max, min',
@@ -540,3 +543,15 @@ def test_differences_are_told_key_by_key():
 def test_reading_a_config_imports_neither_torch_nor_ray():
     code = "import sys, raytrain.config; print([n for n in ('torch', 'ray', 'numpy', 'pyarrow') if n in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("entries", ["[{}]", "{{<<: [{}], B: 1}}"])
+def test_aliases_that_multiply_are_refused_before_they_fill_the_memory(tmp_path, entries):
+    lines = [f"  A{i}: &a{i} {entries.format(','.join([f'*a{i - 1}'] * 10))}\n" for i in range(1, 10)]
+    with pytest.raises(ConfigError, match=r"more than 100,000 values; aliases .* multiply"):
+        loaded(tmp_path, LEAST + "MODEL:\n  A0: &a0 {X: 1}\n" + "".join(lines))
+
+
+def test_a_file_of_gigabytes_is_no_config_and_is_not_read_to_its_end(tmp_path):
+    with pytest.raises(ConfigError, match="/dev/zero: larger than 4,000,000 bytes, so this is no config"):
+        load_config("/dev/zero")

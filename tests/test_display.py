@@ -1,4 +1,5 @@
 import io
+import os
 import subprocess
 import sys
 from typing import Any
@@ -183,3 +184,14 @@ def test_importing_the_display_loads_no_rich() -> None:
     probe = f"import sys, {display.__name__}; print('rich' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
+
+
+def test_a_run_that_nobody_reads_any_more_goes_on() -> None:
+    """As in `raytrain train ... | head`: rich would end the process."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as file:
+        screen = Display(Console(file=file))
+        for record in (RUN, step(1), step(50)):
+            screen.feed(record)
+        screen.close()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +20,8 @@ import torch
 from tasks_for_units import Draws, DrawTask
 from torch.utils.data import IterableDataset
 
-from raytrain.errors import DataError, TaskError
-from raytrain.feed import BatchKey, Feed, check_dataset
+from raytrain.errors import DataError, PreflightError, TaskError
+from raytrain.feed import BatchKey, Feed, check_dataset, check_loader_workers
 from raytrain.progress import Plan, Progress
 from raytrain.world import World
 
@@ -260,6 +261,7 @@ class Lengthless:
         (Stream(), "gave Stream.*iterable data sets cannot be resumed"),
         ((i for i in range(3)), "gave generator.*map-style"),
         (Lengthless(), r"gave Lengthless, whose len\(\) fails: TypeError"),
+        (range(10**9), "gave a data set of 1,000,000,000 samples; the order of an epoch is kept in memory"),
         ([], "gave an empty data set; there is nothing to train on"),
         (None, "gave None; only the validation split may be left out"),
     ],
@@ -267,3 +269,28 @@ class Lengthless:
 def test_what_is_no_map_style_data_set_is_refused(dataset: Any, said: str) -> None:
     with pytest.raises(TaskError, match=rf"DrawTask.build_dataset\('train'\) {said}"):
         check_dataset(dataset, "train", DrawTask(None))  # type: ignore[arg-type]
+
+
+def test_batches_that_are_far_away_take_no_memory() -> None:
+    many = 2_000_000
+    plan = Plan(num_samples=many, batch_size=1, virtual_workers=1, accumulate=1, num_epochs=1)
+    with feed_of(datasets={"train": range(many), "val": range(many)}, plan=plan) as feed:
+        tracemalloc.start()
+        try:
+            next(feed.epoch_steps(Progress()))
+            next(feed.validation_keys(0))
+            assert tracemalloc.get_traced_memory()[1] < 1_000_000
+        finally:
+            tracemalloc.stop()
+
+
+def test_loader_workers_that_would_fill_the_memory_are_refused() -> None:
+    check_loader_workers(32, num_cpus=2)
+    with pytest.raises(PreflightError, match=r"LOADER.WORKERS is 200, .* on 2 CPUs .* Give 32 at most; 2 is a good"):
+        check_loader_workers(200, num_cpus=2)
+
+
+def test_more_loader_workers_than_cpus_are_no_reason_for_torch_to_print(capfd: pytest.CaptureFixture[str]) -> None:
+    with feed_of(workers=len(os.sched_getaffinity(0)) + 1) as feed:
+        feed.start(Progress(2))  # its warning would be an error here
+    assert capfd.readouterr() == ("", "")

@@ -260,3 +260,12 @@ def test_never_refuses_a_folder_with_a_run_in_it_unless_that_shall_give_way(run_
     assert [r["step"] for r in records if r["kind"] == "step"] == list(range(1, 25))
     assert result.status == "finished"
     assert len(list((run_dir / "ckpt" / "superseded").glob("*/*"))) == 2  # only the user deletes the only copy
+
+
+def test_a_finished_run_taken_up_in_another_folder_is_saved_and_evaluated_there(run_dir: Path) -> None:
+    before = load_weights_file(run_dir / "ckpt" / "checkpoint_epoch_2" / "checkpoint.pth")
+    result = train(run_dir, "EXTRA_TAG", "other", resume=run_dir)
+    assert result.status == "finished" and result.metrics
+    after = load_weights_file(f"{result.checkpoint}/checkpoint.pth")
+    torch.testing.assert_close(after["model_state"], before["model_state"], rtol=0, atol=0)
+    assert train(run_dir, "EXTRA_TAG", "other").status == "complete"  # and not trained from step 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +64,11 @@ class Run:
             section, _, key = dotted.rpartition(".")
             (config[section] if section else config)[key] = value
         self.config_file.write_text(yaml.safe_dump(config))
+
+    def copied(self, folder: Path) -> Run:
+        """As it stands, to go on in another folder."""
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+        return Run(folder, self.changes)
 
     @property
     def config_file(self) -> Path:
@@ -205,6 +211,13 @@ def family(pid: int) -> Iterator[int]:
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in task.read_text().split():
             yield from family(int(child))
+
+
+def loader_workers_of(pid: int) -> list[int]:
+    """Loader workers are children of the fork server, which is a child of `pid`."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    grandchildren = [Path(f"/proc/{child}/task/{child}/children").read_text().split() for child in children]
+    return [int(grandchild) for each in grandchildren for grandchild in each]
 
 
 def alive(pid: int) -> bool:

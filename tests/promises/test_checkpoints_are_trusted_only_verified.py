@@ -147,13 +147,9 @@ def test_a_run_killed_before_its_first_checkpoint_starts_at_step_0(tmp_path: Pat
 
 @pytest.mark.ray
 def test_two_workers_pass_over_a_damaged_checkpoint_together(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], undisturbed_on_two: Run
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], undisturbed_on_two: Run, failed_on_two: Run
 ) -> None:
-    run = Run(tmp_path)
-    (run.gate / "fail").write_text("9")
-    assert main(run.words("--num_workers", "2")) == 1
-    (run.gate / "fail").unlink()
-    assert run.names()[-1] == "checkpoint_step_8"
+    run = failed_on_two.copied(tmp_path)
     flip_a_bit(run.ckpt / "checkpoint_step_8")
     assert main(run.words("--num_workers", "2")) == 0
     assert "passed over checkpoint_step_8" in capsys.readouterr().out

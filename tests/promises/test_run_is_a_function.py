@@ -17,6 +17,7 @@ from runs import (
     assert_same_bits,
     assert_uses_once,
     gone,
+    loader_workers_of,
     wait_for,
 )
 
@@ -52,11 +53,12 @@ def test_a_run_on_two_workers_killed_in_mid_epoch_ends_with_the_same_bits(
 
 
 @pytest.mark.ray
-def test_a_run_whose_first_worker_is_killed_goes_on_by_itself(
-    tmp_path: Path, undisturbed_on_two: Run, ray_address: str
+@pytest.mark.parametrize(("rank", "loader_workers"), [(0, 2), (1, 0)])
+def test_a_run_of_which_a_worker_is_killed_goes_on_by_itself(
+    tmp_path: Path, undisturbed_on_two: Run, ray_address: str, rank: int, loader_workers: int
 ) -> None:
-    run = Run(tmp_path, {"SCALE.MAX_FAILURES": 1, "LOADER.WORKERS": 2})
-    assert "started again" in run.with_a_worker_killed_at(9, ray_address, rank=0)
+    run = Run(tmp_path, {"SCALE.MAX_FAILURES": 1, "LOADER.WORKERS": loader_workers})
+    assert "started again" in run.with_a_worker_killed_at(9, ray_address, rank)
     assert_same_bits(run.payload(), undisturbed_on_two.payload())
     assert_uses_once(run, virtual_workers=2)
     assert_curves_are_whole(run, steps_per_epoch=6)
@@ -171,10 +173,3 @@ def test_a_run_under_another_batch_size_goes_on_from_its_own_checkpoints(
     assert [r["step"] for r in run.lines("run")] == [0, 6, 8]
     assert main(words) == 0
     assert "already complete" in capsys.readouterr().out
-
-
-def loader_workers_of(pid: int) -> list[int]:
-    """Loader workers are children of the fork server, which is a child of `pid`."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    grandchildren = [Path(f"/proc/{child}/task/{child}/children").read_text().split() for child in children]
-    return [int(grandchild) for each in grandchildren for grandchild in each]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import Launched, Run, assert_curves_are_whole, assert_same_bits, family, gone, wait_for
+from runs import Launched, Run, assert_curves_are_whole, assert_same_bits, family, gone, loader_workers_of, wait_for
 
 from raytrain.cli import main
 from raytrain.cluster import Mailbox
@@ -49,6 +49,20 @@ def test_a_signal_to_all_its_processes_stops_the_run_after_the_step_under_way(
     assert_curves_are_whole(run, steps_per_epoch=11)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_its_processes_while_loader_workers_start_stops_the_run_after_one_step(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    run = Run(tmp_path, {"LOADER.WORKERS": 2, "SCALE.VIRTUAL_WORKERS": 2})
+    launched = run.start("--num_workers", "0")
+    wait_for(lambda: any(loader_workers_of(launched.pid)), "the first loader worker")
+    everyone = set(family(launched.pid))
+    os.killpg(launched.pid, number)
+    launched.ended(75)
+    gone(everyone)
+    assert_stopped_at(run, 1)
+
+
 def test_a_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
     run = Run(tmp_path, {"LOADER.WORKERS": 2})
     run.hold(14)
@@ -70,12 +84,11 @@ def catches(pid: int, number: signal.Signals) -> bool:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_driver_stops_two_workers_at_one_step(
-    tmp_path: Path, undisturbed_on_two: Run, ray_address: str, number: signal.Signals
+def test_a_sigterm_to_the_driver_stops_two_workers_at_one_step(
+    tmp_path: Path, undisturbed_on_two: Run, ray_address: str
 ) -> None:
     run = Run(tmp_path, {"LOADER.WORKERS": 2})
-    stop_on_two_workers(run, ray_address, lambda launched, pids: os.killpg(launched.pid, number))
+    stop_on_two_workers(run, ray_address, lambda launched, pids: os.kill(launched.pid, signal.SIGTERM))
     assert main(run.words("--num_workers", "2")) == 0
     assert_same_bits(run.payload(), undisturbed_on_two.payload())
     assert_curves_are_whole(run, steps_per_epoch=6)
@@ -137,7 +150,7 @@ def stop_on_two_workers(run: Run, address: str, send: Callable[[Launched, list[i
     below = {pid for root in pids for pid in family(root)}
     send(launched, pids)
     launch = run.lines("run")[-1]["launch"]
-    wait_for(lambda: Mailbox(launch).get("stop"), "the wish to stop")
+    wait_for(lambda: Mailbox(launch).keys("stop"), "the wish to stop")
     run.release(slow_s=0.2)  # rank 0 asks five times a second
     launched.ended(75)
     gone(below)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +12,12 @@ from runs import LEDGER, Run, assert_curves_are_whole, assert_each_sample_once, 
 from raytrain.cli import main
 
 
-@pytest.fixture(scope="module")
-def failed_on_two(tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Run:
-    """A run on two workers that failed in its 10th step, in mid-epoch."""
-    run = Run(tmp_path_factory.mktemp("failed"))
-    (run.gate / "fail").write_text("9")
-    assert main(run.words("--num_workers", "2")) == 1
-    assert run.names()[-1] == "checkpoint_step_8"
-    return run
-
-
 @pytest.mark.ray
 @pytest.mark.parametrize("num_workers", ["0", "1"])
 def test_a_run_begun_on_two_workers_goes_on_with_fewer(
     tmp_path: Path, failed_on_two: Run, undisturbed_on_two: Run, num_workers: str
 ) -> None:
-    shutil.copytree(failed_on_two.folder, tmp_path, dirs_exist_ok=True)
-    run = Run(tmp_path)  # with a gate of its own, which lets it pass
-    (run.gate / "fail").unlink()
+    run = failed_on_two.copied(tmp_path)
     assert main(run.words("--num_workers", num_workers)) == 0
     assert run.records("run")[-1]["virtual_workers"] == 2
     assert_uses_once(run, virtual_workers=2)

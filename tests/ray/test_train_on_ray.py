@@ -101,6 +101,17 @@ def test_a_rank_that_fails_is_one_screen_with_rank_step_and_the_users_own_lines(
     assert "RuntimeError: no anchors for 4 points" in log.read_text()
 
 
+def test_a_worker_that_the_system_kills_is_one_screen_with_its_rank_and_the_likely_reason(
+    ray_address: str, tmp_path: Path
+) -> None:
+    with pytest.raises(TrainingError) as raised:
+        raytrain.train(config(tmp_path, "DiesOnRank1"), quiet=True)
+    screen = str(raised.value)
+    for part in ("failed on rank 1", "died without a word", "ran out of memory", "MAX_FAILURES", str(tmp_path)):
+        assert part in screen, screen
+    assert len(screen.split("\n")) <= 12 and "ActorMetadata" not in screen
+
+
 # One command on a cluster of its own
 
 LINES = [
