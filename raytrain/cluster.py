@@ -20,9 +20,6 @@ from raytrain.errors import PreflightError
 TEMP_PREFIX = "raytrain-ray-"
 
 ANSWER_S = 5.0  # a Ray head that has not answered by then is not there
-# Ray heads speak gRPC: a client's first bytes, and the type of the frame that comes back first (RFC 9113, 3.4).
-HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-HTTP2_SETTINGS = bytes([4])
 
 # Set where the user has not: each is read by Ray in the driver and handed on to its workers.
 QUIET = {
@@ -44,6 +41,8 @@ def connected(address: str | None, num_cpus: int | None = None) -> Iterator[None
     The one that this process is already connected to; else the one at `address`; else one of our
     own on this machine (of num_cpus CPUs, its real ones unless given), of which nothing is left.
     """
+    # Ray turns its token on in the environment; another cluster may want none.
+    kept = {name: os.environ.get(name) for name in (*QUIET, "RAY_AUTH_MODE")}
     if address is not None:
         check_address(address)
     import ray
@@ -55,7 +54,6 @@ def connected(address: str | None, num_cpus: int | None = None) -> Iterator[None
             )
         yield
         return
-    kept = {name: os.environ.get(name) for name in QUIET}
     os.environ.update({name: value for name, value in QUIET.items() if kept[name] is None})
     own_handler = signal.getsignal(signal.SIGTERM)  # ray.init puts its own in place
     temp_dir = None
@@ -94,14 +92,9 @@ def join(address: str) -> None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        token = (
-            ""
-            if os.environ.get("RAY_AUTH_MODE")
-            else (" If the cluster was started with token authentication, set RAY_AUTH_MODE=token here too.")
-        )
         raise PreflightError(
             f"--address {address}: no Ray cluster answers there ({first_line}). Start one with "
-            f"`ray start --head`, or leave --address out to use this machine alone.{token}"
+            "`ray start --head`, or leave --address out to use this machine alone"
         ) from error
 
 
@@ -120,16 +113,72 @@ def check_address(address: str, patience_s: float = ANSWER_S) -> None:
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise PreflightError(f"--address {address}: this is no address of a Ray head; write HOST:PORT, or auto")
     fix = "Start one with `ray start --head`, or leave --address out to use this machine alone"
+    if os.environ.get("RAY_USE_TLS", "0") in ("1", "true"):
+        return
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=patience_s) as connection:
-            if os.environ.get("RAY_USE_TLS", "0") not in ("1", "true"):
-                connection.sendall(HTTP2_GREETING)
-                if connection.recv(9)[3:4] != HTTP2_SETTINGS:
-                    raise PreflightError(f"--address {address}: what answers there is no Ray head. {fix}")
+        answer = ask_head(host.strip("[]"), int(port), patience_s)
     except OSError as error:
         raise PreflightError(
             f"--address {address}: no Ray cluster answers there ({error.strerror or error}). {fix}"
         ) from error
+    if answer is None:
+        raise PreflightError(f"--address {address}: what answers there is no Ray head. {fix}")
+    if answer == "refused" and os.environ.get("RAY_AUTH_MODE") is None:
+        take_token(address)
+
+
+def take_token(address: str) -> None:
+    """The cluster wants a token: Ray sends this user's if it is told to, before it is imported."""
+    places = [os.environ.get("RAY_AUTH_TOKEN_PATH"), str(Path.home() / ".ray" / "auth_token")]
+    if not os.environ.get("RAY_AUTH_TOKEN") and not any(place and Path(place).is_file() for place in places):
+        raise PreflightError(
+            f"--address {address}: that cluster wants a token, and there is none here. Copy the head's "
+            "~/.ray/auth_token to the same place on this machine, or set RAY_AUTH_TOKEN"
+        )
+    os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def ask_head(host: str, port: int, patience_s: float) -> str | None:
+    """What a Ray head answers to one call without a token: "open" or "refused"; None from what is no Ray head.
+
+    A call of gRPC by hand (RFC 9113, RFC 7541): Ray's own client prints a line a second while it is refused.
+    """
+
+    def text(value: str) -> bytes:
+        return bytes([len(value)]) + value.encode()
+
+    def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+        return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+    call = {
+        ":method": "POST",
+        ":scheme": "http",
+        ":path": "/ray.rpc.NodeInfoGcsService/GetClusterId",
+        ":authority": "head",
+        "te": "trailers",
+        "content-type": "application/grpc",
+    }
+    headers = b"".join(b"\0" + text(name) + text(value) for name, value in call.items())
+    data, headers_kind, settings = 0, 1, 4
+    end_stream, end_headers = 1, 4
+    with socket.create_connection((host, port), timeout=patience_s) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(settings, 0, 0))
+        connection.sendall(frame(headers_kind, end_headers, 1, headers) + frame(data, end_stream, 1, bytes(5)))
+        stream = connection.makefile("rb")
+        first = True
+        while len(head := stream.read(9)) == 9:
+            size, kind, flags = int.from_bytes(head[:3], "big"), head[3], head[4]
+            if first and kind != settings:
+                return None
+            first = False
+            stream.read(size)
+            if kind == settings and not flags:
+                connection.sendall(frame(settings, 1, 0))
+            if kind == data and size:
+                return "open"
+            if kind == headers_kind and flags & end_stream:  # an error comes without data
+                return "refused"
+    return None
 
 
 def remove_stale_temp_dirs() -> None:

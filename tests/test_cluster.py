@@ -110,6 +110,22 @@ def test_the_address_of_a_cluster_is_accepted(ray_address: str) -> None:
 
 
 @pytest.mark.ray
+def test_a_cluster_that_wants_a_token_gets_this_users_or_says_where_to_put_one(
+    ray_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(PreflightError, match=r"that cluster wants a token, and there is none here. Copy the head's"):
+        cluster.check_address(ray_address)
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("not looked at here")
+    cluster.check_address(ray_address)
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+
+
+@pytest.mark.ray
 def test_what_the_cluster_can_never_hold_is_an_error_in_place_of_a_wait_without_end(ray_address: str) -> None:
     cluster.check_resources(8, {"CPU": 1.0})
     with pytest.raises(PreflightError) as raised:

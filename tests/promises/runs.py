@@ -119,10 +119,12 @@ class Run:
         first = int((self.run_dir / ".lock").read_text().split()[1])
         victim = first if rank == 0 else next(pid for pid in pids if pid != first)
         below = {pid for root in pids for pid in family(root)}
+        left = semaphores(below)
         os.kill(victim, signal.SIGKILL)
         self.release()
         said = launched.ended(0)
         gone(below)
+        remove(left)
         return said
 
     def hold(self, step: int) -> None:
@@ -194,10 +196,24 @@ class Launched:
     def kill(self, workers: list[int], workers_too: bool = True) -> None:
         """SIGKILL for it and for its workers; returns when all that they had started is gone, and the workers are."""
         everyone = {pid for root in {self.pid, *workers} for pid in family(root)}
+        left = semaphores(everyone)
         for pid in {self.pid, *workers} if workers_too else {self.pid}:
             os.kill(pid, signal.SIGKILL)
         self.process.wait()
         gone(everyone)
+        remove(left)
+
+
+def remove(files: set[Path]) -> None:
+    """What Ray has kept the dead from removing, when it killed their resource trackers."""
+    for file in files:
+        file.unlink(missing_ok=True)
+
+
+def semaphores(pids: set[int]) -> set[Path]:
+    """Those that the queues of loader workers have in /dev/shm."""
+    lines = [line for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    return {Path(line.split()[-1]) for line in lines if "/dev/shm/sem." in line}
 
 
 def gone(pids: set[int]) -> None:

@@ -21,7 +21,10 @@ def test_each_sample_is_used_once_per_epoch_however_often_the_run_fails(tmp_path
 
 
 @pytest.mark.ray
-def test_each_sample_is_used_once_per_epoch_though_a_worker_is_killed(tmp_path: Path, ray_address: str) -> None:
-    run = Run(tmp_path, {**LEDGER, "SCALE.MAX_FAILURES": 1})
-    run.with_a_worker_killed_at(9, ray_address, rank=1)
+def test_each_sample_is_used_once_when_a_run_goes_on_with_fewer_workers(tmp_path: Path, ray_address: str) -> None:
+    run = Run(tmp_path, LEDGER)
+    (run.gate / "fail").write_text("9")
+    assert main(run.words("--num_workers", "2")) == 1
+    (run.gate / "fail").unlink()
+    assert main(run.words("--num_workers", "0")) == 0
     assert_each_sample_once(run.payload(), virtual_workers=2)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import LEDGER, Run, assert_curves_are_whole, assert_each_sample_once, assert_uses_once
+from runs import Run, assert_curves_are_whole, assert_uses_once
 
 from raytrain.cli import main
 
@@ -37,16 +37,6 @@ def test_four_virtual_workers_on_two_processes_and_on_one_agree(tmp_path: Path, 
     for field in ("step", "epoch", "lr", "momentum", "samples"):
         assert column(two, field) == column(one, field), field
     assert_equal_to_rounding(two, one)
-
-
-@pytest.mark.ray
-def test_each_sample_is_used_once_when_a_run_goes_on_with_fewer_workers(tmp_path: Path, ray_address: str) -> None:
-    run = Run(tmp_path, LEDGER)
-    (run.gate / "fail").write_text("9")
-    assert main(run.words("--num_workers", "2")) == 1
-    (run.gate / "fail").unlink()
-    assert main(run.words("--num_workers", "0")) == 0
-    assert_each_sample_once(run.payload(), virtual_workers=2)
 
 
 def column(run: Run, field: str) -> list[Any]:

@@ -96,11 +96,13 @@ def started_by_hand(command: str, port: int, folder: Path) -> Iterator[None]:
             time.sleep(0.1)
         yield
     finally:
-        head.send_signal(signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(head.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            head.wait(30)
+            head.wait(10)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(head.pid, signal.SIGKILL)
+        head.wait()
 
 
 def test_a_cluster_started_by_hand_is_joined(folder):
