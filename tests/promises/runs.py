@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import os
@@ -212,7 +213,10 @@ def remove(files: set[Path]) -> None:
 
 def semaphores(pids: set[int]) -> set[Path]:
     """Those that the queues of loader workers have in /dev/shm."""
-    lines = [line for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    lines: list[str] = []
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # one that has ended meanwhile
+            lines += Path(f"/proc/{pid}/maps").read_text().splitlines()
     return {Path(line.split()[-1]) for line in lines if "/dev/shm/sem." in line}
 
 
@@ -224,16 +228,23 @@ def gone(pids: set[int]) -> None:
 def family(pid: int) -> Iterator[int]:
     """The process and all below it."""
     yield pid
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in task.read_text().split():
-            yield from family(int(child))
+    for child in children_of(pid):
+        yield from family(child)
+
+
+def children_of(pid: int) -> list[int]:
+    """Threads and processes may end while one looks."""
+    found: list[int] = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def loader_workers_of(pid: int) -> list[int]:
     """Loader workers are children of the fork server, which is a child of `pid`."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    grandchildren = [Path(f"/proc/{child}/task/{child}/children").read_text().split() for child in children]
-    return [int(grandchild) for each in grandchildren for grandchild in each]
+    return [grandchild for child in children_of(pid) for grandchild in children_of(child)]
 
 
 def alive(pid: int) -> bool:

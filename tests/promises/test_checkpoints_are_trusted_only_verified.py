@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -184,4 +185,9 @@ def failed(folder: Path) -> Run:
 
 
 def has_open(pid: int, file: Path) -> bool:
-    return any(Path(link.parent, link.name).resolve() == file for link in Path(f"/proc/{pid}/fd").iterdir())
+    """True if the process has the file open at this moment; its other files come and go meanwhile."""
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if link.readlink() == file:
+                return True
+    return False
