@@ -52,6 +52,11 @@ class Manifest:
     version: str = raytrain.__version__
     files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
+    @property
+    def found(self) -> dict[str, float]:
+        """The metrics as they were found, NaN where they were not finite; none where nothing was evaluated yet."""
+        return {name: float("nan") if value is None else value for name, value in (self.metrics or {}).items()}
+
     def to_json(self) -> str:
         tree = dataclasses.asdict(self)
         if self.metrics is not None:

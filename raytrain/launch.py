@@ -111,11 +111,10 @@ def result_of(start: Start, status: str) -> Result:
     """What the run folder holds now."""
     newest, _ = start.store.latest_verified()
     best = start.store.best()
-    metrics = (newest.manifest.metrics or {}) if newest else {}
     return Result(
         status,
         start.run_dir,
-        {k: float("nan") if v is None else v for k, v in metrics.items()},
+        newest.manifest.found if newest else {},
         newest.path if newest else None,
         best.path if best else None,
     )

@@ -178,7 +178,7 @@ def bring_to_start(run: RunState, store: Store, job: Job) -> tuple[Origin | None
     if job.pretrained is not None:
         notes.append(f"--pretrained_model {job.pretrained} is not used: the run resumes from {origin.path}")
     if origin.manifest is not None and origin.manifest.metrics:
-        run.metrics = {k: float("nan") if v is None else v for k, v in origin.manifest.metrics.items()}
+        run.metrics = origin.manifest.found
         if store.is_better(run.metrics, run.best):
             run.best = {"epoch": run.progress.epoch, "step": run.progress.step, "metrics": run.metrics}
     elif origin.name is not None and run.progress.cursor == 0 and run.progress.epoch > 0:
