@@ -139,6 +139,7 @@ class Optimization(Section):
     ACCUMULATE: Count = 1  # micro-batches in a step
     SYNC_BN: Flag = False
     LEGACY_PARAM_GROUPS: Flag = False  # leave out the parameters that OpenPCDet leaves out
+    ENGINE: Literal["auto", "flat", "ddp"] = "auto"  # flat buffers, or parameter by parameter; auto: flat if it can
 
 
 class DisableAugmentation(Section):
@@ -159,6 +160,7 @@ class Scale(Section):
     CPUS_PER_WORKER: Positive = 1.0
     GPUS_PER_WORKER: Positive = 1.0
     RESOURCES: dict[str, NonNegative] = {}  # custom Ray resources of each worker
+    REDUCTION: Literal["auto", "shared_memory", "collective"] = "auto"  # how gradients are summed over processes
     THREADS: Annotated[Count, Field(le=1024)] = 1  # torch's, in each worker
     MAX_FAILURES: Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=-1)] = 0  # -1: no limit
 

@@ -12,10 +12,15 @@ from typing import Any
 
 import torch
 
-from raytrain.clip import clip_gradients
-from raytrain.optim import set_schedule
+from raytrain.errors import TaskError
+from raytrain.exchange import Exchange, open_exchange
+from raytrain.flat import FlatStepper, Layout, why_not_flat
+from raytrain.optim import options_of, stepped_groups
 from raytrain.precision import Precision
+from raytrain.stepper import TorchStepper
 from raytrain.world import World
+
+MAX_WISHES = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,26 +40,50 @@ class Stepped:
 class Engine:
     """Gradients of all virtual workers -> one optimizer step, the same on every process.
 
-    One reduction of one buffer per dtype and step; the loss and the ranks' wishes (stop, save)
-    ride in its tail, so agreeing on them costs no collective of its own.
+    Each step the gradients are copied into one flat buffer per dtype and summed over the processes.
+    The loss, the ranks' wishes (stop, save) and which parameters were used ride in its tail, so
+    agreeing on them costs no collective of its own.
+
+    why_ddp: if OPTIMIZATION.ENGINE is auto and flat buffers cannot hold the model, what keeps it out
     """
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        precision: Precision,
-        grad_norm_clip: float | None,
-        world: World,
-    ) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        self.precision = precision
-        self.grad_norm_clip = grad_norm_clip
-        self.world = world
-        self.params = [p for group in optimizer.param_groups for p in group["params"]]
+    def __init__(self, model: torch.nn.Module, optim_cfg: Any, world: World, reduction: str = "auto") -> None:
+        """Collective. `reduction` is SCALE.REDUCTION."""
+        self.model, self.world = model, world
+        self.precision = Precision(optim_cfg, world.device)
+        self.grad_norm_clip: float | None = optim_cfg.GRAD_NORM_CLIP
+        groups, options = stepped_groups(model, optim_cfg), options_of(optim_cfg)
+        self.params = [p for group in groups for p in group]
         self.trainable = [p for p in model.parameters() if p.requires_grad]
-        self.loss_sum = torch.zeros((), device=world.device)
+        self.why_ddp = None
+        if optim_cfg.ENGINE != "ddp":
+            self.why_ddp = why_not_flat(model, self.params, scaled=self.precision.scaler.is_enabled())
+            if self.why_ddp and optim_cfg.ENGINE == "flat":
+                raise TaskError(f"OPTIMIZATION.ENGINE is flat, but {self.why_ddp}; set it to auto or ddp")
+        flat = optim_cfg.ENGINE != "ddp" and self.why_ddp is None
+        self._buffer_dicts = [module._buffers for module in model.modules()]
+        layout = Layout(self.params)
+        self._tail_dtype = torch.float64 if torch.float64 in layout.sizes else torch.float32
+        self._tail_start = layout.sizes.get(self._tail_dtype, 0)
+        tail_stop = self._tail_start + len(self.params) + MAX_WISHES + 1
+        self.exchange: Exchange | None = None
+        gradients = None
+        if flat or world.size > 1:
+            sizes = {**layout.sizes, self._tail_dtype: tail_stop}
+            self.exchange = open_exchange(sizes, self._buffers(), world, reduction)
+            self._views = layout.views(self.exchange.addends)
+            self._tail = self.exchange.addends[self._tail_dtype][self._tail_start :]
+            gradients = layout.views(self.exchange.sums)
+        self.stepper: FlatStepper | TorchStepper
+        if flat and self.exchange is not None:
+            names = {p: name for name, p in model.named_parameters()}
+            self.stepper = FlatStepper(groups, options, layout, self.exchange.sums, names)
+        else:
+            self.stepper = TorchStepper(groups, options, self.precision.scaler, gradients)
+        self.loss_sum: torch.Tensor | None = None
+        self._shares: dict[tuple[float, torch.dtype], torch.Tensor] = {}
+        self._flags: tuple[list[bool], tuple[bool, ...]] | None = None
+        self._flags_there = torch.empty(0)
         self._kept: list[torch.Tensor] = []
         self._first_done = False
         self._late_wishes: list[tuple[torch.Tensor, torch.cuda.Event]] = []
@@ -63,7 +92,7 @@ class Engine:
         """Forget the gradients of every parameter, stepped or not (the heritage forgets some not, D6)."""
         for param in self.trainable:
             param.grad = None
-        self.loss_sum = torch.zeros((), device=self.world.device)
+        self.loss_sum = None
         self._first_done = False
         self._kept = self._copied_buffers() if len(self.world.block) > 1 else []
 
@@ -87,70 +116,74 @@ class Engine:
 
     def backward(self, loss: torch.Tensor, share: float) -> None:
         """Add `share` of this loss's gradient (and of the loss, for the journal) to the step."""
-        self.loss_sum = self.loss_sum + loss.detach() * share
-        scaled: Any = self.precision.scaler.scale(loss * share)
-        scaled.backward()
+        part = loss.detach() * share
+        self.loss_sum = part if self.loss_sum is None else self.loss_sum + part
+        scaled: Any = self.precision.scaler.scale(loss)
+        key = (share, scaled.dtype)
+        if key not in self._shares:  # two at most: whole micro-batches, and those of an epoch's last step
+            self._shares[key] = torch.full_like(scaled, share, requires_grad=False)
+        scaled.backward(self._shares[key])  # what `(loss * share).backward()` gives, without a node for it
 
+    @torch.no_grad()
     def step(self, lr: float, momentum: float | None, wishes: Sequence[bool]) -> Stepped:
         """Collective. Combine, clip and step; `wishes` are this rank's."""
-        granted = tuple(wishes)
+        assert self.loss_sum is not None, "backward() comes first"
+        granted, used, loss = tuple(wishes), [True], self.loss_sum
+        if self.exchange is not None:
+            self.exchange.open()
+            used = self._collect(granted)
+            self.exchange.share(self._buffers())
+            if self.world.size > 1:
+                used, granted, loss = self._read_tail(len(granted))
+        norm = self.stepper.step(used, lr, momentum, self.grad_norm_clip)
+        return Stepped(loss, norm, granted)
+
+    @property
+    def arithmetic(self) -> dict[str, str]:
+        """What decides the rounding of a step besides config and hardware, for the checkpoint's fingerprint."""
+        return {"engine": self.stepper.kind, "reduction": self.exchange.kind if self.exchange else Exchange.kind}
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """In torch's form, parameter by parameter, whatever steps them."""
+        return self.stepper.state_dict()
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Takes the moments over; CheckpointError, and nothing changes, if they are not of this model and optimizer."""
+        self.stepper.load_state_dict(state)
+
+    def _collect(self, wishes: tuple[bool, ...]) -> list[bool]:
+        """Copy what this process has into the flat buffers; which parameters have a gradient here."""
+        grads = [p.grad for p in self.params]
+        used = [grad is not None for grad in grads]
+        if all(used):
+            copy_all(self._views, grads)
+        else:
+            copy_all([v for v, u in zip(self._views, used, strict=True) if u], [g for g in grads if g is not None])
+            for view in (v for v, u in zip(self._views, used, strict=True) if not u):
+                view.zero_()
         if self.world.size > 1:
-            granted = self._combine(granted)
-            self._broadcast_buffers()
-        scaler = self.precision.scaler
-        scaler.unscale_(self.optimizer)
-        grad_norm = clip_gradients(self.params, self.grad_norm_clip)
-        set_schedule(self.optimizer, lr, momentum)
-        scaler.step(self.optimizer)
-        scaler.update()
-        return Stepped(self.loss_sum, grad_norm, granted)
+            if self._flags != (used, wishes):  # seldom; else what stands on the device is copied, without the host
+                self._flags = (used, wishes)
+                flags = [*used, *wishes, *[False] * (MAX_WISHES - len(wishes))]
+                self._flags_there = torch.tensor(flags, dtype=self._tail_dtype).to(self._tail.device)
+            self._tail[:-1].copy_(self._flags_there)
+            assert self.loss_sum is not None
+            self._tail[-1].copy_(self.loss_sum.reshape(()))
+        return used
 
-    def _buffers(self) -> list[torch.Tensor]:
-        """Looked up each time: a module may put another tensor in a buffer's place."""
-        return [buffer.detach() for buffer in self.model.buffers() if buffer.numel()]
+    def _read_tail(self, num_wishes: int) -> tuple[list[bool], tuple[bool, ...], torch.Tensor]:
+        """What all processes together used, wished and lost."""
+        assert self.exchange is not None
+        tail = self.exchange.sums[self._tail_dtype][self._tail_start :]
+        loss, count = tail[-1].clone(), len(self.params)
+        if tail.device.type == "cpu":
+            flags = [value > 0 for value in tail.tolist()]
+            return flags[:count], tuple(flags[count : count + num_wishes]), loss
+        # On a GPU asking would wait for it; there parameters that no process uses get zero gradients.
+        return [True] * count, self._wishes_of_late(tail[count : count + num_wishes]), loss
 
-    def _copied_buffers(self) -> list[torch.Tensor]:
-        return [buffer.clone() for buffer in self._buffers()]
-
-    def _set_buffers(self, values: list[torch.Tensor]) -> None:
-        for buffer, value in zip(self._buffers(), values, strict=True):
-            buffer.copy_(value)
-
-    def _combine(self, wishes: tuple[bool, ...]) -> tuple[bool, ...]:
-        """Sum gradients over the processes. A parameter unused by every process keeps no gradient."""
-        device = self.world.device
-        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
-        for param in self.params:
-            by_dtype.setdefault(param.dtype, []).append(param)
-        used = torch.tensor([p.grad is not None for p in self.params], dtype=torch.float32)
-        tail = torch.cat([used, torch.tensor(wishes, dtype=torch.float32)]).to(device, non_blocking=True)
-        tail = torch.cat([tail, self.loss_sum.float().reshape(1)])
-        for dtype, params in by_dtype.items():
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-            pieces = [g.reshape(-1) for g in grads]
-            carries_tail = dtype is torch.float32
-            flat = torch.cat([*pieces, tail] if carries_tail else pieces)
-            self.world.sum_(flat)
-            if carries_tail:
-                flat, tail = flat[: -len(tail)], flat[-len(tail) :]
-            for grad, part in zip(grads, flat.split([p.numel() for p in params]), strict=True):
-                grad.copy_(part.view_as(grad))
-            for param, grad in zip(params, grads, strict=True):
-                param.grad = grad
-        if torch.float32 not in by_dtype:
-            self.world.sum_(tail)
-        self.loss_sum = tail[-1]
-        counts = tail[: len(self.params)]
-        if device.type == "cpu":  # on a GPU asking would wait for it; there unused parameters get zero gradients
-            for param, count in zip(self.params, counts.tolist(), strict=True):
-                if count == 0:
-                    param.grad = None
-        return self._read_wishes(tail[len(self.params) : -1])
-
-    def _read_wishes(self, summed: torch.Tensor) -> tuple[bool, ...]:
-        """The wishes of all ranks. On a GPU those of two steps ago, which have arrived without waiting."""
-        if summed.device.type == "cpu":
-            return tuple(count > 0 for count in summed.tolist())
+    def _wishes_of_late(self, summed: torch.Tensor) -> tuple[bool, ...]:
+        """The wishes of all ranks two steps ago: those have arrived without waiting."""
         host = summed.to("cpu", non_blocking=True)
         event = torch.cuda.Event()
         event.record()
@@ -161,13 +194,22 @@ class Engine:
         event.synchronize()
         return tuple(count > 0 for count in host.tolist())
 
-    def _broadcast_buffers(self) -> None:
-        """Collective. Every process gets rank 0's buffers, all dtypes in one message."""
-        buffers = self._buffers()
-        if not buffers:
-            return
-        packed = torch.cat([b.contiguous().reshape(-1).view(torch.uint8) for b in buffers])
-        self.world.broadcast_(packed)
-        sizes = [b.numel() * b.element_size() for b in buffers]
-        for buffer, part in zip(buffers, packed.split(sizes), strict=True):
-            buffer.copy_(part.clone().view(buffer.dtype).view_as(buffer))
+    def _buffers(self) -> list[torch.Tensor]:
+        """Looked up each time: a module may put another tensor in a buffer's place."""
+        buffers = [b for each in self._buffer_dicts for b in each.values() if b is not None and b.numel()]
+        return [b.detach() for b in dict.fromkeys(buffers)]
+
+    def _copied_buffers(self) -> list[torch.Tensor]:
+        return [buffer.clone() for buffer in self._buffers()]
+
+    def _set_buffers(self, values: list[torch.Tensor]) -> None:
+        for buffer, value in zip(self._buffers(), values, strict=True):
+            buffer.copy_(value)
+
+
+def copy_all(views: list[torch.Tensor], grads: Sequence[Any]) -> None:
+    """Each of `grads` into its view; a sparse one becomes dense there."""
+    if any(grad.layout is not torch.strided for grad in grads):
+        grads = [grad.to_dense() for grad in grads]
+    if views:
+        torch._foreach_copy_(views, list(grads))

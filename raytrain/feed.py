@@ -83,6 +83,8 @@ class KeyedBatches(Dataset[Any]):
                 seed_all(self.seed, "sample", key.split, key.epoch, sample_id)
                 samples.append(dataset[sample_id])
             where = f"collate of {len(key.ids)} samples of data set {key.split!r}"
+            if type(self.task).collate is Task.collate:  # draws nothing, and gives tensors
+                return key, self.task.collate(samples)
             seed_all(self.seed, "collate", key.split, key.epoch, key.ids[0])
             return key, default_convert(self.task.collate(samples))
         except Exception as error:
@@ -113,6 +115,7 @@ class Feed:
         self.task, self.datasets, self.plan, self.world = task, datasets, plan, world
         self.loader_cfg, self.seed, self.evaluate_after = loader_cfg, seed, evaluate_after
         self._batches: Iterator[tuple[BatchKey, Any]] | None = None
+        self._reader: KeyedBatches | None = None
         self._wait_s = 0.0
         self.current: BatchKey | None = None
 
@@ -121,8 +124,12 @@ class Feed:
         keys = self._keys(progress, evaluate_first)
         workers = self.loader_cfg.WORKERS
         check_loader_workers(workers, len(os.sched_getaffinity(0)))
+        reader = KeyedBatches(self.datasets, self.task, self.seed)
+        if workers == 0 and self.world.device.type == "cpu":  # nothing to read ahead with, nothing to pin
+            self._reader = reader
+            return
         loader: DataLoader[Any] = _QuietDataLoader(
-            KeyedBatches(self.datasets, self.task, self.seed),
+            reader,
             batch_size=None,
             sampler=_Keys(keys),
             collate_fn=_as_it_is,
@@ -166,10 +173,13 @@ class Feed:
 
     def fetch(self, key: BatchKey) -> Any:
         """The batch of `key`, the next one of the stream, on the device."""
-        assert self._batches is not None, "Feed.start() comes first"
         self.current = key
         began = time.perf_counter()
-        got, batch = self._next(self._batches)
+        if self._reader is not None:
+            got, batch = self._reader[key]
+        else:
+            assert self._batches is not None, "Feed.start() comes first"
+            got, batch = self._next(self._batches)
         if isinstance(batch, DataError):
             raise batch
         assert got == key, f"the loop asked for {key}, the stream holds {got}"
@@ -196,7 +206,7 @@ class Feed:
 
     def close(self) -> None:
         """End the loader workers."""
-        batches, self._batches = self._batches, None
+        batches, self._batches, self._reader = self._batches, None, None
         shutdown = getattr(batches, "_shutdown_workers", None)
         if shutdown is not None:
             shutdown()

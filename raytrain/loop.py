@@ -225,7 +225,7 @@ def loss_of(returned: ModelReturn, task: Task) -> torch.Tensor:
             f"{type(task).__name__}.model_func gave a loss that does not depend on any trainable parameter, so nothing "
             "can be learnt from it; look for detach(), .item(), .data, argmax, numpy or no_grad() on its way"
         )
-    return loss.mean()
+    return loss if loss.dim() == 0 else loss.mean()
 
 
 def predictions_of(task: Task, model: torch.nn.Module, batch: Any, num_samples: int) -> list[Any]:

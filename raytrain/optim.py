@@ -1,11 +1,12 @@
-"""Real torch optimizers for OPTIMIZATION, every trainable parameter in exactly one group.
+"""What OPTIMIZATION asks to be stepped and how: parameter groups, options, torch's optimizers, their state.
 
 Mathematics and group order are OpenPCDet's (tests/golden/toy holds runs of its own code).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,40 +16,99 @@ from torch.nn.modules.batchnorm import _BatchNorm  # 1d, 2d, 3d and both synchro
 from raytrain.errors import CheckpointError, ConfigError, TaskError
 
 TWO_GROUP_OPTIMIZERS = ("adam_onecycle", "adam_cosineanneal")
+EPS = 1e-8  # torch's default, and OpenPCDet's
 
 
-def build_optimizer(model: nn.Module, optim_cfg: Any) -> torch.optim.Optimizer:
-    """The torch optimizer that OPTIMIZATION names, over every trainable parameter of `model`.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The optimizer in torch's terms: `kind` is adam (decay in the gradient), adamw (beside it) or sgd."""
 
-    adam_onecycle and adam_cosineanneal are AdamW with the groups of parameter_groups(); their
-    learning rate and beta1 come from the schedule before each step. adam, adamw and sgd have one
-    group in the order of parameters(). With LEGACY_PARAM_GROUPS the two-group optimizers leave
-    out what OpenPCDet leaves out; unstepped_parameters() lists it.
+    kind: str
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: float = 0.0
+
+    @property
+    def is_adam(self) -> bool:
+        return self.kind != "sgd"
+
+
+def options_of(optim_cfg: Any) -> Options:
+    """What the OPTIMIZATION section says; lr and beta1 are those before a schedule has its say."""
+    lr, weight_decay = float(optim_cfg.LR), float(optim_cfg.WEIGHT_DECAY)
+    beta1, beta2 = map(float, optim_cfg.BETAS or (0.9, 0.999))
+    match optim_cfg.OPTIMIZER:
+        case "adam_onecycle" | "adam_cosineanneal":
+            # OpenPCDet decays by hand, then steps Adam without decay: that is AdamW, to 4e-16 in f64.
+            return Options("adamw", lr, weight_decay, (float(optim_cfg.MOMS[0]), beta2 if optim_cfg.BETAS else 0.99))
+        case "adamw" | "adam":
+            return Options(optim_cfg.OPTIMIZER, lr, weight_decay, (beta1, beta2))
+        case "sgd":
+            return Options("sgd", lr, weight_decay, momentum=float(optim_cfg.MOMENTUM))
+    raise ConfigError(
+        f"OPTIMIZATION.OPTIMIZER is {optim_cfg.OPTIMIZER!r}; "
+        "legal are adam, sgd, adam_onecycle, adam_cosineanneal and adamw"
+    )
+
+
+def stepped_groups(model: nn.Module, optim_cfg: Any) -> list[list[nn.Parameter]]:
+    """The trainable parameters of `model` in the groups, and the order, of the optimizer state.
+
+    adam_onecycle and adam_cosineanneal have the groups of parameter_groups(); adam, adamw and sgd
+    one, in the order of parameters(). With LEGACY_PARAM_GROUPS the two-group optimizers leave out
+    what OpenPCDet leaves out; unstepped_parameters() lists it.
     """
     if not _trainable(model):
         raise TaskError(
             f"the model ({type(model).__name__}) has no trainable parameter, so there is nothing to train: "
             "assign its layers to self in build_model, and leave requires_grad on for what should be trained"
         )
-    if optim_cfg.OPTIMIZER in TWO_GROUP_OPTIMIZERS:
-        legacy = bool(optim_cfg.LEGACY_PARAM_GROUPS)
-        groups = parameter_groups(model, legacy)
-    else:
-        legacy = False
-        groups = [list(_trainable(model))]
+    if optim_cfg.OPTIMIZER not in TWO_GROUP_OPTIMIZERS:
+        return [list(_trainable(model))]
+    groups = parameter_groups(model, bool(optim_cfg.LEGACY_PARAM_GROUPS))
     if not any(groups):
         raise ConfigError(
             "OPTIMIZATION.LEGACY_PARAM_GROUPS: true leaves out every parameter of this model; set it to false"
         )
-    optimizer = _make_optimizer([{"params": group} for group in groups], optim_cfg)
-    missing = [] if legacy else unstepped_parameters(model, optimizer)
+    missing = [] if optim_cfg.LEGACY_PARAM_GROUPS else unstepped_parameters(model, groups)
     if missing:
         raise ConfigError(
             f"trainable parameters that no submodule holds would never be trained, {len(missing)} in all: "
             f"{', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}. Assign them to self in the module "
             "that uses them, or set requires_grad to False"
         )
-    return optimizer
+    return groups
+
+
+def torch_optimizer(groups: Sequence[Sequence[nn.Parameter]], options: Options) -> torch.optim.Optimizer:
+    """Torch's own optimizer over `groups`. The first one in a process imports half of torch's compiler (1.6 s)."""
+    named = [{"params": list(group)} for group in groups]
+    lr, weight_decay = options.lr, options.weight_decay
+    if options.kind == "sgd":
+        return torch.optim.SGD(named, lr=lr, momentum=options.momentum, weight_decay=weight_decay)
+    kind = torch.optim.AdamW if options.kind == "adamw" else torch.optim.Adam
+    return kind(named, lr=lr, betas=options.betas, eps=EPS, weight_decay=weight_decay)
+
+
+def torch_groups(sizes: Sequence[int], options: Options, lr: float, momentum: float | None) -> list[dict[str, Any]]:
+    """The param_groups of the state_dict that torch's optimizer would have over groups of these sizes.
+
+    lr, momentum: of the last step. A test holds this against torch.
+    """
+    own: dict[str, Any]
+    common = {"maximize": False, "foreach": None}
+    if options.is_adam:
+        beta1 = options.betas[0] if momentum is None else momentum
+        own = {"lr": lr, "betas": (beta1, options.betas[1]), "eps": EPS, "weight_decay": options.weight_decay}
+        own |= {"amsgrad": False, **common, "capturable": False, "differentiable": False, "fused": None}
+        own |= {"decoupled_weight_decay": options.kind == "adamw"}
+    else:
+        own = {"lr": lr, "momentum": options.momentum if momentum is None else momentum, "dampening": 0}
+        own |= {"weight_decay": options.weight_decay, "nesterov": False, **common}
+        own |= {"differentiable": False, "fused": None}
+    numbers = iter(range(sum(sizes)))
+    return [{**own, "params": [next(numbers) for _ in range(size)]} for size in sizes]
 
 
 def parameter_groups(model: nn.Module, legacy: bool) -> list[list[nn.Parameter]]:
@@ -72,15 +132,10 @@ def parameter_groups(model: nn.Module, legacy: bool) -> list[list[nn.Parameter]]
     return groups
 
 
-def unstepped_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Names of the trainable parameters of `model` that `optimizer` does not step."""
-    stepped = set(stepped_parameters(optimizer))
+def unstepped_parameters(model: nn.Module, groups: Sequence[Sequence[nn.Parameter]]) -> list[str]:
+    """Names of the trainable parameters of `model` that are in none of `groups`."""
+    stepped = {parameter for group in groups for parameter in group}
     return [name for parameter, name in _trainable(model).items() if parameter not in stepped]
-
-
-def stepped_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """The parameters that `optimizer` steps, in the order of its state: what is to be clipped."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, lr: float, momentum: float | None) -> None:
@@ -98,46 +153,21 @@ def set_schedule(optimizer: torch.optim.Optimizer, lr: float, momentum: float | 
             group["momentum"] = float(momentum)
 
 
-def import_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Loads the moments of an optimizer state_dict, ours or OpenPCDet's, into `optimizer`.
+def checked_moments(
+    state: Mapping[str, Any], own: Sequence[Mapping[str, Any]], parameters: Sequence[nn.Parameter]
+) -> dict[int, Mapping[str, Any]]:
+    """The entries of an optimizer state_dict, ours or OpenPCDet's, by the position in `parameters`.
 
-    Learning rate, betas, weight decay and all other options stay as this run's config made them.
-    CheckpointError if the state belongs to another kind of optimizer or to another model; then
-    `optimizer` is as it was. The tensors of `state` are copied.
+    own: the param_groups of this run's state_dict. CheckpointError if the state belongs to another
+    kind of optimizer or to another model.
     """
     if not {"state", "param_groups"} <= state.keys():
         raise CheckpointError(f"no optimizer state: found the keys {sorted(state)}, not state and param_groups")
-    own = optimizer.state_dict()["param_groups"]
     theirs = state["param_groups"]
     _check_same_kind(own, theirs)
-    parameters = dict(zip(_indices(theirs), stepped_parameters(optimizer), strict=True))
-    _check_same_shapes(parameters, state["state"])
-    moments = {
-        index: {name: value.clone() if torch.is_tensor(value) else value for name, value in entry.items()}
-        for index, entry in state["state"].items()
-    }
-    groups = [{**ours, "params": group["params"]} for ours, group in zip(own, theirs, strict=True)]
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
-
-
-def _make_optimizer(groups: Iterable[dict[str, Any]], optim_cfg: Any) -> torch.optim.Optimizer:
-    lr, weight_decay = float(optim_cfg.LR), float(optim_cfg.WEIGHT_DECAY)
-    beta1, beta2 = map(float, optim_cfg.BETAS or (0.9, 0.999))
-    match optim_cfg.OPTIMIZER:
-        case "adam_onecycle" | "adam_cosineanneal":
-            # OpenPCDet decays by hand, then steps Adam without decay: that is AdamW, to 4e-16 in f64.
-            betas = (float(optim_cfg.MOMS[0]), beta2 if optim_cfg.BETAS else 0.99)
-            return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay)
-        case "adamw":
-            return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay)
-        case "adam":
-            return torch.optim.Adam(groups, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay)
-        case "sgd":
-            return torch.optim.SGD(groups, lr=lr, momentum=float(optim_cfg.MOMENTUM), weight_decay=weight_decay)
-    raise ConfigError(
-        f"OPTIMIZATION.OPTIMIZER is {optim_cfg.OPTIMIZER!r}; "
-        "legal are adam, sgd, adam_onecycle, adam_cosineanneal and adamw"
-    )
+    positions = {index: position for position, index in enumerate(_indices(theirs))}
+    _check_same_shapes({index: parameters[position] for index, position in positions.items()}, state["state"])
+    return {positions[index]: entry for index, entry in state["state"].items()}
 
 
 def _walk(module: nn.Module) -> Iterable[nn.Module]:
@@ -156,7 +186,7 @@ def _indices(groups: Iterable[Mapping[str, Any]]) -> list[int]:
     return [index for group in groups for index in group["params"]]
 
 
-def _check_same_kind(own: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+def _check_same_kind(own: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> None:
     kinds = ["Adam" if any("betas" in group for group in groups) else "SGD" for groups in (theirs, own)]
     if kinds[0] != kinds[1]:
         raise CheckpointError(

@@ -154,13 +154,21 @@ def bring(run: RunState, origin: Origin, allow_config_change: bool) -> list[str]
             restore(run, payload, origin.path)
             return ["it has no manifest: its config and data could not be compared"]
         return restore_heritage(run, payload, origin.path)
+    notes = [
+        f"{name} was {origin.manifest.world[name]}, now {now}: sums are rounded in another order from here on"
+        for name, now in run.engine.arithmetic.items()
+        if run.world.size == origin.manifest.world["num_workers"] and origin.manifest.world.get(name, now) != now
+    ]
     same = check_plan(origin.manifest, run.plan, allow_config_change, origin.path)
     restore(run, payload, origin.path)
     if same:
-        return []
+        return notes
     before = run.progress
     run.progress = run.plan.converted(before.epoch, before.cursor)
-    return [f"another batch or data set: step {before.step} counts as step {run.progress.step} of the new schedule"]
+    return [
+        *notes,
+        f"another batch or data set: step {before.step} counts as step {run.progress.step} of the new schedule",
+    ]
 
 
 def load_origin(origin: Origin) -> dict[str, Any]:

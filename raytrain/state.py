@@ -12,8 +12,6 @@ from raytrain import __version__
 from raytrain.checkpoint import Manifest, load_weights_file
 from raytrain.engine import Engine
 from raytrain.errors import CheckpointError, TaskError
-from raytrain.optim import build_optimizer, import_optimizer_state
-from raytrain.precision import Precision
 from raytrain.progress import Plan, Progress
 from raytrain.randomness import seed_all
 from raytrain.schedule import Schedule, build_schedule
@@ -62,9 +60,7 @@ def build_run(cfg: Any, task: Task, train_set: Any, plan: Plan, world: World) ->
     if cfg.OPTIMIZATION.SYNC_BN and world.size > 1:
         model = synchronised_batchnorm(model, world)
     model = model.to(world.device)
-    precision = Precision(cfg.OPTIMIZATION, world.device)
-    optimizer = build_optimizer(model, cfg.OPTIMIZATION)
-    engine = Engine(model, optimizer, precision, cfg.OPTIMIZATION.GRAD_NORM_CLIP, world)
+    engine = Engine(model, cfg.OPTIMIZATION, world, cfg.SCALE.REDUCTION)
     schedule = build_schedule(cfg.OPTIMIZATION, plan.steps_per_epoch, plan.num_epochs)
     return RunState(model, engine, schedule, plan, world, cfg.to_tree())
 
@@ -92,6 +88,7 @@ def manifest_of(run: RunState, metrics: dict[str, float | None] | None) -> Manif
         "num_samples": plan.num_samples,
         "batch_size": plan.batch_size,
         "accumulate": plan.accumulate,
+        **run.engine.arithmetic,
     }
     return Manifest(run.progress, run.config, world, run.seed, metrics)
 
@@ -101,8 +98,8 @@ def payload_of(run: RunState) -> dict[str, Any]:
     return {
         "epoch": run.progress.epoch,
         "it": run.progress.step,
-        "model_state": run.model.state_dict(),
-        "optimizer_state": run.engine.optimizer.state_dict(),
+        "model_state": {name: owned(value) for name, value in run.model.state_dict().items()},
+        "optimizer_state": run.engine.optimizer_state(),
         "version": f"raytrain+{__version__}",
         "raytrain": {
             "progress": dataclasses.asdict(run.progress),
@@ -115,10 +112,17 @@ def payload_of(run: RunState) -> dict[str, Any]:
     }
 
 
+def owned(value: Any) -> Any:
+    """`value`; a tensor that is part of a larger memory as a copy, since torch.save writes the whole of it."""
+    if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() > value.numel() * value.element_size():
+        return value.clone()
+    return value
+
+
 def restore(run: RunState, payload: dict[str, Any], where: str) -> None:
     """Bring `run` to the state of a payload of ours."""
     load_model_state(run.model, payload["model_state"], where)
-    import_optimizer_state(run.engine.optimizer, payload["optimizer_state"])
+    run.engine.load_optimizer_state(payload["optimizer_state"])
     extra = payload["raytrain"]
     run.engine.precision.load_state_dict(extra["scaler"])
     run.progress = Progress(**extra["progress"])
@@ -132,7 +136,7 @@ def restore_heritage(run: RunState, payload: dict[str, Any], where: str) -> list
     state = {k: v for k, v in payload["model_state"].items() if k != "global_step" or k in own}
     load_model_state(run.model, state, where)
     if payload.get("optimizer_state") is not None:
-        import_optimizer_state(run.engine.optimizer, payload["optimizer_state"])
+        run.engine.load_optimizer_state(payload["optimizer_state"])
     else:
         notes.append("it holds no optimizer state: moments start at zero")
     step, epoch = int(payload.get("it") or 0), int(payload.get("epoch") or 0)

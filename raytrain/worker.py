@@ -92,6 +92,8 @@ def run_job(job: Job, world: World, control: Control) -> Outcome:
             stack.enter_context(folder.locked())
             store.clean_leftovers()
         origin, notes = bring_to_start(run, store, job)
+        if run.engine.why_ddp is not None:
+            notes.append(f"ENGINE ddp, parameter by parameter, instead of flat buffers: {run.engine.why_ddp}")
         if run.unevaluated is not None and not feed.evaluate_after(run.progress.epoch):
             run.unevaluated = None
         journal = open_journal(folder, run, job, control, origin, notes)

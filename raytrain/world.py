@@ -66,6 +66,14 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.objects)
         return box[0]
 
+    def all_objects(self, value: Any) -> list[Any]:
+        """Collective. Every rank's `value` by rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        box = [None] * self.size
+        dist.all_gather_object(box, value, group=self.objects)
+        return box
+
     def gather_objects(self, value: Any) -> list[Any]:
         """Collective. Every rank's `value` by rank, on rank 0; an empty list elsewhere."""
         if self.size == 1:

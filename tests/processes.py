@@ -1,4 +1,4 @@
-"""Two processes joined by gloo that run functions of the test modules: torch is imported once a session."""
+"""Processes joined by gloo that run functions of the test modules: torch is imported once a session."""
 
 from __future__ import annotations
 
@@ -15,31 +15,42 @@ DEADLINE_S = 60.0
 
 
 class Pair:
-    """Two processes of one gloo process group. `run` gives what both returned."""
+    """Two processes, or `count`, of one gloo process group. `run` gives what each returned."""
 
-    def __init__(self, meeting_file: Path) -> None:
+    def __init__(self, meeting_file: Path, count: int = 2) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
+        self.pids: list[int] = []
         self._processes = []
-        for rank in range(2):
+        for rank in range(count):
             here, there = context.Pipe()
-            process = context.Process(target=serve, args=(rank, f"file://{meeting_file}", there), daemon=True)
+            process = context.Process(target=serve, args=(rank, count, f"file://{meeting_file}", there), daemon=True)
             process.start()
+            self.pids.append(process.pid or 0)
             there.close()
             self._pipes.append(here)
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """[function(0, *args) of the one process, function(1, *args) of the other]."""
-        for rank, pipe in enumerate(self._pipes):
-            pipe.send_bytes(pickle.dumps((function, (rank, *args))))
-        answers = []
-        for rank, pipe in enumerate(self._pipes):
-            assert pipe.poll(DEADLINE_S), f"rank {rank} does not answer: {[a[1] for a in answers]}"
-            answers.append(pickle.loads(pipe.recv_bytes()))
+        """[function(0, *args) of the one process, function(1, *args) of the next, ...]."""
+        self.ask(function, *args)
+        answers: list[tuple[bool, Any]] = []
+        for rank in range(len(self._pipes)):
+            assert self._pipes[rank].poll(DEADLINE_S), f"rank {rank} does not answer: {[a[1] for a in answers]}"
+            answers.append(self.answer(rank))
         failures = [f"rank {rank}:\n{value}" for rank, (worked, value) in enumerate(answers) if not worked]
         assert not failures, "\n".join(failures)
         return [value for _, value in answers]
+
+    def ask(self, function: Callable[..., Any], *args: Any) -> None:
+        """Have all of them call it."""
+        for rank, pipe in enumerate(self._pipes):
+            pipe.send_bytes(pickle.dumps((function, (rank, *args))))
+
+    def answer(self, rank: int) -> tuple[bool, Any]:
+        """Whether that rank's call returned, and its value or traceback."""
+        worked, value = pickle.loads(self._pipes[rank].recv_bytes())
+        return worked, value
 
     def close(self) -> None:
         for pipe in self._pipes:
@@ -51,12 +62,12 @@ class Pair:
                 process.join()
 
 
-def serve(rank: int, meeting: str, pipe: Connection) -> None:
-    """Join the other process, then answer calls until the pipe is closed."""
+def serve(rank: int, count: int, meeting: str, pipe: Connection) -> None:
+    """Join the other processes, then answer calls until the pipe is closed."""
     import torch
 
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
     while True:
         try:
             function, args = pickle.loads(pipe.recv_bytes())

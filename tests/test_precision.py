@@ -11,7 +11,6 @@ from processes import Pair
 from torch import nn
 
 from raytrain.engine import Engine
-from raytrain.optim import build_optimizer
 from raytrain.precision import Precision
 from raytrain.world import World
 
@@ -28,6 +27,8 @@ def optim_cfg(**changes: Any) -> SimpleNamespace:
         "USE_AMP": True,
         "AMP_DTYPE": "fp16",
         "LOSS_SCALE_FP16": None,
+        "GRAD_NORM_CLIP": 10.0,
+        "ENGINE": "auto",
     }
     return SimpleNamespace(**{**defaults, **changes})
 
@@ -35,8 +36,7 @@ def optim_cfg(**changes: Any) -> SimpleNamespace:
 def engine_of(world: World | None = None, **changes: Any) -> tuple[nn.Module, Engine]:
     torch.manual_seed(1)
     model = nn.Linear(4, 1)
-    cfg = optim_cfg(**changes)
-    return model, Engine(model, build_optimizer(model, cfg), Precision(cfg, CPU), 10.0, world or World())
+    return model, Engine(model, optim_cfg(**changes), world or World())
 
 
 def one_step(model: nn.Module, engine: Engine, factor: float = 1.0) -> torch.Tensor:

@@ -13,7 +13,7 @@ from processes import Pair
 from torch import nn
 
 from raytrain.checkpoint import load_weights_file
-from raytrain.config import Config
+from raytrain.config import Config, with_overrides
 from raytrain.errors import CheckpointError, ConfigError, TaskError
 from raytrain.progress import Plan, Progress
 from raytrain.state import (
@@ -101,7 +101,7 @@ def test_a_model_starts_from_the_same_weights_on_every_process_and_for_every_see
     torch.manual_seed(123)
     first = run_of()
     torch.rand(77)
-    again = run_of(world=World(1, 2, 4))
+    again = run_of(with_overrides(config(), ["SCALE.REDUCTION", "collective"]), World(1, 2, 4))
     assert_same(again.model.state_dict(), first.model.state_dict())
     other = run_of(Config.model_validate({**config().to_tree(), "SEED": 4}))
     assert not torch.equal(other.model.head.weight, first.model.head.weight)
@@ -178,17 +178,20 @@ def test_a_payload_has_openpcdets_keys_and_reads_as_one_of_its_files() -> None:
     other = run_of()
     assert restore_heritage(other, payload, "there") == []
     assert other.progress == run.progress
-    assert_same(other.engine.optimizer.state_dict()["state"], run.engine.optimizer.state_dict()["state"])
+    assert_same(other.engine.optimizer_state()["state"], run.engine.optimizer_state()["state"])
 
 
 def test_a_manifest_says_how_the_data_was_cut() -> None:
-    manifest = manifest_of(run_of(world=World(1, 2, 4)), {"a": 1.0})
+    cfg = with_overrides(config(), ["SCALE.REDUCTION", "collective"])
+    manifest = manifest_of(run_of(cfg, World(1, 2, 4)), {"a": 1.0})
     assert manifest.world == {
         "num_workers": 2,
         "virtual_workers": 1,
         "num_samples": 22,
         "batch_size": 4,
         "accumulate": 1,
+        "engine": "flat",
+        "reduction": "collective",
     }
     assert (manifest.seed, manifest.metrics, manifest.config["OPTIMIZATION"]["NUM_EPOCHS"]) == (3, {"a": 1.0}, 5)
 
@@ -199,7 +202,7 @@ def test_a_manifest_says_how_the_data_was_cut() -> None:
 def heritage_file(folder: Path, epoch: int, it: int, **changes: Any) -> Path:
     """What its save_checkpoint writes: legacy format, numpy scalars in the groups, global_step among the weights."""
     run = trained(run_of(), 4)
-    state = run.engine.optimizer.state_dict()
+    state = run.engine.optimizer_state()
     for group in state["param_groups"]:
         group.update(lr=np.float64(group["lr"]), betas=(np.float64(0.9), 0.99), weight_decay=0)
         for newer in ("decoupled_weight_decay",):
@@ -236,8 +239,8 @@ def test_an_openpcdet_checkpoint_is_taken_up_at_its_place(
     assert run.progress == progress
     expected = trained(run_of(), 4)
     assert_same(run.model.state_dict(), expected.model.state_dict())
-    assert_same(run.engine.optimizer.state_dict()["state"], expected.engine.optimizer.state_dict()["state"])
-    group = run.engine.optimizer.state_dict()["param_groups"][0]
+    assert_same(run.engine.optimizer_state()["state"], expected.engine.optimizer_state()["state"])
+    group = run.engine.optimizer_state()["param_groups"][0]
     assert (type(group["lr"]), group["weight_decay"]) == (float, 0.01)  # this run's own decay
     trained(run, 1)
 

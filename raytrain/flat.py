@@ -1,0 +1,277 @@
+"""Parameters, gradients and moments in flat buffers: one norm and one fused step for the whole model.
+
+A step over 300 small tensors is 300 times the overhead of a step over one large one. Modules see
+views and notice nothing; the state that is saved is torch's, parameter by parameter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from raytrain.errors import TrainingError
+from raytrain.optim import EPS, Options, checked_moments, torch_groups
+
+ALIGN = 16  # elements: vector loads of a view begin on a cache line
+ROW = 4096  # a norm is of the norms of rows this long; one f32 sum over 50 million squares is 0.4 % wrong
+DTYPES = (torch.float32, torch.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a parameter lies in the flat buffer of its dtype."""
+
+    dtype: torch.dtype
+    start: int
+    stop: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+class Layout:
+    """Where each of `params` lies in one flat buffer per dtype.
+
+    sizes: elements of each buffer, a whole number of ROWs; what lies between parameters stays zero
+    """
+
+    def __init__(self, params: Sequence[torch.Tensor]) -> None:
+        self.places: list[Place] = []
+        ends: dict[torch.dtype, int] = {}
+        for p in params:
+            start = ends.get(p.dtype, 0)
+            stop = start + p.numel()
+            # The strides of a dense tensor are kept (channels_last); any other becomes contiguous.
+            self.places.append(Place(p.dtype, start, stop, p.shape, torch.empty_like(p).stride()))
+            ends[p.dtype] = -(-stop // ALIGN) * ALIGN
+        self.sizes = {dtype: -(-end // ROW) * ROW for dtype, end in ends.items()}
+
+    def views(self, buffers: Mapping[torch.dtype, torch.Tensor]) -> list[torch.Tensor]:
+        """Each parameter's part of `buffers`, in its own shape and strides."""
+        return [
+            torch.as_strided(buffers[p.dtype], p.shape, p.stride, p.start + buffers[p.dtype].storage_offset())
+            for p in self.places
+        ]
+
+
+@dataclasses.dataclass
+class Run:
+    """Neighbours in one buffer that have taken the same number of steps, and step together."""
+
+    dtype: torch.dtype
+    members: range  # positions of the parameters
+    taken: int
+    values: torch.Tensor
+    gradients: torch.Tensor
+    moments: list[torch.Tensor]
+    step: torch.Tensor
+
+
+class FlatStepper:
+    """Clips and steps flat buffers with torch's fused kernels; the clip coefficient rides in as gradient scale."""
+
+    kind = "flat"
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[nn.Parameter]],
+        options: Options,
+        layout: Layout,
+        gradients: Mapping[torch.dtype, torch.Tensor],
+        names: Mapping[nn.Parameter, str],
+    ) -> None:
+        self.options, self.layout = options, layout
+        self.params = [p for group in groups for p in group]
+        self._names = names
+        self._group_sizes = [len(group) for group in groups]
+        self._gradients = {dtype: gradients[dtype][:size] for dtype, size in layout.sizes.items()}
+        device = self.params[0].device
+        self._values = {d: torch.zeros(size, dtype=d, device=device) for d, size in layout.sizes.items()}
+        self._moments = [{d: torch.zeros_like(flat) for d, flat in self._values.items()} for _ in self._moment_names()]
+        self._views = layout.views(self._values)
+        for param, view in zip(self.params, self._views, strict=True):
+            view.copy_(param.detach())
+            param.data = view
+        self._addresses = [p.data_ptr() for p in self.params]
+        self._taken = [0] * len(self.params)
+        self._lr, self._momentum = options.lr, None if options.is_adam else options.momentum
+        self._runs: list[Run] = []
+        self._used: Sequence[bool] | None = None
+
+    @torch.no_grad()
+    def step(self, used: Sequence[bool], lr: float, momentum: float | None, max_norm: float | None) -> torch.Tensor:
+        """The L2 norm of the gradients before clipping, a scalar on the device; without a host sync.
+
+        used: for each parameter, whether it has a gradient; one that has none stays as it is
+        """
+        if [p.data_ptr() for p in self.params] != self._addresses:
+            self._take_back()
+        if used != self._used:
+            self._regroup(used)
+        self._lr, self._momentum = lr, self._momentum if momentum is None else momentum
+        norms = [
+            torch.linalg.vector_norm(torch.linalg.vector_norm(flat.view(-1, ROW), dim=1))
+            for flat in self._gradients.values()
+        ]
+        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([n.double() for n in norms]))
+        divisor = None if max_norm is None else ((norm + 1e-6) / max_norm).clamp(min=1.0)
+        for run in self._runs:
+            self._step_run(run, divisor)
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's optimizer over the same groups would give it; the tensors are copies."""
+        self._count()
+        moments = {n: self.layout.views(flat) for n, flat in zip(self._moment_names(), self._moments, strict=True)}
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for position, taken in enumerate(self._taken):
+            if taken and (self.options.is_adam or self._momentum):
+                state[position] = {"step": torch.tensor(float(taken))} if self.options.is_adam else {}
+                state[position] |= {name: views[position].clone() for name, views in moments.items()}
+        return {"state": state, "param_groups": torch_groups(self._group_sizes, self.options, self._lr, self._momentum)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the moments of a state_dict of torch's form, ours or OpenPCDet's; all settings stay this run's.
+
+        CheckpointError if it is of another kind of optimizer or of another model; then nothing changes.
+        """
+        own = torch_groups(self._group_sizes, self.options, self._lr, self._momentum)
+        found = checked_moments(state, own, self.params)
+        for flat in self._moments:
+            for buffer in flat.values():
+                buffer.zero_()
+        self._taken, self._runs, self._used = [0] * len(self.params), [], None
+        for flat, name in zip(self._moments, self._moment_names(), strict=True):
+            views = self.layout.views(flat)
+            for position, entry in found.items():
+                if entry.get(name) is not None:
+                    views[position].copy_(entry[name])
+                    self._taken[position] = int(entry.get("step", 1))
+
+    def _moment_names(self) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq") if self.options.is_adam else ("momentum_buffer",)
+
+    def _step_run(self, run: Run, divisor: torch.Tensor | None) -> None:
+        if divisor is not None and run.dtype is torch.float64:  # the kernels take f32 scales only
+            run.gradients.div_(divisor)
+            divisor = None
+        scale = None if divisor is None else divisor.float()
+        options, first = self.options, run.taken == 0
+        run.taken += 1
+        if options.is_adam:
+            run.step.fill_(run.taken)
+            kernel = torch._fused_adamw_ if options.kind == "adamw" else torch._fused_adam_
+            beta1 = options.betas[0] if self._momentum is None else self._momentum
+            kernel(
+                [run.values], [run.gradients], [run.moments[0]], [run.moments[1]], [], [run.step],
+                amsgrad=False, lr=self._lr, beta1=beta1, beta2=options.betas[1], weight_decay=options.weight_decay,
+                eps=EPS, maximize=False, grad_scale=scale, found_inf=None,
+            )  # fmt: skip
+        else:
+            torch._fused_sgd_(
+                [run.values], [run.gradients], run.moments if self._momentum else [],
+                weight_decay=options.weight_decay, momentum=self._momentum or 0.0, lr=self._lr, dampening=0.0,
+                nesterov=False, maximize=False, is_first_step=first, grad_scale=scale, found_inf=None,
+            )  # fmt: skip
+
+    def _count(self) -> None:
+        for run in self._runs:
+            for position in run.members:
+                self._taken[position] = run.taken
+
+    def _regroup(self, used: Sequence[bool]) -> None:
+        """Cut the buffers into runs of neighbours that take this step and have taken as many before."""
+        self._count()
+        self._used = list(used)
+        spans: list[list[int]] = []
+        for position, place in enumerate(self.layout.places):
+            if not used[position]:
+                continue
+            last = spans[-1] if spans else None
+            joins = (
+                last is not None
+                and last[-1] == position - 1
+                and self.layout.places[last[-1]].dtype is place.dtype
+                and self._taken[last[-1]] == self._taken[position]
+            )
+            if joins and last is not None:
+                last.append(position)
+            else:
+                spans.append([position])
+        self._runs = [self._run_of(span) for span in spans]
+
+    def _run_of(self, span: list[int]) -> Run:
+        first, last = self.layout.places[span[0]], self.layout.places[span[-1]]
+
+        def part(flat: Mapping[torch.dtype, torch.Tensor]) -> torch.Tensor:
+            return flat[first.dtype][first.start : last.stop]
+
+        values = part(self._values)
+        return Run(
+            first.dtype,
+            range(span[0], span[-1] + 1),
+            self._taken[span[0]],
+            values,
+            part(self._gradients),
+            [part(flat) for flat in self._moments],
+            torch.zeros((), device=values.device),
+        )
+
+    def _take_back(self) -> None:
+        """A module has put another tensor behind a parameter (`.data =`): take its values, and put the view back."""
+        for position, (param, view) in enumerate(zip(self.params, self._views, strict=True)):
+            if param.data_ptr() == self._addresses[position]:
+                continue
+            if (param.shape, param.dtype, param.device) != (view.shape, view.dtype, view.device):
+                raise TrainingError(
+                    f"{self._names[param]} was {tuple(view.shape)} {view.dtype} on {view.device} when training began "
+                    f"and is now {tuple(param.shape)} {param.dtype} on {param.device}: a module re-assigned its "
+                    ".data. Convert the model in build_model, or set OPTIMIZATION.ENGINE: ddp"
+                )
+            view.copy_(param.detach())
+            param.data = view
+
+
+def why_not_flat(model: nn.Module, params: Sequence[nn.Parameter], scaled: bool) -> str | None:
+    """What keeps `params` out of flat buffers; None if nothing does.
+
+    scaled: whether the loss is scaled (fp16), for which torch's GradScaler needs torch's optimizer
+    """
+    if scaled:
+        return "fp16's loss scaler works on torch's own optimizer"
+    names = {p: name for name, p in model.named_parameters()}
+    for p in params:
+        if p.dtype not in DTYPES:
+            return f"{names[p]} is {p.dtype}"
+    if len({p.device for p in params}) > 1:
+        return "the parameters lie on several devices"
+    if any(type(p) is not nn.Parameter for p in params):
+        odd = next(p for p in params if type(p) is not nn.Parameter)
+        return f"{names[odd]} is a {type(odd).__name__}"
+    return _memory_shared(model, params)
+
+
+def _memory_shared(model: nn.Module, params: Sequence[nn.Parameter]) -> str | None:
+    """Two tensors in one memory stay so only where they are."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    moved = {id(p) for p in params}
+    spans = sorted(
+        (t.data_ptr(), t.data_ptr() + _extent_bytes(t), name, id(t) in moved)
+        for name, t in tensors.items()
+        if t.numel() and t.layout is torch.strided
+    )
+    end, owner, owner_moves = 0, "", False
+    for begin, stop, name, moves in spans:
+        if begin < end and (moves or owner_moves):
+            return f"{owner} and {name} share memory"
+        if stop > end:
+            end, owner, owner_moves = stop, name, moves
+    return None
+
+
+def _extent_bytes(tensor: torch.Tensor) -> int:
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (reach + 1) * tensor.element_size()
