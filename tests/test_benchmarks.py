@@ -1,0 +1,148 @@
+"""The benchmarks run, and see when loops did different work. What they measure is nobody's promise here."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_can_be_imported(monkeypatch):
+    """They lie beside the package, in no environment's path."""
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def run_module(module: str, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_loop_compares_loops_that_did_the_same_work(tmp_path):
+    out = tmp_path / "out.json"
+    words = ["--only", "raytrain-here", "--workload", "overhead", "--steps", "6", "--rounds", "1", "--json", str(out)]
+    done = run_module("benchmarks.loop", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(out.read_text())
+    (workload,) = report["loop"]
+    assert set(workload["loops"]) == {"plain", "raytrain-here"}
+    for loop in workload["loops"].values():
+        assert len(loop["steps_per_s"]) == len(loop["ratio"]) == 1
+        assert loop["weights_difference"] <= workload["tolerance"]
+        assert all(len(digest) == 64 for digest in loop["sha256"])
+        assert f"| {loop['name']}" in done.stdout
+    assert {"date", "cpu", "cores", "python", "torch", "ray", "raytrain"} <= set(report["machine"])
+
+
+def test_both_conv_loops_end_with_the_same_weights(tmp_path):
+    from benchmarks import contenders, handwritten
+    from benchmarks.loop import TOLERANCE, difference
+    from benchmarks.pieces import CONV, Assignment, Span
+    from raytrain import train
+    from raytrain.config import Config
+
+    assignment = Assignment(CONV, Span(1, 1), tmp_path)
+    threads = torch.get_num_threads()
+    try:
+        handwritten.train(assignment, distributed=False)
+    finally:
+        torch.set_num_threads(threads)
+    loss, weights = contenders.kept(tmp_path)
+    train(Config.model_validate(contenders.config_of(assignment, ranks=1)), num_workers=0, quiet=True)
+    our_loss, our_weights = contenders.in_run_folder(tmp_path)
+    assert our_loss == pytest.approx(loss, rel=TOLERANCE["conv"])
+    assert difference(our_weights, weights) <= TOLERANCE["conv"]
+
+
+def test_other_weights_than_the_hand_written_loops_are_a_failure():
+    from benchmarks.contenders import HAND_PLAIN, RAYTRAIN_HERE, Ended
+    from benchmarks.loop import failures, shown, summary
+
+    def ended(value: float) -> Ended:
+        watch = {"steps": 10, "seconds": 2.0, "ranks": 1, "stamps": {}}
+        return Ended(0.0, 9.0, watch, loss=0.5, weights={"weight": torch.tensor([1.0, value])})
+
+    def report(value: float) -> dict:
+        loops = {
+            "plain": summary(HAND_PLAIN, [ended(0.5)], [ended(0.5)]),
+            "raytrain-here": summary(RAYTRAIN_HERE, [ended(value)], [ended(0.5)]),
+        }
+        return {"workload": "overhead", "warmup": 1, "steps": 10, "tolerance": 1e-5, "failed": [], "loops": loops}
+
+    assert failures(report(0.5)) == []
+    assert failures(report(0.5 + 1e-6)) == []
+    assert "bit equal" in shown(report(0.5))
+    for value in (0.51, float("nan")):
+        (line,) = failures(report(value))
+        assert line.startswith("overhead: raytrain, --num_workers 0: weights differ by")
+
+
+def test_feed_reads_every_sample_of_both_loaders():
+    from benchmarks import feed
+
+    report = feed.measure(rounds=1, share=0.01, loader_workers=(0,))
+    assert [(case["samples"], case["loader_workers"]) for case in report] == [("cheap", 0), ("costly", 0)]
+    lines = feed.shown(report).splitlines()
+    assert len(lines) == 2 + 2 + len(report)
+    assert len({len(line) for line in lines[2:]}) == 1
+    json.dumps(report)
+
+
+def test_rounds_begin_with_another_loop_each():
+    from benchmarks.measure import interleaved
+
+    order = []
+    found = interleaved({name: lambda name=name: order.append(name) for name in "abc"}, 4, say=lambda text: None)
+    assert "".join(order) == "abc" + "bca" + "cab" + "abc"
+    assert {name: len(values) for name, values in found.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_a_loop_that_fails_is_left_out_and_the_rounds_go_on():
+    from benchmarks.measure import BenchmarkError, interleaved
+
+    def fails() -> int:
+        raise BenchmarkError("no such luck")
+
+    told = []
+    assert interleaved({"good": lambda: 1, "bad": fails}, 2, told.append, needed=["good"]) == {"good": [1, 1]}
+    assert "FAILED: bad is left out: no such luck" in told
+    with pytest.raises(BenchmarkError):
+        interleaved({"bad": fails}, 2, told.append, needed=["bad"])
+
+
+def is_running(pid: int) -> bool:
+    """Neither gone nor waiting for whoever inherits it to take its status."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_command_past_its_time_is_ended_with_all_that_it_started(tmp_path):
+    from benchmarks.measure import BenchmarkError, run_command
+
+    script = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with pytest.raises(BenchmarkError, match="was not done after 2 s"):
+        run_command([sys.executable, "-c", script], tmp_path, timeout_s=2.0)
+    child = int((tmp_path / "printed.txt").read_text())
+    deadline = time.monotonic() + 10.0
+    while is_running(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_command_that_fails_is_told_with_what_it_printed(tmp_path):
+    from benchmarks.measure import BenchmarkError, run_command
+
+    with pytest.raises(BenchmarkError, match="ended with status 3; the end of what it printed:\nno such luck"):
+        run_command([sys.executable, "-c", "print('no such luck'); raise SystemExit(3)"], tmp_path, timeout_s=30.0)
