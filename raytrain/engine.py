@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from raytrain.errors import TaskError
-from raytrain.exchange import Exchange, open_exchange
-from raytrain.flat import FlatStepper, Layout, why_not_flat
+from raytrain.exchange import Collective, Exchange, open_exchange
+from raytrain.flat import FlatStepper, Layout, copy_all, why_not_flat
 from raytrain.optim import options_of, stepped_groups
+from raytrain.overlap import SEGMENT_BYTES, Overlap
 from raytrain.precision import Precision
 from raytrain.stepper import TorchStepper
 from raytrain.world import World
@@ -47,8 +48,15 @@ class Engine:
     why_ddp: if OPTIMIZATION.ENGINE is auto and flat buffers cannot hold the model, what keeps it out
     """
 
-    def __init__(self, model: torch.nn.Module, optim_cfg: Any, world: World, reduction: str = "auto") -> None:
-        """Collective. `reduction` is SCALE.REDUCTION."""
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optim_cfg: Any,
+        world: World,
+        reduction: str = "auto",
+        segment_bytes: int = SEGMENT_BYTES,
+    ) -> None:
+        """Collective. `reduction` is SCALE.REDUCTION; larger gradients than segment_bytes are summed in parts."""
         self.model, self.world = model, world
         self.precision = Precision(optim_cfg, world.device)
         self.grad_norm_clip: float | None = optim_cfg.GRAD_NORM_CLIP
@@ -74,6 +82,10 @@ class Engine:
             self._views = layout.views(self.exchange.addends)
             self._tail = self.exchange.addends[self._tail_dtype][self._tail_start :]
             gradients = layout.views(self.exchange.sums)
+        self.overlap: Overlap | None = None
+        gradient_bytes = sum(size * dtype.itemsize for dtype, size in layout.sizes.items())
+        if isinstance(self.exchange, Collective) and gradient_bytes > segment_bytes:
+            self.overlap = Overlap(model, self.params, layout, self._views, self.exchange, segment_bytes)
         self.stepper: FlatStepper | TorchStepper
         if flat and self.exchange is not None:
             names = {p: name for name, p in model.named_parameters()}
@@ -114,14 +126,19 @@ class Engine:
         finally:
             self._set_buffers(firsts)
 
-    def backward(self, loss: torch.Tensor, share: float) -> None:
-        """Add `share` of this loss's gradient (and of the loss, for the journal) to the step."""
+    def backward(self, loss: torch.Tensor, share: float, is_last: bool = False) -> None:
+        """Add `share` of this loss's gradient (and of the loss, for the journal) to the step.
+
+        is_last: no other follows before `step`, so gradients may travel as they arrive
+        """
         part = loss.detach() * share
         self.loss_sum = part if self.loss_sum is None else self.loss_sum + part
         scaled: Any = self.precision.scaler.scale(loss)
         key = (share, scaled.dtype)
         if key not in self._shares:  # two at most: whole micro-batches, and those of an epoch's last step
             self._shares[key] = torch.full_like(scaled, share, requires_grad=False)
+        if is_last and self.overlap is not None:
+            self.overlap.arm()
         scaled.backward(self._shares[key])  # what `(loss * share).backward()` gives, without a node for it
 
     @torch.no_grad()
@@ -130,8 +147,13 @@ class Engine:
         assert self.loss_sum is not None, "backward() comes first"
         granted, used, loss = tuple(wishes), [True], self.loss_sum
         if self.exchange is not None:
-            self.exchange.open()
-            used = self._collect(granted)
+            if self.overlap is not None and self.overlap.armed:
+                used = self.overlap.finish()
+            else:
+                self.exchange.open()
+                used = self._collect()
+            if self.world.size > 1:
+                self._write_tail(used, granted)
             self.exchange.share(self._buffers())
             if self.world.size > 1:
                 used, granted, loss = self._read_tail(len(granted))
@@ -151,7 +173,7 @@ class Engine:
         """Takes the moments over; CheckpointError, and nothing changes, if they are not of this model and optimizer."""
         self.stepper.load_state_dict(state)
 
-    def _collect(self, wishes: tuple[bool, ...]) -> list[bool]:
+    def _collect(self) -> list[bool]:
         """Copy what this process has into the flat buffers; which parameters have a gradient here."""
         grads = [p.grad for p in self.params]
         used = [grad is not None for grad in grads]
@@ -161,15 +183,17 @@ class Engine:
             copy_all([v for v, u in zip(self._views, used, strict=True) if u], [g for g in grads if g is not None])
             for view in (v for v, u in zip(self._views, used, strict=True) if not u):
                 view.zero_()
-        if self.world.size > 1:
-            if self._flags != (used, wishes):  # seldom; else what stands on the device is copied, without the host
-                self._flags = (used, wishes)
-                flags = [*used, *wishes, *[False] * (MAX_WISHES - len(wishes))]
-                self._flags_there = torch.tensor(flags, dtype=self._tail_dtype).to(self._tail.device)
-            self._tail[:-1].copy_(self._flags_there)
-            assert self.loss_sum is not None
-            self._tail[-1].copy_(self.loss_sum.reshape(()))
         return used
+
+    def _write_tail(self, used: list[bool], wishes: tuple[bool, ...]) -> None:
+        """What this process used, wished and lost, behind its gradients."""
+        assert self.loss_sum is not None
+        if self._flags != (used, wishes):  # seldom; else what stands on the device is copied, without the host
+            self._flags = (used, wishes)
+            flags = [*used, *wishes, *[False] * (MAX_WISHES - len(wishes))]
+            self._flags_there = torch.tensor(flags, dtype=self._tail_dtype).to(self._tail.device)
+        self._tail[:-1].copy_(self._flags_there)
+        self._tail[-1].copy_(self.loss_sum.reshape(()))
 
     def _read_tail(self, num_wishes: int) -> tuple[list[bool], tuple[bool, ...], torch.Tensor]:
         """What all processes together used, wished and lost."""
@@ -205,11 +229,3 @@ class Engine:
     def _set_buffers(self, values: list[torch.Tensor]) -> None:
         for buffer, value in zip(self._buffers(), values, strict=True):
             buffer.copy_(value)
-
-
-def copy_all(views: list[torch.Tensor], grads: Sequence[Any]) -> None:
-    """Each of `grads` into its view; a sparse one becomes dense there."""
-    if any(grad.layout is not torch.strided for grad in grads):
-        grads = [grad.to_dense() for grad in grads]
-    if views:
-        torch._foreach_copy_(views, list(grads))

@@ -53,14 +53,31 @@ class Exchange:
 
 
 class Collective(Exchange):
-    """By torch.distributed (gloo, NCCL), one reduction a dtype, in place."""
+    """By torch.distributed (gloo, NCCL), in place: one reduction a dtype, less what was started before."""
 
     kind = "collective"
 
+    def __init__(self, sizes: Mapping[torch.dtype, int], world: World) -> None:
+        super().__init__(sizes, world)
+        self._under_way: list[Any] = []
+        self._started = dict.fromkeys(sizes, 0)
+
+    def start(self, dtype: torch.dtype, start: int, stop: int) -> None:
+        """Collective. Begin to sum that part of a buffer; `share` waits for it."""
+        self._under_way.append(self.world.begin_sum(self.addends[dtype][start:stop]))
+        self._started[dtype] = max(self._started[dtype], stop)
+
     def share(self, firsts: Sequence[torch.Tensor]) -> None:
-        for buffer in self.addends.values():
-            self.world.sum_(buffer)
+        """Collective. Whatever lies behind the parts that were started is summed now."""
+        for dtype, buffer in self.addends.items():
+            rest = buffer[self._started[dtype] :]
+            self._started[dtype] = 0
+            if rest.numel():
+                self.world.sum_(rest)
         broadcast_packed(self.world, firsts)
+        for work in self._under_way:
+            work.wait()
+        self._under_way.clear()
 
 
 class SharedMemory(Exchange):

@@ -235,6 +235,14 @@ class FlatStepper:
             param.data = view
 
 
+def copy_all(views: Sequence[torch.Tensor], grads: Sequence[Any]) -> None:
+    """Each of `grads` into its view; a sparse one becomes dense there."""
+    if any(grad.layout is not torch.strided for grad in grads):
+        grads = [grad.to_dense() for grad in grads]
+    if views:
+        torch._foreach_copy_(list(views), list(grads))
+
+
 def why_not_flat(model: nn.Module, params: Sequence[nn.Parameter], scaled: bool) -> str | None:
     """What keeps `params` out of flat buffers; None if nothing does.
 

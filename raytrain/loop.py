@@ -102,6 +102,7 @@ def train_step(
     at = run.progress.step
     returns = []
     run.engine.zero_grad()
+    last = max(step.micro_batches), len(step.micro_batches[max(step.micro_batches)]) - 1
     for v, keys in step.micro_batches.items():
         share = 1.0 / (len(keys) * run.plan.virtual_workers)
         with run.engine.virtual_worker():
@@ -110,7 +111,7 @@ def train_step(
                 seed_all(run.seed, "step", at, v, i)
                 with run.engine.precision.autocast():
                     returned = task.model_func(run.model, batch)
-                run.engine.backward(loss_of(returned, task), share)
+                run.engine.backward(loss_of(returned, task), share, is_last=(v, i) == last)
                 returns.append(returned)
     stepped = run.engine.step(run.schedule.lr(at), run.schedule.momentum(at), wishes())
     return stepped, returns

@@ -53,6 +53,10 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
 
+    def begin_sum(self, tensor: torch.Tensor) -> Any:
+        """Collective. As sum_, without waiting: `wait()` on what is returned comes before the sum is read."""
+        return dist.all_reduce(tensor, async_op=True)
+
     def broadcast_(self, tensor: torch.Tensor) -> None:
         """Collective. `tensor` becomes rank 0's."""
         if self.size > 1:

@@ -40,6 +40,7 @@ ORDER = [
     "world",
     "feed",
     "exchange",
+    "overlap",
     "engine",
     "state",
     "loop",
