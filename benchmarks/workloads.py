@@ -15,6 +15,7 @@ from raytrain import ModelReturn, Task
 class Timed(Task):
     """A workload under the watch. MODEL says how many samples, which steps are timed, and where that is written."""
 
+    random_samples = False  # nothing is augmented here, and no other loop seeds anything for a sample
     workload: Workload
 
     def __init__(self, cfg: Any) -> None:

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_conve
 from raytrain.errors import DataError, PreflightError, TaskError
 from raytrain.failure import users_traceback
 from raytrain.progress import Plan, Progress
-from raytrain.randomness import seed_all
+from raytrain.randomness import random_state, seed_all
 from raytrain.sampler import cut, epoch_order, step_samples
 from raytrain.task import Task
 from raytrain.world import World
@@ -72,16 +72,22 @@ class KeyedBatches(Dataset[Any]):
         """The key and its batch, or a DataError in the batch's place (raised in the training process)."""
         dataset = self.datasets[key.split]
         where = f"data set {key.split!r}"
+        seeded, state = self.task.random_samples, None
         try:
             if self.epochs.get(key.split) != key.epoch:
                 self.epochs[key.split] = key.epoch
                 if hasattr(dataset, "set_epoch"):
                     dataset.set_epoch(key.epoch)
+                state = None if seeded else random_state()
             samples = []
             for sample_id in key.ids:
                 where = f"sample {sample_id} of data set {key.split!r}"
-                seed_all(self.seed, "sample", key.split, key.epoch, sample_id)
+                if seeded:
+                    seed_all(self.seed, "sample", key.split, key.epoch, sample_id)
                 samples.append(dataset[sample_id])
+            if state is not None and random_state() != state:
+                told = f"a sample of data set {key.split!r} drew random numbers, which were not seeded for it"
+                return key, DataError(f"{told}: set {type(self.task).__name__}.random_samples to True")
             where = f"collate of {len(key.ids)} samples of data set {key.split!r}"
             if type(self.task).collate is Task.collate:  # draws nothing, and gives tensors
                 return key, self.task.collate(samples)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Hashable
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,3 +26,9 @@ def seed_all(*key: Hashable) -> None:
     torch.default_generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed & 0x7FFFFFFFFFFFFFFF)
+
+
+def random_state() -> tuple[Any, ...]:
+    """What seed_all sets on the CPU, to compare: equal as long as nothing was drawn."""
+    kind, words, *rest = np.random.get_state()
+    return random.getstate(), (kind, words.tobytes(), *rest), torch.get_rng_state().numpy().tobytes()

@@ -33,7 +33,13 @@ class ModelReturn:
 
 
 class Task:
-    """Base of all tasks. `build_dataset`, `build_model` and `model_func` must be written."""
+    """Base of all tasks. `build_dataset`, `build_model` and `model_func` must be written.
+
+    random_samples: False promises that no sample draws random numbers (no augmentation); then nothing
+    is seeded around each `__getitem__`, which takes 10 us a sample. The promise is checked once an epoch.
+    """
+
+    random_samples = True
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg

@@ -153,6 +153,21 @@ def test_an_error_does_not_come_before_its_turn() -> None:
     assert len(seen) == 2 * 4 * 2 + 2
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_task_that_promises_not_to_draw_is_held_to_it(workers: int) -> None:
+    with feed_of(workers) as feed:
+        feed.task.random_samples = False
+        with pytest.raises(DataError, match=r"of data set 'train' drew random .*: set DrawTask.random_samples to True"):
+            next(whole_run(feed))
+
+
+def test_a_task_that_does_not_draw_need_not_be_seeded_for_each_sample() -> None:
+    with feed_of(datasets={"train": list(range(22)), "val": list(range(7))}) as feed:  # type: ignore[dict-item]
+        feed.task.random_samples = False
+        feed.task.collate = torch.tensor  # type: ignore[method-assign, assignment]
+        assert sorted(i for key, batch in whole_run(feed) if key.epoch == 1 for i in batch.tolist()) == list(range(22))
+
+
 def test_close_leaves_no_loader_worker() -> None:
     with feed_of(2) as feed:
         stream = whole_run(feed)
