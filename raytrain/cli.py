@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
 import sys
@@ -101,6 +102,7 @@ def build_parser() -> Parser:
     add_config_arguments(train)
     train.add_argument("--batch_size", type=count, metavar="N", help="samples of a step over all virtual workers")
     train.add_argument("--address", metavar="HOST:PORT", help="join this Ray cluster (auto: the one on this machine)")
+    train.add_argument("--dashboard", action="store_true", help="serve Ray's dashboard while it trains (starts slower)")
     train.add_argument(
         "--resume",
         default="auto",
@@ -191,21 +193,26 @@ def run_train(args: argparse.Namespace) -> int:
     cfg = load(args)
     if args.ckpt is not None and args.resume != "auto":
         raise ConfigError("--ckpt and --resume both say where to go on; give one of them")
-    from raytrain.launch import launch
-    from raytrain.start import Options
+    with contextlib.ExitStack() as stack:
+        ahead = None
+        if cfg.SCALE.NUM_WORKERS != 0 and args.address is None:  # it starts while torch is imported
+            from raytrain.cluster import starting
 
-    result = launch(
-        cfg,
-        Options(
+            ahead = stack.enter_context(starting(None, dashboard=args.dashboard, scale=cfg.SCALE))
+        from raytrain.launch import launch
+        from raytrain.start import Options
+
+        options = Options(
             address=args.address,
             resume=args.ckpt or args.resume,
             overwrite=args.overwrite,
             allow_config_change=args.allow_config_change,
             pretrained=args.pretrained_model,
             batch_size=args.batch_size,
+            dashboard=args.dashboard,
             arguments={k: v for k, v in vars(args).items() if k not in ("run", "command")},
-        ),
-    )
+        )
+        result = launch(cfg, options, ahead=ahead)
     if result.status == "complete":
         metrics = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
         say(f"already complete: all {cfg.OPTIMIZATION.NUM_EPOCHS} epochs are trained  {metrics}")

@@ -27,6 +27,7 @@ class Options:
     """What a launch is told beside the config: see `raytrain train --help`.
 
     batch_size: of a step over all virtual workers, in place of BATCH_SIZE_PER_GPU
+    dashboard:  whether a cluster that is started for the run serves Ray's
     """
 
     address: str | None = None
@@ -35,6 +36,7 @@ class Options:
     allow_config_change: bool = False
     pretrained: str | None = None
     batch_size: int | None = None
+    dashboard: bool = False
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
