@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from raytrain.failure import explains_itself, failure_of, keep_traceback
 from raytrain.own_cluster import is_tested
 from raytrain.records import Record
 from raytrain.resume import is_complete
+from raytrain.signals import signals_wish_stop
 from raytrain.start import Options, Start, find_start
 from raytrain.storage import parent_and_name
 from raytrain.task import load_task_class
@@ -88,10 +88,16 @@ def silent(record: Record) -> None:
     """Shows nothing."""
 
 
-def launch(cfg: Config, options: Options, show: Show | None = None, ahead: Cluster | None = None) -> Result:
+def launch(
+    cfg: Config,
+    options: Options,
+    show: Show | None = None,
+    stop: threading.Event | None = None,
+    ahead: Cluster | None = None,
+) -> Result:
     """Preflight, then the run; `show` gets its records in place of the console.
 
-    ahead: the cluster for it, if the caller has one start already
+    stop:  wishes it, in place of this process's signals.   ahead: the cluster, if it is starting already
     """
     load_task_class(cfg.TASK)
     start = find_start(cfg, options)
@@ -102,7 +108,7 @@ def launch(cfg: Config, options: Options, show: Show | None = None, ahead: Clust
         display = Display()
         show = display.feed
     try:
-        with signals_wish_stop() as stop:
+        with contextlib.nullcontext(stop) if stop else signals_wish_stop() as stop:
             here = cfg.SCALE.NUM_WORKERS == 0
             status = run_here(start, stop, show) if here else run_on_ray(start, stop, show, ahead)
     finally:
@@ -122,29 +128,6 @@ def result_of(start: Start, status: str) -> Result:
         newest.path if newest else None,
         best.path if best else None,
     )
-
-
-@contextlib.contextmanager
-def signals_wish_stop() -> Iterator[threading.Event]:
-    """Set by the first SIGINT or SIGTERM; a second one ends this process as it always would."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def wish(number: int, frame: Any) -> None:
-        stop.set()
-        for each, handler in kept.items():
-            signal.signal(each, handler)
-
-    for number in kept:
-        signal.signal(number, wish)
-    try:
-        yield stop
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
 
 
 def run_here(start: Start, stop: threading.Event, show: Show) -> str:
