@@ -2,6 +2,9 @@
 
 import os
 
+import ray.train.torch
+import ray.train.v2._internal.execution.worker_group.worker  # noqa: F401
+
 import raytrain.worker  # noqa: F401
 from raytrain.cluster import Mailbox
 

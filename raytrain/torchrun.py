@@ -104,9 +104,7 @@ def run_as_worker(job: Job, world: World, store: Any, stop: threading.Event) -> 
         try:
             return run_job(job, world, control).status
         except Exception as error:
-            if (
-                store.add(f"raytrain/failures/{restarts()}", 1) > 1
-            ):  # held by torchrun itself: it is there when ranks are not
+            if store.add(f"raytrain/failures/{restarts()}", 1) > 1:  # torchrun keeps it, so it outlives ranks
                 sys.exit(1)
             seen = as_seen(failure_of(error, world.rank, control.place(), logs))
             if not world.is_first:
