@@ -46,6 +46,11 @@ class Cluster:
         """Whether it was started for this process, and no one else uses it."""
         return self._own is not None
 
+    @property
+    def dashboard_url(self) -> str:
+        """Where the dashboard that was asked for is; "" if none was."""
+        return "" if self._own is None else self._own.dashboard_url
+
     def wait_for_workers(self, patience_s: float = AHEAD_S) -> None:
         """Returns once the processes that started ahead can be given to workers; Ray would start others before."""
         count = 0 if self._own is None else self._own.warm.count

@@ -158,6 +158,8 @@ def run_on_ray(start: Start, stop: threading.Event, show: Show, ahead: Cluster |
             used.connect()
         except SystemExit:  # Ray's own answer to a SIGTERM while it starts
             return "stopped"
+        if used.dashboard_url:
+            say(show, "dashboard", f"http://{used.dashboard_url}")
         num_workers, use_gpu = cluster.resolve_workers(start.cfg.SCALE)
         job = start.job(num_workers, use_gpu)
         per_worker = cluster.resources_per_worker(job.cfg.SCALE, use_gpu)
@@ -230,7 +232,12 @@ class Inbox:
                 self._show(record)
 
     def say(self, event: str, message: str) -> None:
-        self._show({"kind": "event", "time": time.time(), "event": event, "message": message})
+        say(self._show, event, message)
+
+
+def say(show: Show, event: str, message: str) -> None:
+    """Shows an event that the driver itself tells of."""
+    show({"kind": "event", "time": time.time(), "event": event, "message": message})
 
 
 def ray_trainer(job: Job, per_worker: dict[str, float], alone: bool) -> Any:

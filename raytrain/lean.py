@@ -36,7 +36,15 @@ class LeanTrainer(TorchTrainer):
         self._abandoned.set()
 
     def fit(self) -> Any:
-        logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what goes wrong is raised, and shown by us
+        log = logging.getLogger("ray.train")
+        level = log.level
+        log.setLevel(logging.CRITICAL)  # what goes wrong is raised, and shown by us
+        try:
+            return self._fit()
+        finally:
+            log.setLevel(level)
+
+    def _fit(self) -> Any:
         scaling: Any = self.scaling_config  # the classes that ray.train shows are others to a type checker
         run: Any = self.run_config
         controller = LeanController(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import shutil
@@ -12,6 +13,8 @@ import tempfile
 import threading
 from pathlib import Path
 from typing import Any
+
+from raytrain.errors import PreflightError
 
 TEMP_PREFIX = "raytrain-ray-"
 
@@ -45,7 +48,13 @@ class OwnCluster:
     """
 
     def __init__(self, num_cpus: int | None, dashboard: bool, warm: Warm) -> None:
+        # aiohttp_cors is of what ray[default] brings; without it Ray would print of it, and raise anything.
+        if dashboard and importlib.util.find_spec("aiohttp_cors") is None:
+            raise PreflightError(
+                "--dashboard: what it needs is not installed; `pip install 'ray[default]'`, or leave it out"
+            )
         self._num_cpus, self._dashboard = num_cpus, dashboard
+        self.dashboard_url = ""
         self._bare = is_tested() and not dashboard
         self.warm = warm if self._bare else Warm()
         self._failure: BaseException | None = None
@@ -85,8 +94,12 @@ class OwnCluster:
 
         said: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if not self._bare:
-            dashboard = self._dashboard
-            ray.init("local", num_cpus=self._num_cpus, include_dashboard=dashboard, _temp_dir=temp_dir, **said)
+            asked: dict[str, Any] = {
+                "num_cpus": self._num_cpus,
+                "include_dashboard": self._dashboard,
+                "_temp_dir": temp_dir,
+            }
+            self.dashboard_url = ray.init("local", **asked, **said).dashboard_url or ""
             return None
         node = start_node(temp_dir, self._num_cpus, self.warm)
         try:

@@ -97,6 +97,8 @@ def find_start(cfg: Config, options: Options) -> Start:
             f"--address {options.address} joins a Ray cluster, but with SCALE.NUM_WORKERS 0 the run stays in this "
             "process, without Ray; leave one of them out"
         )
+    if options.dashboard and (options.address is not None or cfg.SCALE.NUM_WORKERS == 0):
+        raise ConfigError("--dashboard is Ray's, of a cluster that is started for the run; this run starts none")
     run_dir = run_dir_of(cfg)
     storage = open_storage(run_dir)
     storage.makedirs("ckpt")

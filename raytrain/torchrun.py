@@ -30,10 +30,11 @@ def launch_here(cfg: Config, options: Options, stop: threading.Event) -> Result:
 
     Rank 0 shows records on the console; what the others print goes to logs/rank_<r>.log.
     """
-    if options.address is not None:
+    if options.address is not None or options.dashboard:
+        flag = "--dashboard" if options.address is None else f"--address {options.address}"
         raise ConfigError(
-            f"--address {options.address} joins a Ray cluster, but torchrun has started this process, "
-            "and its runs do without Ray; leave one of them out"
+            f"{flag} is about a Ray cluster, but torchrun has started this process, and its runs do without Ray; "
+            "leave one of them out"
         )
     if restarts() and options.resume == "never":  # what this launch has saved since is not to be started over
         options = dataclasses.replace(options, resume="auto", overwrite=False)
