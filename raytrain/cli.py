@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
 import sys
@@ -77,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except RaytrainError as error:
-        print(f"raytrain: {error}", file=sys.stderr)
+        if speaks():
+            print(f"raytrain: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         print("raytrain: stopped at once; the run folder's newest checkpoint is where it goes on", file=sys.stderr)
@@ -89,7 +91,21 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ").rstrip(".")
-        self.exit(EXIT_USAGE, f"raytrain: {message}{'' if message.endswith('?') else '.'} See {self.prog} --help\n")
+        text = f"raytrain: {message}{'' if message.endswith('?') else '.'} See {self.prog} --help\n"
+        self.exit(EXIT_USAGE, text if speaks() else None)
+
+
+def world_of_torchrun() -> tuple[int, int] | None:
+    """Rank of this process and number of all, if torchrun has started it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def speaks() -> bool:
+    """Whether this process tells of the run: of those that torchrun starts one does."""
+    world = world_of_torchrun()
+    return world is None or world[0] == 0
 
 
 def build_parser() -> Parser:
@@ -101,6 +117,7 @@ def build_parser() -> Parser:
     add_config_arguments(train)
     train.add_argument("--batch_size", type=count, metavar="N", help="samples of a step over all virtual workers")
     train.add_argument("--address", metavar="HOST:PORT", help="join this Ray cluster (auto: the one on this machine)")
+    train.add_argument("--dashboard", action="store_true", help="serve Ray's dashboard while it trains (starts slower)")
     train.add_argument(
         "--resume",
         default="auto",
@@ -172,7 +189,10 @@ class _Void(argparse.Action):
     """A flag that is accepted for the sake of old command lines, with a line on what is so instead."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        print(f"note: {option_string} has no effect here: {self.const}", file=sys.stderr)
+        if option_string == "--launcher" and values == "pytorch" and world_of_torchrun() is not None:
+            return
+        if speaks():
+            print(f"note: {option_string} has no effect here: {self.const}", file=sys.stderr)
 
 
 def load(args: argparse.Namespace) -> Any:
@@ -191,26 +211,55 @@ def run_train(args: argparse.Namespace) -> int:
     cfg = load(args)
     if args.ckpt is not None and args.resume != "auto":
         raise ConfigError("--ckpt and --resume both say where to go on; give one of them")
-    from raytrain.launch import launch
-    from raytrain.start import Options
-
-    result = launch(
-        cfg,
-        Options(
-            address=args.address,
-            resume=args.ckpt or args.resume,
-            overwrite=args.overwrite,
-            allow_config_change=args.allow_config_change,
-            pretrained=args.pretrained_model,
-            batch_size=args.batch_size,
-            arguments={k: v for k, v in vars(args).items() if k not in ("run", "command")},
-        ),
-    )
-    if result.status == "complete":
+    options = {
+        "address": args.address,
+        "resume": args.ckpt or args.resume,
+        "overwrite": args.overwrite,
+        "allow_config_change": args.allow_config_change,
+        "pretrained": args.pretrained_model,
+        "batch_size": args.batch_size,
+        "dashboard": args.dashboard,
+        "arguments": {k: v for k, v in vars(args).items() if k not in ("run", "command")},
+    }
+    result = train_with_torchrun(cfg, args, options) if world_of_torchrun() else train_as_asked(cfg, options)
+    if result.status == "complete" and speaks():
         metrics = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
         say(f"already complete: all {cfg.OPTIMIZATION.NUM_EPOCHS} epochs are trained  {metrics}")
         say(f"  run folder   {result.run_dir}")
     return EXIT_STOPPED if result.status == "stopped" else EXIT_FINISHED
+
+
+def train_as_asked(cfg: Any, options: dict[str, Any]) -> Any:
+    """The run on Ray, or in this process; how it ended. A cluster for it starts while torch is imported."""
+    from raytrain.signals import signals_wish_stop
+
+    with contextlib.ExitStack() as stack:
+        stop, ahead = stack.enter_context(signals_wish_stop()), None
+        if cfg.SCALE.NUM_WORKERS != 0 and options["address"] is None:
+            from raytrain.cluster import starting
+
+            ahead = stack.enter_context(starting(None, dashboard=options["dashboard"], scale=cfg.SCALE))
+        from raytrain.launch import launch
+        from raytrain.start import Options
+
+        return launch(cfg, Options(**options), stop=stop, ahead=ahead)
+
+
+def train_with_torchrun(cfg: Any, args: argparse.Namespace, options: dict[str, Any]) -> Any:
+    """The run in the processes that torchrun has started, of which this is one; how it ended."""
+    from raytrain.config import with_overrides
+    from raytrain.signals import signals_wish_stop
+
+    size = os.environ["WORLD_SIZE"]
+    if args.num_workers not in (None, size):
+        raise ConfigError(
+            f"--num_workers {args.num_workers}, but torchrun has started {size} processes; leave the flag out"
+        )
+    with signals_wish_stop() as stop:
+        from raytrain.start import Options
+        from raytrain.torchrun import launch_here
+
+        return launch_here(with_overrides(cfg, ["SCALE.NUM_WORKERS", size]), Options(**options), stop)
 
 
 def run_eval(args: argparse.Namespace) -> int:

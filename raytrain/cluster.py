@@ -6,19 +6,19 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import signal
 import socket
-import tempfile
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from raytrain.errors import PreflightError
+from raytrain.own_cluster import OwnCluster, Warm
 
-TEMP_PREFIX = "raytrain-ray-"
-
+AHEAD_S = 30.0  # processes that have not said by then that they stand are not waited for
 ANSWER_S = 5.0  # a Ray head that has not answered by then is not there
 
 # Set where the user has not: each is read by Ray in the driver and handed on to its workers.
@@ -32,56 +32,103 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
+QUIET_ALONE = {"RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0"}  # its controller is within the driver
+
+
+class Cluster:
+    """The Ray cluster for the time of a block: made by `starting`, there to be used after `connect`."""
+
+    def __init__(self, address: str | None, own: OwnCluster | None = None) -> None:
+        self._address, self._own = address, own
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it was started for this process, and no one else uses it."""
+        return self._own is not None
+
+    @property
+    def dashboard_url(self) -> str:
+        """Where the dashboard that was asked for is; "" if none was."""
+        return "" if self._own is None else self._own.dashboard_url
+
+    def wait_for_workers(self, patience_s: float = AHEAD_S) -> None:
+        """Returns once the processes that started ahead can be given to workers; Ray would start others before."""
+        count = 0 if self._own is None else self._own.warm.count
+        give_up = time.monotonic() + patience_s
+        ahead = Mailbox("ahead")
+        while count > len(ahead.keys("process-")) and time.monotonic() < give_up:
+            time.sleep(0.02)
+
+    def connect(self) -> None:
+        """Returns once this process is connected; a PreflightError says why it cannot be."""
+        if self._own is not None:
+            self._own.join()
+            return
+        if self._address is not None:
+            check_address(self._address)
+        import ray
+
+        if not ray.is_initialized():
+            assert self._address is not None  # else there is a cluster of our own
+            own_handler = signal.getsignal(signal.SIGTERM)  # ray.init puts its own in place
+            join(self._address)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, own_handler)
+        elif self._address is not None:
+            raise PreflightError(
+                f"--address {self._address}: this process is already connected to Ray; "
+                "leave the address out to use that"
+            )
 
 
 @contextlib.contextmanager
-def connected(address: str | None, num_cpus: int | None = None) -> Iterator[None]:
-    """A Ray cluster for the time of the block.
+def starting(
+    address: str | None, num_cpus: int | None = None, dashboard: bool = False, scale: Any = None
+) -> Iterator[Cluster]:
+    """A Ray cluster for the time of the block, which may do other things before it connects.
 
     The one that this process is already connected to; else the one at `address`; else one of our
     own on this machine (of num_cpus CPUs, its real ones unless given), of which nothing is left.
+    It begins to start at once; with `scale`, so do worker processes for it.
     """
-    # Ray turns its token on in the environment; another cluster may want none.
-    kept = {name: os.environ.get(name) for name in (*QUIET, "RAY_AUTH_MODE")}
-    if address is not None:
-        check_address(address)
-    import ray
-
-    if ray.is_initialized():
-        if address is not None:
-            raise PreflightError(
-                f"--address {address}: this process is already connected to Ray; leave the address out to use that"
-            )
-        yield
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        yield Cluster(address)
         return
-    os.environ.update({name: value for name, value in QUIET.items() if kept[name] is None})
-    own_handler = signal.getsignal(signal.SIGTERM)  # ray.init puts its own in place
-    temp_dir = None
+    # Ray turns its token on in the environment; another cluster may want none.
+    kept = {name: os.environ.get(name) for name in (*QUIET, *QUIET_ALONE, "RAY_AUTH_MODE")}
+    wanted = QUIET if address is not None else {**QUIET, **QUIET_ALONE}
+    os.environ.update({name: value for name, value in wanted.items() if kept[name] is None})
+    own = None
     try:
         if address is None:
-            remove_stale_temp_dirs()
-            # Sockets lie below it and their paths may not pass 107 characters, so it is not in TMPDIR.
-            temp_dir = tempfile.mkdtemp(prefix=f"{TEMP_PREFIX}{os.getpid()}-", dir="/tmp")
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _temp_dir=temp_dir,
-            )
-        else:
-            join(address)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, own_handler)
-        yield
+            own = OwnCluster(num_cpus, dashboard, workers_ahead(scale, num_cpus))
+        yield Cluster(address, own)
     finally:
-        ray.shutdown()
-        if temp_dir is not None:
-            shutil.rmtree(temp_dir, ignore_errors=True)
+        if own is not None:
+            own.close()
+        elif "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
         for name, value in kept.items():
             if value is None:
                 os.environ.pop(name, None)
+
+
+def workers_ahead(scale: Any, num_cpus: int | None) -> Warm:
+    """The worker processes that a cluster of our own starts ahead of the run: none where not all fit."""
+    if scale is None:
+        return Warm()
+    num_workers, cpus = scale.NUM_WORKERS or 1, float(scale.CPUS_PER_WORKER)
+    fit = num_workers * cpus <= (num_cpus or os.cpu_count() or 1)
+    return Warm(num_workers if fit else 0, cpus)
+
+
+@contextlib.contextmanager
+def connected(address: str | None, num_cpus: int | None = None) -> Iterator[Cluster]:
+    """As `starting`, and connected."""
+    with starting(address, num_cpus) as cluster:
+        cluster.connect()
+        yield cluster
 
 
 def join(address: str) -> None:
@@ -179,14 +226,6 @@ def ask_head(host: str, port: int, patience_s: float) -> str | None:
             if kind == headers_kind and flags & end_stream:  # an error comes without data
                 return "refused"
     return None
-
-
-def remove_stale_temp_dirs() -> None:
-    """Remove what clusters of drivers that were killed have left."""
-    for folder in Path("/tmp").glob(f"{TEMP_PREFIX}*"):
-        pid = folder.name[len(TEMP_PREFIX) :].split("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and folder.owner() == Path("/proc/self").owner():
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def resources_per_worker(scale: Any, use_gpu: bool) -> dict[str, float]:

@@ -5,23 +5,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from raytrain import cluster
-from raytrain.cluster import Mailbox
+from raytrain.cluster import Cluster, Mailbox
 from raytrain.config import Config, load_config, with_overrides
 from raytrain.control import LocalControl
 from raytrain.display import Display, failure_screen
 from raytrain.errors import RaytrainError, TrainingError
 from raytrain.failure import explains_itself, failure_of, keep_traceback
+from raytrain.own_cluster import is_tested
 from raytrain.records import Record
 from raytrain.resume import is_complete
+from raytrain.signals import signals_wish_stop
 from raytrain.start import Options, Start, find_start
 from raytrain.storage import parent_and_name
 from raytrain.task import load_task_class
@@ -87,8 +88,17 @@ def silent(record: Record) -> None:
     """Shows nothing."""
 
 
-def launch(cfg: Config, options: Options, show: Show | None = None) -> Result:
-    """Preflight, then the run; `show` gets its records in place of the console."""
+def launch(
+    cfg: Config,
+    options: Options,
+    show: Show | None = None,
+    stop: threading.Event | None = None,
+    ahead: Cluster | None = None,
+) -> Result:
+    """Preflight, then the run; `show` gets its records in place of the console.
+
+    stop:  wishes it, in place of this process's signals.   ahead: the cluster, if it is starting already
+    """
     load_task_class(cfg.TASK)
     start = find_start(cfg, options)
     if options.resume == "auto" and is_complete(start.origin, cfg.OPTIMIZATION.NUM_EPOCHS):
@@ -98,9 +108,9 @@ def launch(cfg: Config, options: Options, show: Show | None = None) -> Result:
         display = Display()
         show = display.feed
     try:
-        with signals_wish_stop() as stop:
-            run = run_here if cfg.SCALE.NUM_WORKERS == 0 else run_on_ray
-            status = run(start, stop, show)
+        with contextlib.nullcontext(stop) if stop else signals_wish_stop() as stop:
+            here = cfg.SCALE.NUM_WORKERS == 0
+            status = run_here(start, stop, show) if here else run_on_ray(start, stop, show, ahead)
     finally:
         if display is not None:
             display.close()
@@ -120,29 +130,6 @@ def result_of(start: Start, status: str) -> Result:
     )
 
 
-@contextlib.contextmanager
-def signals_wish_stop() -> Iterator[threading.Event]:
-    """Set by the first SIGINT or SIGTERM; a second one ends this process as it always would."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def wish(number: int, frame: Any) -> None:
-        stop.set()
-        for each, handler in kept.items():
-            signal.signal(each, handler)
-
-    for number in kept:
-        signal.signal(number, wish)
-    try:
-        yield stop
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-
-
 def run_here(start: Start, stop: threading.Event, show: Show) -> str:
     """The run in this process, without Ray; how it ended."""
     device = device_here(start.cfg)
@@ -160,13 +147,19 @@ def run_here(start: Start, stop: threading.Event, show: Show) -> str:
         torch.set_num_threads(threads)
 
 
-def run_on_ray(start: Start, stop: threading.Event, show: Show) -> str:
+def run_on_ray(start: Start, stop: threading.Event, show: Show, ahead: Cluster | None) -> str:
     """The run on a Ray cluster, joined or started for it; how it ended."""
     with contextlib.ExitStack() as stack:
+        options = start.options
+        used = ahead or stack.enter_context(
+            cluster.starting(options.address, dashboard=options.dashboard, scale=start.cfg.SCALE)
+        )
         try:
-            stack.enter_context(cluster.connected(start.options.address))
+            used.connect()
         except SystemExit:  # Ray's own answer to a SIGTERM while it starts
             return "stopped"
+        if used.dashboard_url:
+            say(show, "dashboard", f"http://{used.dashboard_url}")
         num_workers, use_gpu = cluster.resolve_workers(start.cfg.SCALE)
         job = start.job(num_workers, use_gpu)
         per_worker = cluster.resources_per_worker(job.cfg.SCALE, use_gpu)
@@ -174,15 +167,17 @@ def run_on_ray(start: Start, stop: threading.Event, show: Show) -> str:
         cluster.check_reachable(start.run_dir)
         # Ray would take up from its own list, which may name checkpoints that retention has removed (RAY.md F6, F36).
         start.store.storage.remove_tree("checkpoint_manager_snapshot.json")
-        return "stopped" if stop.is_set() else fit(job, per_worker, stop, show)
+        trainer = ray_trainer(job, per_worker, used.is_ours)
+        used.wait_for_workers()
+        return "stopped" if stop.is_set() else fit(job, trainer, per_worker, stop, show)
 
 
-def fit(job: Job, per_worker: dict[str, float], stop: threading.Event, show: Show) -> str:
+def fit(job: Job, trainer: Any, per_worker: dict[str, float], stop: threading.Event, show: Show) -> str:
     """Ray Train's fit in a thread, while this one shows records and passes on the wish to stop."""
     scale, mailbox = job.cfg.SCALE, Mailbox(job.launch)
     assert scale.NUM_WORKERS is not None  # Start.job has settled it
     crowded = cluster.free_workers(per_worker) < scale.NUM_WORKERS
-    trainer, raised = ray_trainer(job, per_worker), []
+    raised: list[BaseException] = []
 
     def run_fit() -> None:
         try:
@@ -201,7 +196,11 @@ def fit(job: Job, per_worker: dict[str, float], stop: threading.Event, show: Sho
             inbox.say("stopping", "the state is saved after the step under way; once more to stop at once")
             asked = True
             if inbox.last_number == 0:
-                return "stopped"  # no worker has begun; one that still does finds the wish in the mailbox
+                # No worker has begun; one that still does finds the wish in the mailbox.
+                if hasattr(trainer, "abandon"):  # one whose controller is in that thread, not in an actor
+                    trainer.abandon()
+                    thread.join()
+                return "stopped"
         if crowded and inbox.last_number == 0 and time.monotonic() > notice_at:
             notice_at += NOTICE_S
             inbox.say("waiting", cluster.wait_reason(per_worker, scale.NUM_WORKERS))
@@ -233,19 +232,33 @@ class Inbox:
                 self._show(record)
 
     def say(self, event: str, message: str) -> None:
-        self._show({"kind": "event", "time": time.time(), "event": event, "message": message})
+        say(self._show, event, message)
 
 
-def ray_trainer(job: Job, per_worker: dict[str, float]) -> Any:
-    """Ray Train's TorchTrainer for `job`; its results lie in the run folder, under the run's own name."""
+def say(show: Show, event: str, message: str) -> None:
+    """Shows an event that the driver itself tells of."""
+    show({"kind": "event", "time": time.time(), "event": event, "message": message})
+
+
+def ray_trainer(job: Job, per_worker: dict[str, float], alone: bool) -> Any:
+    """Ray Train's TorchTrainer for `job`; its results lie in the run folder, under the run's own name.
+
+    alone: on a cluster that no one else uses
+    """
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+
+    trainer_class: type[Any] = TorchTrainer
+    if alone and is_tested():
+        from raytrain.lean import LeanTrainer
+
+        trainer_class = LeanTrainer
 
     parent, name = parent_and_name(job.run_uri)
     scale = job.cfg.SCALE
     # Two workers that share a GPU cannot use NCCL (RAY.md F26).
     backend = "nccl" if job.use_gpu and scale.GPUS_PER_WORKER >= 1 else "gloo"
-    return TorchTrainer(
+    return trainer_class(
         train_loop_per_worker,
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend=backend),

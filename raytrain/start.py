@@ -27,6 +27,7 @@ class Options:
     """What a launch is told beside the config: see `raytrain train --help`.
 
     batch_size: of a step over all virtual workers, in place of BATCH_SIZE_PER_GPU
+    dashboard:  whether a cluster that is started for the run serves Ray's
     """
 
     address: str | None = None
@@ -35,6 +36,7 @@ class Options:
     allow_config_change: bool = False
     pretrained: str | None = None
     batch_size: int | None = None
+    dashboard: bool = False
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -95,6 +97,8 @@ def find_start(cfg: Config, options: Options) -> Start:
             f"--address {options.address} joins a Ray cluster, but with SCALE.NUM_WORKERS 0 the run stays in this "
             "process, without Ray; leave one of them out"
         )
+    if options.dashboard and (options.address is not None or cfg.SCALE.NUM_WORKERS == 0):
+        raise ConfigError("--dashboard is Ray's, of a cluster that is started for the run; this run starts none")
     run_dir = run_dir_of(cfg)
     storage = open_storage(run_dir)
     storage.makedirs("ckpt")

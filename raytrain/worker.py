@@ -224,7 +224,7 @@ def open_journal(
         batch_size=run.plan.batch_size,
         accumulate=run.plan.accumulate,
         virtual_workers=run.plan.virtual_workers,
-        num_workers=run.world.size if isinstance(control, RayControl) else 0,
+        num_workers=run.world.size if run.world.size > 1 or isinstance(control, RayControl) else 0,
         device=run.world.device.type,
         param_count=sum(p.numel() for p in run.model.parameters()),
     )

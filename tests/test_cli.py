@@ -274,3 +274,9 @@ def test_a_current_folder_that_was_removed_is_told(folder: Path, capsys: pytest.
         main(["show-config", "--cfg_file", str(folder / "run.yaml")])
     assert ended.value.code == 2
     assert "the current folder has been removed; go to one that exists" in capsys.readouterr().err
+
+
+def test_a_dashboard_without_a_cluster_to_show_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    assert main(["train", "--cfg_file", str(tmp_path / "run.yaml"), "--output", str(tmp_path), "--dashboard"]) == 2
+    assert "--dashboard is Ray's, of a cluster that is started for the run" in capsys.readouterr().err

@@ -45,17 +45,22 @@ ORDER = [
     "state",
     "loop",
     "resume",
+    "signals",
+    "own_cluster",
     "cluster",
     "control",
     "worker",
+    "ahead",
     "start",
+    "lean",
     "launch",
+    "torchrun",
     "evaluation",
     "tune",
     "cli",
     "__main__",
 ]
-RAY_AT = {"cluster", "control", "worker", "launch", "tune"}
+RAY_AT = {"own_cluster", "cluster", "control", "worker", "ahead", "lean", "launch", "tune"}
 CONFIG = {"yamltree", "schema", "overrides", "tree", "config"}
 WITHOUT_TORCH = {*CONFIG, "errors", "progress", "schedule", "storage", "records", "display"}
 FROM_THE_START = {"errors", "progress", "config", "task", "loop", "worker", "launch", "cluster", "cli"}

@@ -112,10 +112,13 @@ class Run:
         for path in self.gate.glob("held-*"):
             path.unlink()
 
-    def with_a_worker_killed_at(self, step: int, address: str, rank: int) -> str:
-        """What the command on two workers printed; the one of this rank was killed in the step after `step` steps."""
+    def with_a_worker_killed_at(self, step: int, address: str | None, rank: int, status: int = 0) -> str:
+        """What the command on two workers printed; the one of this rank was killed in the step after `step` steps.
+
+        On a cluster of its own if there is no address.
+        """
         self.hold(step)
-        launched = self.start("--num_workers", "2", "--address", address)
+        launched = self.start("--num_workers", "2", *(["--address", address] if address else []))
         pids = self.held(2, launched)
         first = int((self.run_dir / ".lock").read_text().split()[1])
         victim = first if rank == 0 else next(pid for pid in pids if pid != first)
@@ -123,7 +126,7 @@ class Run:
         left = semaphores(below)
         os.kill(victim, signal.SIGKILL)
         self.release()
-        said = launched.ended(0)
+        said = launched.ended(status)
         gone(below)
         remove(left)
         return said

@@ -44,7 +44,7 @@ def run(words: list[str], folder: Path) -> str:
 
 
 def test_the_readme_knows_no_other_commands_than_those_run_here():
-    others = {line.split()[0] for line in COMMANDS} - {"make", "raytrain", "ray"}
+    others = {line.split()[0] for line in COMMANDS} - {"make", "raytrain", "ray", "torchrun"}
     assert not others
     assert [line for line in COMMANDS if line.startswith("make")] == ["make train", "make test"]
 
@@ -59,6 +59,12 @@ def test_commands(command, folder, ray_address):
         words[1:1] = ["--epochs", "2"]
     out = run([sys.executable, "-m", "raytrain", *words], folder)
     assert "finished after epoch" in out or "complete" in out or words[0] != "train"
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("torchrun ")])
+def test_the_command_for_torchrun(command, folder):
+    out = run([sys.executable, "-m", "torch.distributed.run", "--standalone", *shlex.split(command)[1:]], folder)
+    assert "finished after epoch 2" in out
 
 
 def test_the_python_example(folder):

@@ -1,0 +1,166 @@
+"""Ray Train with no process of its own beside the workers, for a cluster that no one else uses.
+
+Ray's controller runs in a thread of the driver; the actors that make way for other runs, that place data sets and
+that tidy up after a controller are left out. Private parts of Ray: only for the versions in own_cluster.TESTED.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+from ray.train.v2._internal.callbacks import AcceleratorSetupCallback, BackendSetupCallback
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.failure_handling import create_failure_policy
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group.state import WorkerGroupState, _shutdown_workers
+from ray.train.v2._internal.util import ObjectRefWrapper, time_monotonic
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+
+class LeanTrainer(TorchTrainer):
+    """A TorchTrainer that trains, restarts and reports as Ray's own does; `abandon` ends `fit` before it has begun."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._abandoned = threading.Event()
+
+    def abandon(self) -> None:
+        """Let `fit` return at the next pause of its loop, with the workers ended."""
+        self._abandoned.set()
+
+    def fit(self) -> Any:
+        log = logging.getLogger("ray.train")
+        level = log.level
+        log.setLevel(logging.CRITICAL)  # what goes wrong is raised, and shown by us
+        try:
+            return self._fit()
+        finally:
+            log.setLevel(level)
+
+    def _fit(self) -> Any:
+        scaling: Any = self.scaling_config  # the classes that ray.train shows are others to a type checker
+        run: Any = self.run_config
+        controller = LeanController(
+            train_fn_ref=ObjectRefWrapper(self._get_train_func()),
+            train_run_context=self.train_run_context,
+            scaling_policy=AloneScalingPolicy(scaling),
+            failure_policy=create_failure_policy(run.failure_config),
+            callbacks=[
+                AcceleratorSetupCallback(self.backend_config, scaling),
+                BackendSetupCallback(self.backend_config),
+                *(run.callbacks or []),
+            ],
+        )
+        asyncio.run(controller.run_until(self._abandoned))
+        if self._abandoned.is_set():
+            return None
+        result = controller.get_result()
+        if result.error:
+            raise result.error
+        return result
+
+
+class AloneScalingPolicy(FixedScalingPolicy):
+    """Asks nobody for room: no other run is there to make some."""
+
+    def after_controller_start(self, train_run_context: Any) -> None: ...
+
+    def _maybe_send_resource_request(self) -> None: ...
+
+
+class LeanWorkerGroup(WorkerGroup):
+    """The workers in processes that stand already, and no actor beside them."""
+
+    def _start_impl(self, builder: Any) -> None:
+        context = self._worker_group_context
+        for callback in self._callbacks:
+            callback.before_worker_group_start(context)
+        places = self._create_placement_group(self._train_run_context.scaling_config, context)
+        if not places.wait(self._worker_group_start_timeout_s):
+            places.shutdown()
+            raise WorkerGroupStartupTimeoutError(num_workers=context.num_workers)
+        builder.with_placement_group_handle(places)
+        workers = self._create_workers(context.num_workers, places.placement_group, context.resources_per_worker)
+        builder.with_workers(workers)
+        self._worker_rank_to_replica_group_rank = {rank: rank for rank in range(len(workers))}
+        try:
+            self._init_train_context(workers, OrderOfReports())  # type: ignore[arg-type]
+            self._worker_group_state = LeanState(time_monotonic(), places, workers, None)  # type: ignore[arg-type]
+            for callback in self._callbacks:
+                callback.after_worker_group_start(self)
+        except RayActorError as error:
+            raise WorkerGroupStartupFailedError("a worker died while it was set up") from error
+        ray.get([worker.actor.run_train_fn.remote(context.train_fn_ref) for worker in workers])
+        for callback in self._callbacks:
+            callback.after_worker_group_training_start(self)
+
+    def _init_train_context_on_workers(self, workers: Any, sync_actor: Any, arguments: dict[str, list[Any]]) -> None:
+        ray.get(
+            [
+                worker.actor.init_train_context.remote(
+                    train_run_context=self._train_run_context,
+                    distributed_context=worker.distributed_context,
+                    synchronization_actor=sync_actor,
+                    storage_context=self._storage_context,
+                    worker_callbacks=self._worker_callbacks_to_propagate,
+                    controller_actor=None,  # asked only by ray.train.get_all_reported_checkpoints
+                    **{name: values[i] for name, values in arguments.items()},
+                )
+                for i, worker in enumerate(workers)
+            ]
+        )
+
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: Any) -> dict[str, Any]:
+        """None, or a process that stands could not be used: what Ray would hand on was inherited from the driver."""
+        return {}
+
+
+class LeanState(WorkerGroupState):
+    """Of a group without a synchronization actor to end."""
+
+    def shutdown(self) -> None:
+        _shutdown_workers(self.workers)
+        self.placement_group_handle.shutdown()
+
+
+class LeanController(TrainController):
+    """Ray's controller, as an object of the driver."""
+
+    worker_group_cls = LeanWorkerGroup
+
+    async def run_until(self, abandoned: threading.Event) -> None:
+        while not self.get_state().is_terminal():
+            await self._run_control_loop_iteration()
+            if abandoned.is_set():
+                if self._worker_group is not None and self._worker_group.has_started():
+                    self._shutdown_worker_group()
+                return
+
+
+class OrderOfReports:
+    """In place of the actor at which the ranks of ray.train.report and ray.train.collective meet.
+
+    Reports need no meeting: each rank hands in its own, in one order. What a task's own code asks
+    for meets by torch.
+    """
+
+    @property
+    def broadcast_from_rank_zero(self) -> OrderOfReports:
+        return self
+
+    def remote(self, *, data: Any, caller_method_name: str, **ranks: Any) -> Any:
+        if caller_method_name == "ray.train.report":
+            return ray.put(data)
+        import torch.distributed as dist
+
+        box = [data]
+        dist.broadcast_object_list(box, src=0)
+        return ray.put(box[0])

@@ -1,0 +1,161 @@
+"""A Ray cluster of a run's own on this machine: only what a run needs, and it starts while the caller goes on."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from raytrain.errors import PreflightError
+
+TEMP_PREFIX = "raytrain-ray-"
+
+# The versions whose private parts (here and in lean.py) do what is said of them; others get Ray's public ones.
+TESTED = ("2.60.0",)
+
+PRELOADED = (
+    "raytrain.ahead"  # imported by worker processes as they start, while the driver does what comes before a run
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Warm:
+    """`count` worker processes that start with a cluster, each to reserve `cpus` CPUs later."""
+
+    count: int = 0
+    cpus: float = 1.0
+
+
+def is_tested() -> bool:
+    """Whether the installed Ray is one whose private parts are known."""
+    return importlib.metadata.version("ray") in TESTED
+
+
+class OwnCluster:
+    """A cluster that begins to start when it is made, and of which nothing is left after `close`.
+
+    num_cpus:  it has, the machine's real ones unless given
+    dashboard: whether Ray's dashboard is served, with the processes that feed it
+    warm:      the worker processes that start with it
+    """
+
+    def __init__(self, num_cpus: int | None, dashboard: bool, warm: Warm) -> None:
+        # aiohttp_cors is of what ray[default] brings; without it Ray would print of it, and raise anything.
+        if dashboard and importlib.util.find_spec("aiohttp_cors") is None:
+            raise PreflightError(
+                "--dashboard: what it needs is not installed; `pip install 'ray[default]'`, or leave it out"
+            )
+        self._num_cpus, self._dashboard = num_cpus, dashboard
+        self.dashboard_url = ""
+        self._bare = is_tested() and not dashboard
+        self.warm = warm if self._bare else Warm()
+        self._failure: BaseException | None = None
+        self._stands, self._unwanted = threading.Event(), threading.Event()
+        # The kernel ends Ray's processes with the thread that started them, so one thread has to last as long as they.
+        self._thread = threading.Thread(target=self._live, name="raytrain-cluster", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        """Returns once this process is connected to it; raises what kept it from starting."""
+        self._stands.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        self._unwanted.set()
+        self._thread.join()
+
+    def _live(self) -> None:
+        remove_stale_temp_dirs()
+        # Sockets lie below it and their paths may not pass 107 characters, so it is not in TMPDIR.
+        temp_dir = tempfile.mkdtemp(prefix=f"{TEMP_PREFIX}{os.getpid()}-", dir="/tmp")
+        node = None
+        try:
+            node = self._start(temp_dir)
+            self._stands.set()
+            self._unwanted.wait()
+        except BaseException as failure:
+            self._failure = failure
+        finally:
+            self._stands.set()
+            end(node)
+            shutil.rmtree(temp_dir, ignore_errors=True)
+
+    def _start(self, temp_dir: str) -> Any:
+        import ray
+
+        said: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if not self._bare:
+            asked: dict[str, Any] = {
+                "num_cpus": self._num_cpus,
+                "include_dashboard": self._dashboard,
+                "_temp_dir": temp_dir,
+            }
+            self.dashboard_url = ray.init("local", **asked, **said).dashboard_url or ""
+            return None
+        node = start_node(temp_dir, self._num_cpus, self.warm)
+        try:
+            ray.init(node.gcs_address, **said)
+        except BaseException:
+            end(node)
+            raise
+        return node
+
+
+def start_node(temp_dir: str, num_cpus: int | None, warm: Warm) -> Any:
+    """Ray's head node without its dashboard, autoscaler and log monitor, and with `warm` processes for workers."""
+    from ray._private.authentication import authentication_token_setup as token
+    from ray._private.node import Node
+    from ray._private.parameter import RayParams
+
+    logging.getLogger("ray").setLevel(logging.ERROR)  # the two below tell of what is as it should be
+    token.enable_token_auth_by_default()  # as ray.init does: else whoever reaches the node's ports could run code
+    token.ensure_token_if_auth_enabled(create_token_if_missing=True)
+
+    class BareNode(Node):
+        def start_api_server(self, **wishes: Any) -> None:
+            self._webui_url = ""
+
+        def get_resource_and_label_spec(self) -> Any:
+            """Ray starts as many processes at once as `num_cpus` says here; what the node has stays what it is."""
+            spec = copy.copy(super().get_resource_and_label_spec())
+            has = spec.to_resource_dict()
+            spec.num_cpus, spec.to_resource_dict = warm.count, lambda: has
+            return spec
+
+    parameters = RayParams(
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        include_log_monitor=False,  # type: ignore[arg-type]
+        no_monitor=True,
+        temp_dir=temp_dir,
+        _system_config={"preload_python_modules": [PRELOADED]},  # type: ignore[dict-item]
+        # Ray sets it when it gives a process to a worker, by the CPUs that this reserves: too late for what is loaded.
+        env_vars={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, int(warm.cpus))))},
+    )
+    return BareNode(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True, ray_init_cluster=True)
+
+
+def end(node: Any) -> None:
+    """Disconnect this process, and end what `start_node` has started."""
+    import ray
+
+    ray.shutdown()
+    if node is not None:
+        node.kill_all_processes(check_alive=False, allow_graceful=True)
+
+
+def remove_stale_temp_dirs() -> None:
+    """Remove what clusters of drivers that were killed have left."""
+    for folder in Path("/tmp").glob(f"{TEMP_PREFIX}*"):
+        pid = folder.name[len(TEMP_PREFIX) :].split("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and folder.owner() == Path("/proc/self").owner():
+            shutil.rmtree(folder, ignore_errors=True)

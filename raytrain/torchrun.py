@@ -1,0 +1,113 @@
+"""The run in processes that torchrun has started: the same loop, without Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+import threading
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from raytrain.config import Config
+from raytrain.control import LocalControl
+from raytrain.display import Display
+from raytrain.errors import ConfigError, PreflightError, RaytrainError
+from raytrain.failure import failure_of
+from raytrain.launch import Result, as_seen, result_of, silent
+from raytrain.resume import is_complete
+from raytrain.start import Options, Start, find_start
+from raytrain.task import load_task_class
+from raytrain.worker import Job, device_here, redirect_output, run_job
+from raytrain.world import World
+
+
+def launch_here(cfg: Config, options: Options, stop: threading.Event) -> Result:
+    """Collective. The run, with this process as one of its workers; `stop` wishes its end with the state saved.
+
+    Rank 0 shows records on the console; what the others print goes to logs/rank_<r>.log.
+    """
+    if options.address is not None or options.dashboard:
+        flag = "--dashboard" if options.address is None else f"--address {options.address}"
+        raise ConfigError(
+            f"{flag} is about a Ray cluster, but torchrun has started this process, and its runs do without Ray; "
+            "leave one of them out"
+        )
+    if restarts() and options.resume == "never":  # what this launch has saved since is not to be started over
+        options = dataclasses.replace(options, resume="auto", overwrite=False)
+    load_task_class(cfg.TASK)
+    device = local_device(cfg)
+    store, rank, size = next(dist.rendezvous("env://"))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+    try:
+        world = World.joined(size, device)
+        start, job = begun(cfg, options, world)
+        if job is None:
+            return result_of(start, "complete")
+        world = dataclasses.replace(world, virtual_workers=job.virtual_workers)
+        return result_of(start, run_as_worker(job, world, store, stop))
+    finally:
+        dist.destroy_process_group()
+
+
+def restarts() -> int:
+    """How often torchrun has started the workers of this launch again (--max_restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def local_device(cfg: Config) -> torch.device:
+    """This process's own GPU by its number on this host, or the CPU."""
+    device, number = device_here(cfg), int(os.environ["LOCAL_RANK"])
+    if device.type == "cpu":
+        return device
+    if number >= torch.cuda.device_count():
+        raise PreflightError(
+            f"torchrun has started process {number + 1} on this host, which has {torch.cuda.device_count()} GPUs; "
+            "use a smaller --nproc_per_node, or --no_gpu"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+def begun(cfg: Config, options: Options, world: World) -> tuple[Start, Job | None]:
+    """Collective. Where the run begins and what is to be done, as rank 0 finds it; no job if the run is complete.
+
+    What rank 0 finds wrong is raised on every rank.
+    """
+    found: tuple[Start, Job | None] | RaytrainError | None = None
+    if world.is_first:
+        try:
+            start = find_start(cfg, options)
+            complete = options.resume == "auto" and is_complete(start.origin, cfg.OPTIMIZATION.NUM_EPOCHS)
+            found = start, None if complete else start.job(world.size, world.device.type == "cuda")
+        except RaytrainError as error:
+            found = error
+    found = world.broadcast_object(found)
+    if isinstance(found, RaytrainError):
+        raise found
+    assert found is not None  # rank 0 has found one of these
+    return found
+
+
+def run_as_worker(job: Job, world: World, store: Any, stop: threading.Event) -> str:
+    """Collective. How the run ended. The rank that fails first shows why, the others only follow."""
+    with contextlib.ExitStack() as stack:
+        screen = stack.enter_context(os.fdopen(os.dup(2), "w"))
+        if world.is_first:
+            display, logs = Display(), ""
+            stack.callback(display.close)
+            control = LocalControl(display.feed, stop)
+        else:
+            control, logs = LocalControl(silent, stop), redirect_output(job.run_uri, world.rank)
+        try:
+            return run_job(job, world, control).status
+        except Exception as error:
+            if store.add(f"raytrain/failures/{restarts()}", 1) > 1:  # torchrun keeps it, so it outlives ranks
+                sys.exit(1)
+            seen = as_seen(failure_of(error, world.rank, control.place(), logs))
+            if not world.is_first:
+                print(f"raytrain: {seen}", file=screen, flush=True)
+            raise seen from error

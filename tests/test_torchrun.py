@@ -1,0 +1,105 @@
+"""torchrun starts the processes of a run: the same loop and the same bits, and no Ray."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from raytrain.cli import main
+
+ROOT = Path(__file__).parent.parent
+DIGITS = ROOT / "configs" / "digits.yaml"
+NO_RAY = "import sys; sys.modules['ray'] = None; from raytrain.cli import main; sys.exit(main())"
+SMALL = """
+TASK: {task}
+OPTIMIZATION: {{BATCH_SIZE_PER_GPU: 4, NUM_EPOCHS: 2}}
+SCALE: {{USE_GPU: false}}
+LOADER: {{WORKERS: 0}}
+LOG: {{EVERY: 1}}
+"""
+
+
+def torchrun(folder: Path, *words: str, program: tuple[str, ...] = ("-m", "raytrain")) -> subprocess.Popen[str]:
+    """`torchrun --nproc_per_node 2 -m raytrain train WORDS`, in `folder`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["--no-python", sys.executable, *program, "train", "--output", str(folder / "output"), *words]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    try:
+        return process.communicate(timeout=100)[0]
+    finally:
+        process.kill()
+
+
+def small(folder: Path, task: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(SMALL.format(task=task))
+    return path
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run_dir / "ckpt" / "checkpoint_epoch_2" / "checkpoint.pth", weights_only=True)["model_state"]
+
+
+def test_two_processes_train_to_the_bits_of_two_virtual_workers_and_import_no_ray(tmp_path: Path) -> None:
+    config = small(tmp_path, "tasks_for_units:PredictingTask")
+    process = torchrun(
+        tmp_path, "--launcher", "pytorch", "--extra_tag", "there", "--cfg_file", str(config), program=("-c", NO_RAY)
+    )
+    out = ended(process)
+    assert process.returncode == 0, out
+    assert len(re.findall("finished after epoch 2", out)) == 1 and "2 workers (cpu)" in out and "note:" not in out
+    output = tmp_path / "output" / "run"
+    assert (output / "there" / "logs" / "rank_1.log").exists()
+    words = ["train", "--cfg_file", str(config), "--output", str(tmp_path / "output"), "--num_workers", "0"]
+    assert main([*words, "--set", "SCALE.VIRTUAL_WORKERS", "2"]) == 0
+    there, here = weights(output / "there"), weights(output / "default")
+    assert list(there) == list(here) and all(torch.equal(there[name], here[name]) for name in here)
+
+
+def test_a_rank_that_fails_is_shown_once_and_ends_the_run(tmp_path: Path) -> None:
+    process = torchrun(tmp_path, "--cfg_file", str(small(tmp_path, "tasks_for_units:FailsOnRank1")))
+    out = ended(process)
+    assert process.returncode == 1
+    assert out.count("no anchors for 4 points") == 1 and out.count("failed on rank") == 1, out
+    assert "failed on rank 1" in out
+
+
+@pytest.mark.parametrize("words", [["--num_workers", "3"], ["--address", "head:6379"], ["--resume", "nowhere"]])
+def test_what_cannot_be_is_said_once(tmp_path: Path, words: list[str]) -> None:
+    process = torchrun(tmp_path, "--cfg_file", str(small(tmp_path, "tasks_for_units:PredictingTask")), *words)
+    out = ended(process)
+    assert process.returncode == 1 and out.count("raytrain: ") == 1, out
+    assert words[1] in out
+
+
+def test_a_sigterm_to_torchrun_stops_the_run_with_its_state_saved(tmp_path: Path) -> None:
+    process = torchrun(tmp_path, "--cfg_file", str(DIGITS), "--epochs", "2000", "--workers", "0")
+    journal = tmp_path / "output" / "digits" / "default" / "journal.jsonl"
+    give_up = time.monotonic() + 60
+    while not (journal.exists() and '"kind": "step"' in journal.read_text()):
+        assert process.poll() is None and time.monotonic() < give_up
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
+    out = ended(process)
+    assert '"status": "stopped"' in journal.read_text().splitlines()[-1], out
+    assert [path.name for path in sorted((journal.parent / "ckpt").glob("checkpoint_step_*"))]
