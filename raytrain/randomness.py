@@ -30,5 +30,6 @@ def seed_all(*key: Hashable) -> None:
 
 def random_state() -> tuple[Any, ...]:
     """What seed_all sets on the CPU, to compare: equal as long as nothing was drawn."""
-    kind, words, *rest = np.random.get_state()
+    numpys: Any = np.random.get_state()
+    kind, words, *rest = numpys
     return random.getstate(), (kind, words.tobytes(), *rest), torch.get_rng_state().numpy().tobytes()
