@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from raytrain import __version__
 from raytrain.checkpoint import Manifest, load_weights_file
+from raytrain.delivery import channels_last
 from raytrain.engine import Engine
 from raytrain.errors import CheckpointError, TaskError
 from raytrain.progress import Plan, Progress
@@ -60,6 +61,9 @@ def build_run(cfg: Any, task: Task, train_set: Any, plan: Plan, world: World) ->
     if cfg.OPTIMIZATION.SYNC_BN and world.size > 1:
         model = synchronised_batchnorm(model, world)
     model = model.to(world.device)
+    if cfg.OPTIMIZATION.CHANNELS_LAST:  # before the engine, whose buffers keep the strides
+        for param in model.parameters():  # not model.to(memory_format=...), which refuses models with a Conv3d
+            param.data = channels_last(param.data)
     engine = Engine(model, cfg.OPTIMIZATION, world, cfg.SCALE.REDUCTION)
     schedule = build_schedule(cfg.OPTIMIZATION, plan.steps_per_epoch, plan.num_epochs)
     return RunState(model, engine, schedule, plan, world, cfg.to_tree())

@@ -38,6 +38,7 @@ ORDER = [
     "display",
     "task",
     "world",
+    "delivery",
     "feed",
     "exchange",
     "engine",
