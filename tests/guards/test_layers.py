@@ -42,6 +42,7 @@ ORDER = [
     "feed",
     "exchange",
     "engine",
+    "compilation",
     "state",
     "loop",
     "resume",
