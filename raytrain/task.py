@@ -88,7 +88,8 @@ class Task:
 
 def move_to(batch: Any, device: torch.device) -> Any:
     """`batch` with the tensors in its tuples, lists, dicts and dataclasses on `device`."""
-    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
+    waits = device.type == "cpu"  # torch copies to the host into pinned memory, which is read before it has arrived
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=not waits), batch)
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], batch: Any) -> Any:
