@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from processes import Pair
-from tasks_for_units import PointsTask
+from tasks_for_units import Points, PointsTask
 from test_loop import config, journal, run_until, saved_state, train
 from torch import nn
 
@@ -32,6 +32,9 @@ def compiler_files_are_ours(tmp_path_factory: pytest.TempPathFactory, monkeypatc
 
 class InPlaceTask(PointsTask):
     """BatchNorm, no dropout (compiled, it draws other numbers), and a forward pass that changes its batch."""
+
+    def build_dataset(self, split: str) -> Any:
+        return Points(48 if split == "train" else 20, noisy=split == "train")
 
     def build_model(self, dataset: Any) -> nn.Module:
         return nn.Sequential(nn.Linear(5, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
