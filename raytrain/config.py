@@ -140,6 +140,17 @@ class Optimization(Section):
     SYNC_BN: Flag = False
     LEGACY_PARAM_GROUPS: Flag = False  # leave out the parameters that OpenPCDet leaves out
     ENGINE: Literal["auto", "flat", "ddp"] = "auto"  # flat buffers, or parameter by parameter; auto: flat if it can
+    TF32: Flag = False  # f32 products rounded to 10 bits of mantissa, on GPUs that have it
+    CHANNELS_LAST: Flag = False  # memory format of the model and of a batch's images (B, C, H, W)
+    COMPILE: Flag = False  # torch.compile
+    CUDA_GRAPHS: Flag = False  # of what COMPILE makes
+
+    @field_validator("CUDA_GRAPHS")
+    @classmethod
+    def _compiled(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and not info.data.get("COMPILE", True):
+            raise ValueError("torch makes CUDA graphs of compiled models; set COMPILE to true")
+        return value
 
 
 class DisableAugmentation(Section):

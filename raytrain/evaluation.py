@@ -25,7 +25,7 @@ from raytrain.state import build_run, load_model_state
 from raytrain.storage import open_storage
 from raytrain.store import Store
 from raytrain.task import make_task
-from raytrain.worker import build_datasets, device_here, plan_of, prepare_torch
+from raytrain.worker import build_datasets, device_here, plan_of, prepare_torch, torch_put_back
 from raytrain.world import World
 
 
@@ -57,7 +57,8 @@ def evaluate(
         cfg = with_overrides(cfg, ["OPTIMIZATION.BATCH_SIZE_PER_GPU", str(batch_size)])
     run_dir = run_dir_of(cfg)
     try:
-        return _evaluated(cfg, run_dir, checkpoint, eval_tag, save_predictions)
+        with torch_put_back():
+            return _evaluated(cfg, run_dir, checkpoint, eval_tag, save_predictions)
     except Exception as error:
         if explains_itself(error):
             raise
@@ -78,14 +79,15 @@ def _evaluated(cfg: Config, run_dir: str, checkpoint: str | None, eval_tag: str,
     if "val" not in datasets:
         raise TaskError(f"{cfg.TASK}: build_dataset('val') gives None, so there is nothing to evaluate on")
     world = World(device=device_here(cfg))
-    prepare_torch(cfg.SCALE.THREADS, world.device)
+    prepare_torch(cfg, world.device)
     run = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), world), world)
     payload = load_origin(origin_at(checkpoint))
     load_model_state(run.model, payload["model_state"], checkpoint)
     epoch = int(payload.get("epoch", 0))
     run.progress = Progress(epoch)
     trained = dataclasses.replace(run.plan, num_epochs=epoch)  # nothing is left to train: the stream is validation only
-    feed = Feed(task, datasets, trained, world, cfg.LOADER, cfg.SEED, lambda epoch: False)
+    channels_last = cfg.OPTIMIZATION.CHANNELS_LAST
+    feed = Feed(task, datasets, trained, world, cfg.LOADER, cfg.SEED, lambda epoch: False, channels_last)
     with contextlib.closing(feed):
         feed.start(run.progress, evaluate_first=True)
         metrics, predictions = loop.evaluate(run, task, feed)

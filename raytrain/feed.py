@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_convert
 
+from raytrain.delivery import Delivery
 from raytrain.errors import DataError, PreflightError, TaskError
 from raytrain.failure import users_traceback
 from raytrain.progress import Plan, Progress
@@ -117,9 +118,11 @@ class Feed:
         loader_cfg: Any,
         seed: int,
         evaluate_after: Callable[[int], bool],
+        channels_last: bool = False,
     ) -> None:
         self.task, self.datasets, self.plan, self.world = task, datasets, plan, world
         self.loader_cfg, self.seed, self.evaluate_after = loader_cfg, seed, evaluate_after
+        self._delivery = Delivery(task, world.device, channels_last)
         self._batches: Iterator[tuple[BatchKey, Any]] | None = None
         self._reader: KeyedBatches | None = None
         self._wait_s = 0.0
@@ -189,7 +192,7 @@ class Feed:
         if isinstance(batch, DataError):
             raise batch
         assert got == key, f"the loop asked for {key}, the stream holds {got}"
-        batch = self.task.to_device(batch, self.world.device)
+        batch = self._delivery.bring(batch)
         self._wait_s += time.perf_counter() - began
         return batch
 

@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from raytrain import cluster
 from raytrain.cluster import Cluster, Mailbox
 from raytrain.config import Config, load_config, with_overrides
@@ -26,7 +24,7 @@ from raytrain.signals import signals_wish_stop
 from raytrain.start import Options, Start, find_start
 from raytrain.storage import parent_and_name
 from raytrain.task import load_task_class
-from raytrain.worker import Job, device_here, run_job, train_loop_per_worker
+from raytrain.worker import Job, device_here, run_job, torch_put_back, train_loop_per_worker
 from raytrain.world import World
 
 Show = Callable[[Record], None]
@@ -136,15 +134,13 @@ def run_here(start: Start, stop: threading.Event, show: Show) -> str:
     job = start.job(0, device.type == "cuda")
     world = World(virtual_workers=job.virtual_workers, device=device)
     control = LocalControl(show, stop)
-    threads = torch.get_num_threads()
     try:
-        return run_job(job, world, control).status
+        with torch_put_back():
+            return run_job(job, world, control).status
     except Exception as error:
         if explains_itself(error):
             raise
         raise as_seen(failure_of(error, 0, control.place(), keep_traceback(error, start.run_dir))) from error
-    finally:
-        torch.set_num_threads(threads)
 
 
 def run_on_ray(start: Start, stop: threading.Event, show: Show, ahead: Cluster | None) -> str:

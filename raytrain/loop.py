@@ -10,6 +10,7 @@ import math
 import numbers
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -65,6 +66,7 @@ def train_one_epoch(run: RunState, task: Task, feed: Feed, store: Store, journal
     for step in feed.epoch_steps(run.progress):
         began = run.progress
         stepped, returns = train_step(run, task, feed, step, wishes)
+        write_notes(run, journal)
         run.progress = run.plan.advanced(began, step.consumed)
         step_end, data_s = time.perf_counter(), feed.take_wait_s()
         if journal.wants(run.progress.step, began.step % run.plan.steps_per_epoch, run.plan.steps_per_epoch):
@@ -108,6 +110,8 @@ def train_step(
         with run.engine.virtual_worker():
             for i, key in enumerate(keys):
                 batch = feed.fetch(key)
+                if run.compilation is not None:
+                    run.compilation.try_out(batch, partial(rehearse, run, task))
                 seed_all(run.seed, "step", at, v, i)
                 with run.engine.precision.autocast():
                     returned = task.model_func(run.model, batch)
@@ -115,6 +119,17 @@ def train_step(
                 returns.append(returned)
     stepped = run.engine.step(run.schedule.lr(at), run.schedule.momentum(at), wishes())
     return stepped, returns
+
+
+def rehearse(run: RunState, task: Task, batch: Any) -> None:
+    """What a step or an evaluation computes of a batch, thrown away: no gradient is added to any."""
+    with run.engine.precision.autocast():
+        if not run.model.training and task.has_predict():
+            task.predict(run.model, batch)
+            return
+        loss = loss_of(task.model_func(run.model, batch), task)
+    if run.model.training:
+        torch.autograd.grad(loss, run.engine.trainable, allow_unused=True)
 
 
 @torch.no_grad()
@@ -128,6 +143,8 @@ def evaluate(run: RunState, task: Task, feed: Feed) -> tuple[dict[str, float], l
     found: list[tuple[int, Any]] = []  # (position in the data set, prediction or loss)
     for key in feed.validation_keys(run.progress.epoch):
         batch = feed.fetch(key)
+        if run.compilation is not None:
+            run.compilation.try_out(batch, partial(rehearse, run, task))
         seed_all(run.seed, "evaluate", key.epoch, key.ids[0])
         with run.engine.precision.autocast():
             if task.has_predict():
@@ -154,6 +171,7 @@ def finish_evaluation(
     """Collective. Evaluate, and write the metrics to the journal and to checkpoint `name`."""
     started = time.perf_counter()
     metrics, _ = evaluate(run, task, feed)
+    write_notes(run, journal)
     better = store.is_better(metrics, run.best)
     if better:
         run.best = {"epoch": run.progress.epoch, "step": run.progress.step, "metrics": metrics}
@@ -174,6 +192,11 @@ def finish_evaluation(
     if run.world.is_first and name is not None:
         store.add_metrics(name, metrics)
     control.saved(name, metrics)
+
+
+def write_notes(run: RunState, journal: Journal) -> None:
+    for note in run.take_notes():
+        journal.write("event", event="note", message=note)
 
 
 def save_checkpoint(

@@ -1,13 +1,37 @@
-"""Mixed precision: where autocast applies and how fp16's loss is scaled."""
+"""Mixed precision: where autocast applies, how fp16's loss is scaled, and whether f32 products may be TF32."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def set_tf32(allowed: bool) -> None:
+    """Whether CUDA may round the factors of f32 products to TF32; torch's default is no in a matmul, yes in cuDNN."""
+    set_fp32_precisions(["tf32" if allowed else "ieee"] * 3)
+
+
+def fp32_precisions() -> list[str]:
+    """Of CUDA's matrix products, convolutions and recurrent layers."""
+    return [part.fp32_precision for part in _fp32_parts()]
+
+
+def set_fp32_precisions(names: Sequence[str]) -> None:
+    """In the order of fp32_precisions; by torch's older flags too, as reading those raises where the two disagree."""
+    torch.backends.cuda.matmul.allow_tf32 = names[0] == "tf32"
+    torch.backends.cudnn.allow_tf32 = names[1] == "tf32"
+    for part, name in zip(_fp32_parts(), names, strict=True):
+        part.fp32_precision = name
+
+
+def _fp32_parts() -> list[Any]:
+    backends: Any = torch.backends  # its stubs know neither conv nor rnn
+    return [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
 
 
 class Precision:

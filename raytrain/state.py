@@ -10,6 +10,8 @@ from torch.nn.parameter import is_lazy
 
 from raytrain import __version__
 from raytrain.checkpoint import Manifest, load_weights_file
+from raytrain.compilation import Compilation, open_compilation
+from raytrain.delivery import channels_last
 from raytrain.engine import Engine
 from raytrain.errors import CheckpointError, TaskError
 from raytrain.progress import Plan, Progress
@@ -26,6 +28,8 @@ class RunState:
     best:        {"epoch", "step", "metrics"} of the best evaluation so far, by CHECKPOINT.METRIC
     metrics:     of the newest evaluation
     unevaluated: the checkpoint that the run stands at, if its evaluation is still owed
+    compilation: where OPTIMIZATION.COMPILE asks for it
+    notes:       what a user should know and no journal has yet, a line each
     """
 
     model: torch.nn.Module
@@ -38,10 +42,20 @@ class RunState:
     best: dict[str, Any] | None = None
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     unevaluated: str | None = None
+    compilation: Compilation | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def seed(self) -> int:
         return int(self.config["SEED"])
+
+    def take_notes(self) -> list[str]:
+        """What became known since this was last asked."""
+        sources = [self.notes, self.compilation.notes if self.compilation else []]
+        taken = [note for source in sources for note in source]
+        for source in sources:
+            source.clear()
+        return taken
 
 
 def build_run(cfg: Any, task: Task, train_set: Any, plan: Plan, world: World) -> RunState:
@@ -60,9 +74,16 @@ def build_run(cfg: Any, task: Task, train_set: Any, plan: Plan, world: World) ->
     if cfg.OPTIMIZATION.SYNC_BN and world.size > 1:
         model = synchronised_batchnorm(model, world)
     model = model.to(world.device)
+    if cfg.OPTIMIZATION.CHANNELS_LAST:  # before the engine, whose buffers keep the strides
+        for param in model.parameters():  # not model.to(memory_format=...), which refuses models with a Conv3d
+            param.data = channels_last(param.data)
     engine = Engine(model, cfg.OPTIMIZATION, world, cfg.SCALE.REDUCTION)
     schedule = build_schedule(cfg.OPTIMIZATION, plan.steps_per_epoch, plan.num_epochs)
-    return RunState(model, engine, schedule, plan, world, cfg.to_tree())
+    run = RunState(model, engine, schedule, plan, world, cfg.to_tree())
+    if cfg.OPTIMIZATION.COMPILE:
+        micro_batches = len(world.block) * plan.accumulate
+        run.compilation, run.notes = open_compilation(model, cfg.OPTIMIZATION, world, micro_batches)
+    return run
 
 
 def synchronised_batchnorm(model: torch.nn.Module, world: World) -> torch.nn.Module:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,18 +94,24 @@ class Task:
 
 def move_to(batch: Any, device: torch.device) -> Any:
     """`batch` with the tensors in its tuples, lists, dicts and dataclasses on `device`."""
+    waits = device.type == "cpu"  # torch copies to the host into pinned memory, which is read before it has arrived
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=not waits), batch)
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], batch: Any) -> Any:
+    """`batch` with `function` of each tensor in its tuples, lists, dicts and dataclasses; all else as it is."""
     import torch
 
     if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
+        return function(batch)
     if isinstance(batch, dict):
-        return type(batch)((key, move_to(value, device)) for key, value in batch.items())
+        return type(batch)((key, map_tensors(function, value)) for key, value in batch.items())
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(move_to(value, device) for value in batch))
+        return type(batch)(*(map_tensors(function, value) for value in batch))
     if isinstance(batch, (list, tuple)):
-        return type(batch)(move_to(value, device) for value in batch)
+        return type(batch)(map_tensors(function, value) for value in batch)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        fields = {f.name: move_to(getattr(batch, f.name), device) for f in dataclasses.fields(batch)}
+        fields = {f.name: map_tensors(function, getattr(batch, f.name)) for f in dataclasses.fields(batch)}
         return dataclasses.replace(batch, **fields)
     return batch
 

@@ -13,7 +13,7 @@ import multiprocessing.util
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from raytrain.errors import PreflightError
 from raytrain.failure import failure_of
 from raytrain.feed import Feed, check_dataset
 from raytrain.journal import Journal
+from raytrain.precision import fp32_precisions, set_fp32_precisions, set_tf32
 from raytrain.progress import Plan, Progress
 from raytrain.randomness import seed_all
 from raytrain.records import header_lines, model_lines
@@ -74,7 +75,7 @@ class Outcome:
 def run_job(job: Job, world: World, control: Control) -> Outcome:
     """Collective. Build the run, bring it to where it stands, and train it."""
     cfg = job.cfg
-    prepare_torch(cfg.SCALE.THREADS, world.device)
+    prepare_torch(cfg, world.device)
     control.begin("Making the task")
     seed_all(cfg.SEED, "task")
     task = make_task(cfg)
@@ -82,7 +83,8 @@ def run_job(job: Job, world: World, control: Control) -> Outcome:
     datasets = build_datasets(task, cfg.SEED)
     control.begin("Building the model")
     run = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), world), world)
-    feed = Feed(task, datasets, run.plan, world, cfg.LOADER, cfg.SEED, evaluation_epochs(cfg, datasets))
+    planned, channels_last = evaluation_epochs(cfg, datasets), cfg.OPTIMIZATION.CHANNELS_LAST
+    feed = Feed(task, datasets, run.plan, world, cfg.LOADER, cfg.SEED, planned, channels_last)
     control.place = lambda: place_of(run, feed)
     with contextlib.ExitStack() as stack:
         folder = RunFolder(job.run_uri)
@@ -120,14 +122,30 @@ def device_here(cfg: Config) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
-def prepare_torch(threads: int, device: torch.device) -> None:
-    """Fix what changes the order of floating-point sums: thread count, and cuDNN's choice of kernels."""
-    torch.set_num_threads(threads)
+def prepare_torch(cfg: Config, device: torch.device) -> None:
+    """Fix what changes the rounding of floating-point sums: thread count, TF32, and cuDNN's choice of kernels."""
+    torch.set_num_threads(cfg.SCALE.THREADS)
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.cuda.init()  # from here on seed_all reaches the GPU, also while a model is built on it
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
+        set_tf32(cfg.OPTIMIZATION.TF32)
+
+
+@contextlib.contextmanager
+def torch_put_back() -> Iterator[None]:
+    """What prepare_torch sets in this process is afterwards what it was."""
+    threads, benchmark, precisions = torch.get_num_threads(), torch.backends.cudnn.benchmark, fp32_precisions()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.benchmark = benchmark
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        set_fp32_precisions(precisions)
 
 
 def build_datasets(task: Task, seed: int) -> dict[str, Any]:

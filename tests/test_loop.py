@@ -28,6 +28,7 @@ from raytrain.task import load_task_class
 from raytrain.worker import Outcome, build_datasets, plan_of, run_job
 from raytrain.world import World
 
+CPU = torch.device("cpu")
 INDEX = json.loads((TOY / "index.json").read_text())
 
 
@@ -215,9 +216,12 @@ class Watched(Control):
         self.told.append((name, metrics))
 
 
-def run_until(cfg: Config, stop_at: int | None = None, control: Watched | None = None) -> tuple[Outcome, Path]:
-    job = find_start(cfg, Options()).job(num_workers=0, use_gpu=False)
-    outcome = run_job(job, World(virtual_workers=job.virtual_workers), control or Watched(stop_at))
+def run_until(
+    cfg: Config, stop_at: int | None = None, control: Watched | None = None, device: torch.device = CPU
+) -> tuple[Outcome, Path]:
+    job = find_start(cfg, Options()).job(num_workers=0, use_gpu=device.type == "cuda")
+    world = World(virtual_workers=job.virtual_workers, device=device)
+    outcome = run_job(job, world, control or Watched(stop_at))
     return outcome, Path(job.run_uri)
 
 

@@ -11,7 +11,8 @@ from processes import Pair
 from torch import nn
 
 from raytrain.engine import Engine
-from raytrain.precision import Precision
+from raytrain.precision import Precision, fp32_precisions, set_fp32_precisions, set_tf32
+from raytrain.worker import torch_put_back
 from raytrain.world import World
 
 CPU = torch.device("cpu")
@@ -126,3 +127,39 @@ def test_a_run_that_takes_up_fp16_starts_with_a_scale_of_its_own() -> None:
     _, engine = engine_of()
     engine.precision.load_state_dict(Precision(optim_cfg(AMP_DTYPE="bf16"), CPU).state_dict())
     assert engine.precision.scaler.get_scale() == 65536
+
+
+def readable_flags() -> tuple[bool, bool, str]:
+    """By torch's older names, as users' code and torch.backends.cudnn.flags() read them."""
+    with torch.backends.cudnn.flags():
+        pass
+    backends = torch.backends
+    return backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+
+def test_tf32_is_one_choice_for_products_convolutions_and_recurrent_layers() -> None:
+    kept, flags = fp32_precisions(), readable_flags()
+    try:
+        set_tf32(True)
+        assert fp32_precisions() == ["tf32"] * 3 and readable_flags() == (True, True, "high")
+        set_tf32(False)
+        assert fp32_precisions() == ["ieee"] * 3 and readable_flags() == (False, False, "highest")
+    finally:
+        set_fp32_precisions(kept)
+    assert (fp32_precisions(), readable_flags()) == (kept, flags)
+
+
+def test_what_a_run_in_this_process_sets_is_put_back() -> None:
+    def all_set() -> list[Any]:
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        deterministic = torch.are_deterministic_algorithms_enabled(), warn_only
+        return [torch.get_num_threads(), torch.backends.cudnn.benchmark, deterministic, fp32_precisions()]
+
+    before = all_set()
+    with pytest.raises(RuntimeError, match="a run"), torch_put_back():
+        torch.set_num_threads(before[0] + 1)
+        torch.backends.cudnn.benchmark = not before[1]
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        set_tf32(True)
+        raise RuntimeError("a run that fails")
+    assert all_set() == before

@@ -1,0 +1,65 @@
+"""How a batch comes to the device: beside the computation where it can, in the memory format of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from raytrain.task import Task, map_tensors
+
+
+class Delivery:
+    """Brings batches to `device` by the task's to_device.
+
+    On a GPU the copy runs on a stream of its own, so that it does not stand in line behind the step
+    under way; whatever is computed with the batch waits for it on the device, never on the host. A
+    to_device that the task wrote itself runs in the line of the computation: it may compute, and
+    code of others launches its kernels where no other stream would wait for them.
+    """
+
+    def __init__(self, task: Task, device: torch.device, channels_last: bool = False) -> None:
+        self._task, self._device, self._channels_last = task, device, channels_last
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda" and type(task).to_device is Task.to_device:
+            self._stream = torch.cuda.Stream(device)
+
+    def bring(self, batch: Any) -> Any:
+        """The batch, ready to be used on the current stream."""
+        if self._stream is None or not all(map(is_plain, tensors_of(batch))):
+            return self._brought(batch)
+        current = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._stream):
+            batch = self._brought(batch)
+        current.wait_stream(self._stream)
+        for tensor in tensors_of(batch):
+            if tensor.is_cuda:
+                tensor.record_stream(current)  # else its memory may be copied into while the model still reads it
+        return batch
+
+    def _brought(self, batch: Any) -> Any:
+        batch = self._task.to_device(batch, self._device)
+        return map_tensors(channels_last, batch) if self._channels_last else batch
+
+
+def tensors_of(batch: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(keep, batch)
+    return found
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Neither sparse nor nested, which are several tensors and take no record_stream."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) floating: the same numbers with C next to each other in memory; any other as it is."""
+    if tensor.dim() == 4 and tensor.is_floating_point() and is_plain(tensor):
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor
