@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from runs import Run
 
 import raytrain
-from raytrain.cli import main
 
 
 @pytest.fixture(scope="session")
 def undisturbed_here(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A whole run in one process."""
-    return trained(tmp_path_factory.mktemp("undisturbed"), 0)
-
-
-@pytest.fixture(scope="session")
-def undisturbed_on_two(tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Run:
-    """A whole run on two Ray workers."""
-    return trained(tmp_path_factory.mktemp("undisturbed"), 2)
-
-
-@pytest.fixture(scope="session")
-def failed_on_two(tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Run:
-    """A run on two workers that failed in its 10th step, in mid-epoch, after checkpoint_step_8; copy it to go on."""
-    run = Run(tmp_path_factory.mktemp("failed"))
-    (run.gate / "fail").write_text("9")
-    assert main(run.words("--num_workers", "2")) == 1
-    (run.gate / "fail").unlink()
-    assert run.names()[-1] == "checkpoint_step_8"
+    run = Run(tmp_path_factory.mktemp("undisturbed"))
+    cfg = raytrain.load_config(run.config_file, ["OUTPUT", str(run.folder / "output")])
+    assert raytrain.train(cfg, num_workers=0, quiet=True).status == "finished"
     return run
 
 
-def trained(folder: Path, num_workers: int) -> Run:
-    run = Run(folder)
-    cfg = raytrain.load_config(run.config_file, ["OUTPUT", str(folder / "output")])
-    assert raytrain.train(cfg, num_workers=num_workers, quiet=True).status == "finished"
+@pytest.fixture(scope="session")
+def undisturbed_on_two(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A whole run on two Ray workers, on a cluster of its own: those start fastest."""
+    run = Run(tmp_path_factory.mktemp("undisturbed"))
+    run.run("--num_workers", "2")
+    return run
+
+
+@pytest.fixture(scope="session")
+def failed_on_two(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run on two workers that failed in its 10th step, in mid-epoch, after checkpoint_step_8; copy it to go on."""
+    run = Run(tmp_path_factory.mktemp("failed"))
+    (run.gate / "fail").write_text("9")
+    run.run("--num_workers", "2", status=1)
+    (run.gate / "fail").unlink()
+    assert run.names()[-1] == "checkpoint_step_8"
     return run

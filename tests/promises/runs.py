@@ -224,8 +224,24 @@ def semaphores(pids: set[int]) -> set[Path]:
 
 
 def gone(pids: set[int]) -> None:
-    """Returns when none of these processes is left."""
-    wait_for(lambda: not any(alive(pid) for pid in pids), "the end of all processes of a killed run")
+    """Returns when none of these processes is left.
+
+    The two agents of a Ray cluster whose head was killed ask for it for a minute before they end; that is
+    Ray's own and not waited for.
+    """
+    agents = {pid for pid in pids if is_agent(pid)}
+    wait_for(lambda: not any(alive(pid) for pid in pids - agents), "the end of all processes of a killed run")
+    for pid in agents:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not any(alive(pid) for pid in agents), "the end of Ray's agents")
+
+
+def is_agent(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith((b"ray::DashboardAgent", b"ray::RuntimeEnvAgent"))
+    except OSError:  # it has ended
+        return False
 
 
 def family(pid: int) -> Iterator[int]:

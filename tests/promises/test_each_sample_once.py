@@ -21,10 +21,10 @@ def test_each_sample_is_used_once_per_epoch_however_often_the_run_fails(tmp_path
 
 
 @pytest.mark.ray
-def test_each_sample_is_used_once_when_a_run_goes_on_with_fewer_workers(tmp_path: Path, ray_address: str) -> None:
+def test_each_sample_is_used_once_when_a_run_goes_on_with_fewer_workers(tmp_path: Path) -> None:
     run = Run(tmp_path, LEDGER)
     (run.gate / "fail").write_text("9")
-    assert main(run.words("--num_workers", "2")) == 1
+    run.run("--num_workers", "2", status=1)
     (run.gate / "fail").unlink()
     assert main(run.words("--num_workers", "0")) == 0
     assert_each_sample_once(run.payload(), virtual_workers=2)

@@ -9,16 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import Run, assert_curves_are_whole, assert_same_bits, family, gone
+from runs import Run, family, gone
 
 pytestmark = pytest.mark.ray
-
-
-def test_a_run_of_which_a_worker_is_killed_goes_on_by_itself(tmp_path: Path, undisturbed_on_two: Run) -> None:
-    run = Run(tmp_path, {"SCALE.MAX_FAILURES": 1})
-    assert "started again" in run.with_a_worker_killed_at(9, None, rank=0)
-    assert_same_bits(run.payload(), undisturbed_on_two.payload())
-    assert_curves_are_whole(run, steps_per_epoch=6)
 
 
 def test_a_worker_that_is_killed_is_one_screen(tmp_path: Path) -> None:
@@ -32,12 +25,8 @@ def test_a_driver_that_is_killed_takes_its_cluster_with_it(tmp_path: Path) -> No
     launched = run.start("--num_workers", "2", env={"RAY_ADDRESS": ""})
     run.held(2, launched)
     everyone = set(family(launched.pid))
-    agents = {pid for pid in everyone if b"Agent" in (Path("/proc") / str(pid) / "cmdline").read_bytes()}
     os.kill(launched.pid, signal.SIGKILL)
     launched.process.wait()
-    gone(everyone - agents)
-    for pid in agents:  # Ray's own two look for the dead head for a minute, then they end
-        os.kill(pid, signal.SIGKILL)
     gone(everyone)
 
 

@@ -28,9 +28,9 @@ def test_a_run_begun_on_two_workers_goes_on_with_fewer(
 
 
 @pytest.mark.ray
-def test_four_virtual_workers_on_two_processes_and_on_one_agree(tmp_path: Path, ray_address: str) -> None:
+def test_four_virtual_workers_on_two_processes_and_on_one_agree(tmp_path: Path) -> None:
     two, one = (Run(tmp_path / name, {"SCALE.VIRTUAL_WORKERS": 4}) for name in ("two", "one"))
-    assert main(two.words("--num_workers", "2")) == 0
+    two.run("--num_workers", "2")
     assert main(one.words("--num_workers", "0")) == 0
     for run in (one, two):
         assert_uses_once(run, virtual_workers=4)
