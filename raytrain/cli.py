@@ -248,18 +248,16 @@ def train_as_asked(cfg: Any, options: dict[str, Any]) -> Any:
 def train_with_torchrun(cfg: Any, args: argparse.Namespace, options: dict[str, Any]) -> Any:
     """The run in the processes that torchrun has started, of which this is one; how it ended."""
     from raytrain.config import with_overrides
-    from raytrain.signals import signals_wish_stop
 
     size = os.environ["WORLD_SIZE"]
     if args.num_workers not in (None, size):
         raise ConfigError(
             f"--num_workers {args.num_workers}, but torchrun has started {size} processes; leave the flag out"
         )
-    with signals_wish_stop() as stop:
-        from raytrain.start import Options
-        from raytrain.torchrun import launch_here
+    from raytrain.start import Options
+    from raytrain.torchrun import launch_here
 
-        return launch_here(with_overrides(cfg, ["SCALE.NUM_WORKERS", size]), Options(**options), stop)
+    return launch_here(with_overrides(cfg, ["SCALE.NUM_WORKERS", size]), Options(**options))
 
 
 def run_eval(args: argparse.Namespace) -> int:

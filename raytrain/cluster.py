@@ -115,12 +115,15 @@ def starting(
 
 
 def workers_ahead(scale: Any, num_cpus: int | None) -> Warm:
-    """The worker processes that a cluster of our own starts ahead of the run: none where not all fit."""
+    """The worker processes that a cluster of our own starts ahead of the run: none where not all fit.
+
+    Ray starts no more at once than this process has cores, and forgets the others: they are not to be waited for.
+    """
     if scale is None:
         return Warm()
     num_workers, cpus = scale.NUM_WORKERS or 1, float(scale.CPUS_PER_WORKER)
     fit = num_workers * cpus <= (num_cpus or os.cpu_count() or 1)
-    return Warm(num_workers if fit else 0, cpus)
+    return Warm(min(num_workers, len(os.sched_getaffinity(0))) if fit else 0, cpus)
 
 
 @contextlib.contextmanager

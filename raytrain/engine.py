@@ -14,6 +14,7 @@ import torch
 
 from raytrain.errors import TaskError
 from raytrain.exchange import Collective, Exchange, open_exchange
+from raytrain.firsts import copy_fitting, is_writable
 from raytrain.flat import FlatStepper, Layout, copy_all, why_not_flat
 from raytrain.optim import options_of, stepped_groups
 from raytrain.overlap import SEGMENT_BYTES, Overlap
@@ -21,7 +22,7 @@ from raytrain.precision import Precision
 from raytrain.stepper import TorchStepper
 from raytrain.world import World
 
-MAX_WISHES = 2
+MAX_WISHES = 3  # of the loop two; one is the engine's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Engine:
         self._shares: dict[tuple[float, torch.dtype], torch.Tensor] = {}
         self._flags: tuple[list[bool], tuple[bool, ...]] | None = None
         self._flags_there = torch.empty(0)
-        self._kept: list[torch.Tensor] = []
+        self._kept: dict[Any, torch.Tensor] = {}
         self._first_done = False
         self._late_wishes: list[tuple[torch.Tensor, torch.cuda.Event]] = []
 
@@ -106,7 +107,7 @@ class Engine:
             param.grad = None
         self.loss_sum = None
         self._first_done = False
-        self._kept = self._copied_buffers() if len(self.world.block) > 1 else []
+        self._kept = self._copied_buffers() if len(self.world.block) > 1 else {}
 
     @contextmanager
     def virtual_worker(self) -> Iterator[None]:
@@ -114,17 +115,18 @@ class Engine:
 
         Each starts from the buffers the step began with; the first one's remain. Over all
         processes those are virtual worker 0's, as DistributedDataParallel broadcasts rank 0's.
+        One that a module makes anew in another shape (a cache that grows) stays what it made.
         """
         if not self._first_done:
             self._first_done = True
             yield
             return
         firsts = self._copied_buffers()
-        self._set_buffers(self._kept)
+        copy_fitting(self._buffers(), self._kept)
         try:
             yield
         finally:
-            self._set_buffers(firsts)
+            copy_fitting(self._buffers(), firsts)
 
     def backward(self, loss: torch.Tensor, share: float, is_last: bool = False) -> None:
         """Add `share` of this loss's gradient (and of the loss, for the journal) to the step.
@@ -152,11 +154,17 @@ class Engine:
             else:
                 self.exchange.open()
                 used = self._collect()
-            if self.world.size > 1:
-                self._write_tail(used, granted)
-            self.exchange.share(self._buffers())
-            if self.world.size > 1:
-                used, granted, loss = self._read_tail(len(granted))
+            if self.world.size == 1:
+                self.exchange.share({})
+            else:
+                firsts = self._buffers()
+                moved = self.exchange.moved(firsts) if self.world.is_first else {}
+                self._write_tail(used, (*granted, bool(moved)))
+                self.exchange.share(firsts)
+                used, (*others, some_moved), loss = self._read_tail(len(granted) + 1)
+                granted = tuple(others)
+                if some_moved and self.world.device.type == "cpu":  # a GPU would learn of it too late
+                    copy_fitting(firsts, self.world.broadcast_object(moved))
         norm = self.stepper.step(used, lr, momentum, self.grad_norm_clip)
         return Stepped(loss, norm, granted)
 
@@ -204,7 +212,7 @@ class Engine:
             flags = [value > 0 for value in tail.tolist()]
             return flags[:count], tuple(flags[count : count + num_wishes]), loss
         # On a GPU asking would wait for it; there parameters that no process uses get zero gradients.
-        return [True] * count, self._wishes_of_late(tail[count : count + num_wishes]), loss
+        return [p.requires_grad for p in self.params], self._wishes_of_late(tail[count : count + num_wishes]), loss
 
     def _wishes_of_late(self, summed: torch.Tensor) -> tuple[bool, ...]:
         """The wishes of all ranks two steps ago: those have arrived without waiting."""
@@ -218,14 +226,16 @@ class Engine:
         event.synchronize()
         return tuple(count > 0 for count in host.tolist())
 
-    def _buffers(self) -> list[torch.Tensor]:
-        """Looked up each time: a module may put another tensor in a buffer's place."""
-        buffers = [b for each in self._buffer_dicts for b in each.values() if b is not None and b.numel()]
-        return [b.detach() for b in dict.fromkeys(buffers)]
+    def _buffers(self) -> dict[tuple[int, str], torch.Tensor]:
+        """By module and name; looked up each time, as a module may put another tensor in a buffer's place."""
+        found: dict[tuple[int, str], torch.Tensor] = {}
+        seen: set[int] = set()
+        for index, buffers in enumerate(self._buffer_dicts):
+            for name, buffer in buffers.items():
+                if buffer is not None and id(buffer) not in seen and buffer.numel() and is_writable(buffer):
+                    seen.add(id(buffer))
+                    found[index, name] = buffer.detach()
+        return found
 
-    def _copied_buffers(self) -> list[torch.Tensor]:
-        return [buffer.clone() for buffer in self._buffers()]
-
-    def _set_buffers(self, values: list[torch.Tensor]) -> None:
-        for buffer, value in zip(self._buffers(), values, strict=True):
-            buffer.copy_(value)
+    def _copied_buffers(self) -> dict[tuple[int, str], torch.Tensor]:
+        return {key: buffer.clone() for key, buffer in self._buffers().items()}

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from raytrain.errors import PreflightError, TrainingError
+from raytrain.firsts import LINE, copy_fitting, fits, num_bytes, room_in
 from raytrain.world import World
 
 LOOKS = 2000  # at a peer's counter before the first nap: 0.1 to 0.2 ms
 NAP_S = (50e-6, 400e-6)  # the first one, and the longest
 PEER_CHECK_S = 0.5  # how often, while waiting, it is seen whether the others live
 PATIENCE_S = 1800.0  # as torch.distributed's own; what takes longer has gone wrong
-LINE = 64  # bytes: a counter has a cache line of its own, or neighbours slow each other down
 PAGE = 4096
 
 
@@ -36,6 +36,7 @@ class Exchange:
 
     addends: by dtype, the flat buffer that this process fills after `open` and before `share`
     sums:    by dtype, where `share` leaves the sum over all processes, the same bits on each
+    room:    where those tensors travel that shall be rank 0's; one that no longer fits stays as it last did
     """
 
     kind = "none"
@@ -44,12 +45,17 @@ class Exchange:
         self.world = world
         self.addends = {dtype: torch.zeros(size, dtype=dtype, device=world.device) for dtype, size in sizes.items()}
         self.sums = self.addends
+        self.room: dict[Any, torch.Tensor] = {}
 
     def open(self) -> None:
         """From here on `addends` may be written."""
 
-    def share(self, firsts: Sequence[torch.Tensor]) -> None:
-        """Collective. Fill `sums`, and make each tensor of `firsts` what it is on rank 0."""
+    def share(self, firsts: Mapping[Any, torch.Tensor]) -> None:
+        """Collective. Fill `sums`, and make each tensor of `firsts` that fits its `room` what it is on rank 0."""
+
+    def moved(self, firsts: Mapping[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
+        """Those of `firsts` that `share` leaves as they are."""
+        return {key: first for key, first in firsts.items() if not fits(first, self.room.get(key))}
 
 
 class Collective(Exchange):
@@ -57,8 +63,11 @@ class Collective(Exchange):
 
     kind = "collective"
 
-    def __init__(self, sizes: Mapping[torch.dtype, int], world: World) -> None:
+    def __init__(self, sizes: Mapping[torch.dtype, int], firsts: Mapping[Any, torch.Tensor], world: World) -> None:
         super().__init__(sizes, world)
+        self._packed = torch.zeros(num_bytes(firsts), dtype=torch.uint8, device=world.device)
+        self.room = room_in(self._packed, firsts)
+        copy_fitting(self.room, firsts)
         self._under_way: list[Any] = []
         self._started = dict.fromkeys(sizes, 0)
 
@@ -67,14 +76,18 @@ class Collective(Exchange):
         self._under_way.append(self.world.begin_sum(self.addends[dtype][start:stop]))
         self._started[dtype] = max(self._started[dtype], stop)
 
-    def share(self, firsts: Sequence[torch.Tensor]) -> None:
+    def share(self, firsts: Mapping[Any, torch.Tensor]) -> None:
         """Collective. Whatever lies behind the parts that were started is summed now."""
         for dtype, buffer in self.addends.items():
             rest = buffer[self._started[dtype] :]
             self._started[dtype] = 0
             if rest.numel():
                 self.world.sum_(rest)
-        broadcast_packed(self.world, firsts)
+        if self.room:
+            copy_fitting(self.room, firsts)
+            self.world.broadcast_(self._packed)
+            if not self.world.is_first:
+                copy_fitting(firsts, self.room)
         for work in self._under_way:
             work.wait()
         self._under_way.clear()
@@ -84,23 +97,26 @@ class SharedMemory(Exchange):
     """Through a file without a name that all processes of this host have mapped.
 
     Each process has a slot for what it adds and two counters: how often it has filled its slot, and
-    how often it has read all slots. Everyone adds all slots in the order of ranks. Nothing is in
+    how often it has read all slots. Each counter has a cache line of its own, or neighbours slow each
+    other down. Everyone adds all slots in the order of ranks. Nothing is in
     /dev/shm: the memory is gone with the last process, however that ends.
     """
 
     kind = "shared memory"
 
     def __init__(
-        self, sizes: Mapping[torch.dtype, int], firsts: Sequence[torch.Tensor], world: World, fence: Callable[[], None]
+        self,
+        sizes: Mapping[torch.dtype, int],
+        firsts: Mapping[Any, torch.Tensor],
+        world: World,
+        fence: Callable[[], None],
     ) -> None:
         self.world, self._fence = world, fence
         self._turn = 0
         self.sums = {dtype: torch.zeros(size, dtype=dtype) for dtype, size in sizes.items()}
-        self._firsts_like = [(t.shape, t.dtype) for t in firsts]
         slot_bytes = sum(rounded(size * dtype.itemsize) for dtype, size in sizes.items())
-        firsts_bytes = sum(rounded(t.numel() * t.element_size(), LINE) for t in firsts)
         header_bytes = rounded(world.size * 2 * LINE)
-        total_bytes = header_bytes + world.size * slot_bytes + rounded(firsts_bytes)
+        total_bytes = header_bytes + world.size * slot_bytes + rounded(num_bytes(firsts))
         self._memory = memory_of_all(world, total_bytes)
         words = memoryview(self._memory).cast("q")
         step = LINE // 8
@@ -118,20 +134,18 @@ class SharedMemory(Exchange):
                 at += rounded(size * dtype.itemsize)
             self._slots.append(slot)
         self.addends = self._slots[world.rank]
-        self._firsts = []
-        for tensor in firsts:
-            self._firsts.append(self._view(at, tensor.dtype, tensor.shape))
-            at += rounded(tensor.numel() * tensor.element_size(), LINE)
+        self.room = room_in(self._view(at, torch.uint8, (num_bytes(firsts),)), firsts)
+        if world.is_first:
+            copy_fitting(self.room, firsts)
 
     def open(self) -> None:
         """Wait until everyone has read what this process shared last; a whole step ago, so hardly ever."""
         self._wait(self._read)
         self._fence()
 
-    def share(self, firsts: Sequence[torch.Tensor]) -> None:
-        fits = [(t.shape, t.dtype) for t in firsts] == self._firsts_like
-        if fits and firsts and self.world.is_first:
-            torch._foreach_copy_(self._firsts, list(firsts))
+    def share(self, firsts: Mapping[Any, torch.Tensor]) -> None:
+        if self.world.is_first:
+            copy_fitting(self.room, firsts)
         self._turn += 1
         self._fence()
         self._filled[self.world.rank][0] = self._turn
@@ -142,12 +156,10 @@ class SharedMemory(Exchange):
             torch.add(first, second, out=total)
             for slot in rest:
                 total.add_(slot)
-        if fits and firsts and not self.world.is_first:
-            torch._foreach_copy_(list(firsts), self._firsts)
+        if not self.world.is_first:
+            copy_fitting(firsts, self.room)
         self._fence()
         self._read[self.world.rank][0] = self._turn
-        if not fits:  # a module has put buffers of another shape in place
-            broadcast_packed(self.world, firsts)
 
     def _view(self, at: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
         count = math.prod(shape)
@@ -195,17 +207,17 @@ class SharedMemory(Exchange):
 
 
 def open_exchange(
-    sizes: Mapping[torch.dtype, int], firsts: Sequence[torch.Tensor], world: World, reduction: str
+    sizes: Mapping[torch.dtype, int], firsts: Mapping[Any, torch.Tensor], world: World, reduction: str
 ) -> Exchange:
     """Collective. The fastest exchange that holds here; SCALE.REDUCTION may insist on one.
 
     sizes:  elements by dtype of the flat buffers
-    firsts: tensors like those that `share` will be given
+    firsts: by key, tensors like those that `share` will be given
     """
     if world.size == 1:
         return Exchange(sizes, world)
     if reduction == "collective":
-        return Collective(sizes, world)
+        return Collective(sizes, firsts, world)
     reason = why_not_shared(world)
     if reason is None:
         fence = memory_fence()
@@ -213,7 +225,7 @@ def open_exchange(
         return SharedMemory(sizes, firsts, world, fence)
     if reduction == "shared_memory":
         raise PreflightError(f"SCALE.REDUCTION is shared_memory, but {reason}; set it to auto")
-    return Collective(sizes, world)
+    return Collective(sizes, firsts, world)
 
 
 def why_not_shared(world: World) -> str | None:
@@ -299,17 +311,6 @@ def num_cpus() -> int:
         return allowed if quota == "max" else max(1, min(allowed, int(quota) // int(period)))
     except (OSError, ValueError):
         return allowed
-
-
-def broadcast_packed(world: World, tensors: Sequence[torch.Tensor]) -> None:
-    """Collective. Every process gets rank 0's `tensors`, all dtypes in one message."""
-    if not tensors:
-        return
-    packed = torch.cat([t.contiguous().reshape(-1).view(torch.uint8) for t in tensors])
-    world.broadcast_(packed)
-    sizes = [t.numel() * t.element_size() for t in tensors]
-    for tensor, part in zip(tensors, packed.split(sizes), strict=True):
-        tensor.copy_(part.clone().view(tensor.dtype).view_as(tensor))
 
 
 def rounded(size_bytes: int, to: int = PAGE) -> int:

@@ -38,6 +38,11 @@ def explains_itself(error: BaseException) -> bool:
     return isinstance(error, RaytrainError) and not isinstance(error, DataError)
 
 
+def lost_another(error: BaseException) -> bool:
+    """True if gloo tells by it that the process at the other end is gone: what ended that one is not known here."""
+    return isinstance(error, RuntimeError) and "gloo" in str(error) and "by peer" in str(error)
+
+
 def keep_traceback(error: BaseException, run_uri: str) -> str:
     """The file below the run folder that the whole traceback of `error` was added to; "" if that cannot be."""
     path = Path(run_uri) / "logs" / "rank_0.log"

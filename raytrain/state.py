@@ -65,7 +65,8 @@ def build_run(cfg: Any, task: Task, train_set: Any, plan: Plan, world: World) ->
     if not isinstance(model, torch.nn.Module):
         found = f"the class {model.__name__} itself" if isinstance(model, type) else type(model).__name__
         raise TaskError(f"{type(task).__name__}.build_model(dataset) gave {found}; it must give a torch.nn.Module")
-    lazy = [name for name, param in model.named_parameters() if is_lazy(param)]
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [name for name, tensor in tensors if is_lazy(tensor)]
     if lazy:
         raise TaskError(
             f"{type(task).__name__}.build_model(dataset) gave a model whose parameters have no shape yet "

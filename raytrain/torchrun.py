@@ -15,18 +15,19 @@ import torch.distributed as dist
 from raytrain.config import Config
 from raytrain.control import LocalControl
 from raytrain.display import Display
-from raytrain.errors import ConfigError, PreflightError, RaytrainError
-from raytrain.failure import failure_of
+from raytrain.errors import ConfigError, PreflightError, RaytrainError, TrainingError
+from raytrain.failure import failure_of, lost_another
 from raytrain.launch import Result, as_seen, result_of, silent
 from raytrain.resume import is_complete
+from raytrain.signals import signals_wish_stop
 from raytrain.start import Options, Start, find_start
 from raytrain.task import load_task_class
 from raytrain.worker import Job, device_here, redirect_output, run_job
 from raytrain.world import World
 
 
-def launch_here(cfg: Config, options: Options, stop: threading.Event) -> Result:
-    """Collective. The run, with this process as one of its workers; `stop` wishes its end with the state saved.
+def launch_here(cfg: Config, options: Options) -> Result:
+    """Collective. The run, with this process as one of its workers; signals wish its end with the state saved.
 
     Rank 0 shows records on the console; what the others print goes to logs/rank_<r>.log.
     """
@@ -48,7 +49,9 @@ def launch_here(cfg: Config, options: Options, stop: threading.Event) -> Result:
         if job is None:
             return result_of(start, "complete")
         world = dataclasses.replace(world, virtual_workers=job.virtual_workers)
-        return result_of(start, run_as_worker(job, world, store, stop))
+        # Not before: while this process waits for one that never comes, no python code could answer torchrun's SIGTERM.
+        with signals_wish_stop() as stop:
+            return result_of(start, run_as_worker(job, world, store, stop))
     finally:
         dist.destroy_process_group()
 
@@ -107,6 +110,11 @@ def run_as_worker(job: Job, world: World, store: Any, stop: threading.Event) -> 
         except Exception as error:
             if store.add(f"raytrain/failures/{restarts()}", 1) > 1:  # torchrun keeps it, so it outlives ranks
                 sys.exit(1)
+            if lost_another(error):
+                error = TrainingError(
+                    f"another worker process has died; rank {world.rank} waited for it. torchrun says below which one, "
+                    "and by what signal. The same command goes on from the newest checkpoint"
+                )
             seen = as_seen(failure_of(error, world.rank, control.place(), logs))
             if not world.is_first:
                 print(f"raytrain: {seen}", file=screen, flush=True)

@@ -162,6 +162,15 @@ class NanTask(PointsTask):
         return ModelReturn(super().model_func(model, batch).loss * (float("nan") if bad else 1.0))
 
 
+class DiesInEvaluation(PredictingTask):
+    """Rank 1 is killed while it evaluates, as by the system when memory runs out."""
+
+    def predict(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        if torch.distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().predict(model, batch)
+
+
 class FailsOnRank1(PointsTask):
     """Its model raises on rank 1 at step 7."""
 

@@ -29,6 +29,16 @@ def scale(**changes: Any) -> SimpleNamespace:
 # Without a cluster
 
 
+@pytest.mark.parametrize(("cpus_per_worker", "num_cpus"), [(0.01, None), (1.0, 10_000)])
+def test_more_workers_than_cores_do_not_wait_for_processes_that_never_start(
+    cpus_per_worker: float, num_cpus: int | None
+) -> None:
+    """Four workers of half a CPU on two cores took 54 s to the first step, not 12: Ray started but two ahead."""
+    cores = len(os.sched_getaffinity(0))
+    asked = scale(NUM_WORKERS=2 * cores, CPUS_PER_WORKER=cpus_per_worker)
+    assert cluster.workers_ahead(asked, num_cpus).count == cores
+
+
 def test_a_worker_reserves_what_scale_says() -> None:
     assert cluster.resources_per_worker(scale(), False) == {"CPU": 1.0}
     asked = scale(CPUS_PER_WORKER=0.5, GPUS_PER_WORKER=2.0, RESOURCES={"fast_disk": 1.0})

@@ -36,13 +36,14 @@ def addend(rank: int, turn: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(SIZES[dtype], generator=generator, dtype=torch.float64).to(dtype)
 
 
-def firsts_of(rank: int, turn: int) -> list[torch.Tensor]:
-    return [torch.full((2, 3), 10.0 * rank + turn), torch.tensor(rank + turn), torch.tensor([rank == 0, turn > 0])]
+def firsts_of(rank: int, turn: int) -> dict[str, torch.Tensor]:
+    flags = torch.tensor([rank == 0, turn > 0])
+    return {"mean": torch.full((2, 3), 10.0 * rank + turn), "count": torch.tensor(rank + turn), "flags": flags}
 
 
 def shared_turns(
     rank: int, size: int, reduction: str, turns: int
-) -> tuple[str, list[dict[torch.dtype, torch.Tensor]], list[list[torch.Tensor]]]:
+) -> tuple[str, list[dict[torch.dtype, torch.Tensor]], list[dict[str, torch.Tensor]]]:
     """What each turn left in the sums and in the tensors that shall be rank 0's."""
     torch.set_num_threads(1)
     world = World(rank, size, size)
@@ -70,7 +71,7 @@ def test_every_process_gets_the_same_sums_in_the_order_of_ranks(three: Pair, red
                 if reduction == "auto":
                     assert torch.equal(total, expected)
                 assert torch.equal(total, answers[0][1][turn][dtype])
-            assert all(torch.equal(a, b) for a, b in zip(firsts[turn], firsts_of(0, turn), strict=True))
+            assert all(torch.equal(firsts[turn][name], first) for name, first in firsts_of(0, turn).items())
 
 
 def test_two_processes_get_the_bits_that_a_collective_gives(pair: Pair) -> None:
@@ -81,20 +82,20 @@ def test_two_processes_get_the_bits_that_a_collective_gives(pair: Pair) -> None:
 
 
 def test_one_process_needs_no_one() -> None:
-    alone = open_exchange(SIZES, [], World(), "shared_memory")
+    alone = open_exchange(SIZES, {}, World(), "shared_memory")
     assert type(alone) is Exchange and alone.sums is alone.addends
 
 
 def out_of_step(rank: int) -> list[float]:
     """Ranks that come late in turn, one of them by more than the naps are long."""
-    opened = open_exchange({torch.float32: 8}, [], World(rank, 3, 3), "auto")
+    opened = open_exchange({torch.float32: 8}, {}, World(rank, 3, 3), "auto")
     found = []
     for turn in range(30):
         if turn % 3 == rank:
             time.sleep(0.002 if turn < 29 else 0.7)  # 0.7 s: longer than PEER_CHECK_S
         opened.open()
         opened.addends[torch.float32].fill_(float(turn + rank))
-        opened.share([])
+        opened.share({})
         found.append(float(opened.sums[torch.float32][3]))
     return found
 
@@ -103,19 +104,23 @@ def test_processes_that_come_late_are_waited_for(three: Pair) -> None:
     assert three.run(out_of_step) == [[3.0 * turn + 3 for turn in range(30)]] * 3
 
 
-def growing_buffers(rank: int) -> list[list[float]]:
-    opened = open_exchange({torch.float32: 8}, [torch.zeros(2)], World(rank, 2, 2), "shared_memory")
+def growing(rank: int, reduction: str) -> list[list[float]]:
+    """A cache that rank 0 makes longer in the second turn, beside statistics that every rank has."""
+    firsts = {"cache": torch.zeros(2), "mean": torch.zeros(3)}
+    opened = open_exchange({torch.float32: 8}, firsts, World(rank, 2, 2), reduction)
     seen = []
-    for length in (2, 5, 2):
-        mine = [torch.full((length,), float(rank + 1))]
+    for length in (2, 5 - 3 * rank, 2):
+        mine = {"cache": torch.full((length,), float(rank + 1)), "mean": torch.full((3,), float(rank + 1))}
         opened.open()
         opened.share(mine)
-        seen.append(mine[0].tolist())
+        assert list(opened.moved(mine)) == (["cache"] if length == 5 else [])
+        seen.append([*mine["cache"].tolist(), *mine["mean"].tolist()])
     return seen
 
 
-def test_buffers_that_change_their_shape_still_become_rank_0s(pair: Pair) -> None:
-    assert pair.run(growing_buffers) == [[[1.0] * 2, [1.0] * 5, [1.0] * 2]] * 2
+@pytest.mark.parametrize("reduction", ["shared_memory", "collective"])
+def test_a_buffer_that_grows_on_one_rank_leaves_all_others_as_they_should_be(pair: Pair, reduction: str) -> None:
+    assert pair.run(growing, reduction) == [[[1.0] * 5, [1.0] * 8, [1.0] * 5], [[1.0] * 5] * 3]
 
 
 # What must hold for memory to be shared
@@ -125,7 +130,7 @@ def seen_fence(rank: int) -> str:
     world = World(rank, 2, 2)
     exchange.platform = SimpleNamespace(machine=lambda: "aarch64")  # type: ignore[assignment]
     try:
-        return open_exchange({torch.float32: 8}, [], world, "auto").kind + str(shared_turns(rank, 2, "auto", 2)[1])
+        return open_exchange({torch.float32: 8}, {}, world, "auto").kind + str(shared_turns(rank, 2, "auto", 2)[1])
     finally:
         exchange.platform = platform
 
@@ -142,7 +147,7 @@ def without_memfd(rank: int, reduction: str) -> str:
     if rank == 1:
         del os.memfd_create
     try:
-        return open_exchange({torch.float32: 8}, [], World(rank, 2, 2), reduction).kind
+        return open_exchange({torch.float32: 8}, {}, World(rank, 2, 2), reduction).kind
     except PreflightError as error:
         return str(error)
     finally:
@@ -161,7 +166,7 @@ def test_more_processes_than_cores_never_spin(three: Pair) -> None:
 
 
 def spins(rank: int) -> bool:
-    opened = open_exchange({torch.float32: 8}, [], World(rank, 3, 3), "auto")
+    opened = open_exchange({torch.float32: 8}, {}, World(rank, 3, 3), "auto")
     assert isinstance(opened, SharedMemory)
     return opened._spins
 
@@ -233,9 +238,9 @@ def maps_of(rank: int) -> tuple[int, int]:
     def mapped() -> int:
         return Path("/proc/self/maps").read_text().count("raytrain-exchange")
 
-    opened = open_exchange({torch.float32: 8}, [], World(rank, 2, 2), "shared_memory")
+    opened = open_exchange({torch.float32: 8}, {}, World(rank, 2, 2), "shared_memory")
     opened.open()
-    opened.share([])
+    opened.share({})
     during = mapped()
     del opened
     return during, mapped()

@@ -116,6 +116,15 @@ def test_what_is_no_model_is_refused() -> None:
         build_run(config(), Wrong(config()), None, PLAN, World())
 
 
+def test_buffers_without_a_shape_are_refused_by_name() -> None:
+    class Lazy(NetTask):
+        def build_model(self, dataset: Any) -> nn.Module:
+            return nn.Sequential(nn.Linear(4, 3), nn.LazyBatchNorm1d(affine=False))
+
+    with pytest.raises(TaskError, match=r"no shape yet \(1\.running_mean, 1\.running_var\)"):
+        build_run(config(), Lazy(config()), None, PLAN, World())
+
+
 def test_synchronised_batchnorm_needs_a_process_for_each_virtual_worker() -> None:
     with pytest.raises((TaskError, ConfigError), match="4 virtual workers on 2 processes"):
         run_of(config(SYNC_BN=True), World(0, 2, 4))

@@ -84,12 +84,31 @@ def test_a_rank_that_fails_is_shown_once_and_ends_the_run(tmp_path: Path) -> Non
     assert "failed on rank 1" in out
 
 
+def test_a_rank_that_is_killed_in_the_evaluation_is_not_taken_for_a_failure_of_the_other(tmp_path: Path) -> None:
+    process = torchrun(tmp_path, "--cfg_file", str(small(tmp_path, "tasks_for_units:DiesInEvaluation")))
+    out = ended(process)
+    assert process.returncode == 1
+    assert "raytrain: another worker process has died; rank 0 waited for it" in out, out
+    assert "failed on rank 0" not in out and "gloo" not in out
+
+
 @pytest.mark.parametrize("words", [["--num_workers", "3"], ["--address", "head:6379"], ["--resume", "nowhere"]])
 def test_what_cannot_be_is_said_once(tmp_path: Path, words: list[str]) -> None:
     process = torchrun(tmp_path, "--cfg_file", str(small(tmp_path, "tasks_for_units:PredictingTask")), *words)
     out = ended(process)
     assert process.returncode == 1 and out.count("raytrain: ") == 1, out
     assert words[1] in out
+
+
+def test_nobody_waits_for_a_rank_that_cannot_begin(tmp_path: Path) -> None:
+    """As where a host has fewer GPUs than processes; torchrun kills only after 30 s what does not heed its SIGTERM."""
+    one = "import os, sys; from raytrain.cli import main; sys.exit(main() if os.environ['RANK'] == '0' else 1)"
+    began = time.monotonic()
+    process = torchrun(
+        tmp_path, "--cfg_file", str(small(tmp_path, "tasks_for_units:PredictingTask")), program=("-c", one)
+    )
+    out = ended(process)
+    assert process.returncode == 1 and time.monotonic() - began < 25, out
 
 
 def test_a_sigterm_to_torchrun_stops_the_run_with_its_state_saved(tmp_path: Path) -> None:

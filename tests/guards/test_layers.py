@@ -40,6 +40,7 @@ ORDER = [
     "world",
     "delivery",
     "feed",
+    "firsts",
     "exchange",
     "overlap",
     "engine",
