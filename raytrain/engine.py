@@ -15,7 +15,7 @@ import torch
 from raytrain.errors import TaskError
 from raytrain.exchange import Collective, Exchange, open_exchange
 from raytrain.firsts import copy_fitting, is_writable
-from raytrain.flat import FlatStepper, Layout, copy_all, why_not_flat
+from raytrain.flat import FlatStepper, Layout, collect, why_not_flat
 from raytrain.optim import options_of, stepped_groups
 from raytrain.overlap import SEGMENT_BYTES, Overlap
 from raytrain.precision import Precision
@@ -153,7 +153,7 @@ class Engine:
                 used = self.overlap.finish()
             else:
                 self.exchange.open()
-                used = self._collect()
+                used = collect(self._views, self.params)
             if self.world.size == 1:
                 self.exchange.share({})
             else:
@@ -180,18 +180,6 @@ class Engine:
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Takes the moments over; CheckpointError, and nothing changes, if they are not of this model and optimizer."""
         self.stepper.load_state_dict(state)
-
-    def _collect(self) -> list[bool]:
-        """Copy what this process has into the flat buffers; which parameters have a gradient here."""
-        grads = [p.grad for p in self.params]
-        used = [grad is not None for grad in grads]
-        if all(used):
-            copy_all(self._views, grads)
-        else:
-            copy_all([v for v, u in zip(self._views, used, strict=True) if u], [g for g in grads if g is not None])
-            for view in (v for v, u in zip(self._views, used, strict=True) if not u):
-                view.zero_()
-        return used
 
     def _write_tail(self, used: list[bool], wishes: tuple[bool, ...]) -> None:
         """What this process used, wished and lost, behind its gradients."""

@@ -8,7 +8,6 @@ MLP of 20 tensors: several times the steps a second.
 from __future__ import annotations
 
 import ctypes
-import math
 import mmap
 import os
 import platform
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from raytrain.errors import PreflightError, TrainingError
-from raytrain.firsts import LINE, copy_fitting, fits, num_bytes, room_in
+from raytrain.firsts import LINE, copy_fitting, fits, num_bytes, room_in, rounded
 from raytrain.world import World
 
 LOOKS = 2000  # at a peer's counter before the first nap: 0.1 to 0.2 ms
@@ -114,9 +113,9 @@ class SharedMemory(Exchange):
         self.world, self._fence = world, fence
         self._turn = 0
         self.sums = {dtype: torch.zeros(size, dtype=dtype) for dtype, size in sizes.items()}
-        slot_bytes = sum(rounded(size * dtype.itemsize) for dtype, size in sizes.items())
-        header_bytes = rounded(world.size * 2 * LINE)
-        total_bytes = header_bytes + world.size * slot_bytes + rounded(num_bytes(firsts))
+        slot_bytes = sum(rounded(size * dtype.itemsize, PAGE) for dtype, size in sizes.items())
+        header_bytes = rounded(world.size * 2 * LINE, PAGE)
+        total_bytes = header_bytes + world.size * slot_bytes + rounded(num_bytes(firsts), PAGE)
         self._memory = memory_of_all(world, total_bytes)
         words = memoryview(self._memory).cast("q")
         step = LINE // 8
@@ -130,11 +129,11 @@ class SharedMemory(Exchange):
         for _ in range(world.size):
             slot = {}
             for dtype, size in sizes.items():
-                slot[dtype] = self._view(at, dtype, (size,))
-                at += rounded(size * dtype.itemsize)
+                slot[dtype] = self._view(at, dtype, size)
+                at += rounded(size * dtype.itemsize, PAGE)
             self._slots.append(slot)
         self.addends = self._slots[world.rank]
-        self.room = room_in(self._view(at, torch.uint8, (num_bytes(firsts),)), firsts)
+        self.room = room_in(self._view(at, torch.uint8, num_bytes(firsts)), firsts)
         if world.is_first:
             copy_fitting(self.room, firsts)
 
@@ -161,11 +160,10 @@ class SharedMemory(Exchange):
         self._fence()
         self._read[self.world.rank][0] = self._turn
 
-    def _view(self, at: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
-        count = math.prod(shape)
-        if count == 0:
-            return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=at).view(shape)
+    def _view(self, at: int, dtype: torch.dtype, count: int) -> torch.Tensor:
+        if count == 0:  # which frombuffer refuses
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=at)
 
     def _wait(self, counters: Sequence[memoryview]) -> None:
         """Until every other process's counter has come to this turn: look, then nap, and see that they live."""
@@ -311,7 +309,3 @@ def num_cpus() -> int:
         return allowed if quota == "max" else max(1, min(allowed, int(quota) // int(period)))
     except (OSError, ValueError):
         return allowed
-
-
-def rounded(size_bytes: int, to: int = PAGE) -> int:
-    return (size_bytes + to - 1) // to * to

@@ -243,6 +243,19 @@ def copy_all(views: Sequence[torch.Tensor], grads: Sequence[Any]) -> None:
         torch._foreach_copy_(list(views), list(grads))
 
 
+def collect(views: Sequence[torch.Tensor], params: Sequence[nn.Parameter]) -> list[bool]:
+    """Copies each parameter's gradient into its view, zeros where there is none; which parameters have one."""
+    grads = [p.grad for p in params]
+    used = [grad is not None for grad in grads]
+    if all(used):
+        copy_all(views, grads)
+        return used
+    copy_all([v for v, u in zip(views, used, strict=True) if u], [g for g in grads if g is not None])
+    for view in (v for v, u in zip(views, used, strict=True) if not u):
+        view.zero_()
+    return used
+
+
 def why_not_flat(model: nn.Module, params: Sequence[nn.Parameter], scaled: bool) -> str | None:
     """What keeps `params` out of flat buffers; None if nothing does.
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from raytrain.errors import TaskError
 from raytrain.exchange import Collective
-from raytrain.flat import Layout, copy_all
+from raytrain.flat import Layout, collect, copy_all
 
 SEGMENT_BYTES = 25 * 2**20  # as DistributedDataParallel's buckets
 
@@ -72,10 +72,9 @@ class Overlap:
     def finish(self) -> list[bool]:
         """Collective. Which parameters have a gradient here; every segment is on its way now."""
         self.armed = False
-        for position, param in enumerate(self._params):
-            if not self._arrived[position]:  # not used in the last backward pass; an earlier one may have left some
-                view = self._views[position]
-                view.zero_() if param.grad is None else copy_all([view], [param.grad])
+        # Not used in the last backward pass; an earlier one may have left a gradient.
+        late = [position for position, arrived in enumerate(self._arrived) if not arrived]
+        collect([self._views[position] for position in late], [self._params[position] for position in late])
         for segment in self._segments[self._started :]:
             self._exchange.start(segment.dtype, segment.start, segment.stop)
         return [param.grad is not None for param in self._params]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from optimization import OPTIMIZATION
 from processes import Pair
 from torch import nn
 
@@ -15,20 +16,7 @@ from raytrain.clip import clip_gradients
 from raytrain.engine import Engine, Stepped
 from raytrain.world import World
 
-OPTIM = {
-    "OPTIMIZER": "sgd",
-    "LR": 0.1,
-    "WEIGHT_DECAY": 0.1,
-    "MOMS": [0.95, 0.85],
-    "BETAS": None,
-    "MOMENTUM": 0.9,
-    "LEGACY_PARAM_GROUPS": False,
-    "USE_AMP": False,
-    "AMP_DTYPE": "fp16",
-    "LOSS_SCALE_FP16": None,
-    "GRAD_NORM_CLIP": None,
-    "ENGINE": "auto",
-}
+OPTIM = {**OPTIMIZATION, "OPTIMIZER": "sgd", "LR": 0.1, "WEIGHT_DECAY": 0.1, "GRAD_NORM_CLIP": None}
 VIRTUAL_WORKERS, ACCUMULATE, BATCH = 4, 2, 3
 
 

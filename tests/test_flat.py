@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from optimization import OPTIMIZATION
 from torch import nn
 
 from raytrain.engine import Engine
@@ -19,19 +20,7 @@ from raytrain.optim import options_of, parameter_groups, torch_groups
 from raytrain.world import World
 
 OPTIMIZERS = ["adam", "adamw", "sgd", "adam_onecycle", "adam_cosineanneal"]
-OPTIM = {
-    "LR": 0.02,
-    "WEIGHT_DECAY": 0.05,
-    "MOMS": [0.95, 0.85],
-    "BETAS": None,
-    "MOMENTUM": 0.9,
-    "LEGACY_PARAM_GROUPS": False,
-    "USE_AMP": False,
-    "AMP_DTYPE": "fp16",
-    "LOSS_SCALE_FP16": None,
-    "GRAD_NORM_CLIP": 0.5,
-    "ENGINE": "auto",
-}
+OPTIM = {**OPTIMIZATION, "LR": 0.02, "GRAD_NORM_CLIP": 0.5}
 
 
 def engine_of(model: nn.Module, **changes: Any) -> Engine:

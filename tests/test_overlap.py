@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from optimization import OPTIMIZATION
 from processes import Pair
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -17,18 +18,8 @@ from raytrain.flat import Layout
 from raytrain.overlap import segments_of
 from raytrain.world import World
 
-OPTIM = {
-    "OPTIMIZER": "adam_onecycle",  # BatchNorm in a group of its own, at the end of the buffer
-    "LR": 0.02,
-    "WEIGHT_DECAY": 0.05,
-    "MOMS": [0.95, 0.85],
-    "BETAS": None,
-    "LEGACY_PARAM_GROUPS": False,
-    "USE_AMP": False,
-    "LOSS_SCALE_FP16": None,
-    "GRAD_NORM_CLIP": 0.5,
-    "ENGINE": "auto",
-}
+# adam_onecycle: BatchNorm in a group of its own, at the end of the buffer
+OPTIM = {**OPTIMIZATION, "OPTIMIZER": "adam_onecycle", "LR": 0.02, "GRAD_NORM_CLIP": 0.5}
 
 
 class Net(nn.Module):
