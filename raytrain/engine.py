@@ -94,7 +94,6 @@ class Engine:
         else:
             self.stepper = TorchStepper(groups, options, self.precision.scaler, gradients)
         self.loss_sum: torch.Tensor | None = None
-        self._shares: dict[tuple[float, torch.dtype], torch.Tensor] = {}
         self._flags: tuple[list[bool], tuple[bool, ...]] | None = None
         self._flags_there = torch.empty(0)
         self._kept: dict[Any, torch.Tensor] = {}
@@ -133,15 +132,13 @@ class Engine:
 
         is_last: no other follows before `step`, so gradients may travel as they arrive
         """
-        part = loss.detach() * share
+        weighted = loss if share == 1.0 else loss * share
+        part = weighted.detach()
         self.loss_sum = part if self.loss_sum is None else self.loss_sum + part
-        scaled: Any = self.precision.scaler.scale(loss)
-        key = (share, scaled.dtype)
-        if key not in self._shares:  # two at most: whole micro-batches, and those of an epoch's last step
-            self._shares[key] = torch.full_like(scaled, share, requires_grad=False)
         if is_last and self.overlap is not None:
             self.overlap.arm()
-        scaled.backward(self._shares[key])  # what `(loss * share).backward()` gives, without a node for it
+        scaled: Any = self.precision.scaler.scale(weighted)
+        scaled.backward()  # with a gradient given, torch imports sympy first: 2 s of every worker's first step
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float | None, wishes: Sequence[bool]) -> Stepped:

@@ -137,15 +137,20 @@ def prepare_torch(cfg: Config, device: torch.device) -> None:
 def torch_put_back() -> Iterator[None]:
     """What prepare_torch sets in this process is afterwards what it was."""
     threads, benchmark, precisions = torch.get_num_threads(), torch.backends.cudnn.benchmark, fp32_precisions()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    determinism = deterministic_algorithms()
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.backends.cudnn.benchmark = benchmark
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        if deterministic_algorithms() != determinism:  # setting it imports torch._inductor: 1.5 s
+            torch.use_deterministic_algorithms(determinism[0], warn_only=determinism[1])
         set_fp32_precisions(precisions)
+
+
+def deterministic_algorithms() -> tuple[bool, bool]:
+    """Whether torch uses them, and whether it only warns where there are none."""
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def build_datasets(task: Task, seed: int) -> dict[str, Any]:

@@ -245,6 +245,19 @@ def test_help_and_config_errors_wait_for_nothing_heavy(folder: Path, words: str,
     assert done.stdout.splitlines()[-1] == f"loaded {status} []"
 
 
+def test_training_loads_none_of_what_torch_compiles_with(folder: Path) -> None:
+    """Each would make every worker's first step, or a run's end, seconds late; one more virtual worker shares a step."""
+    code = (
+        "import sys\nfrom raytrain.cli import main\n"
+        "status = main(['train', '--cfg_file', 'run.yaml', '--set', 'SCALE.VIRTUAL_WORKERS', '2'])\n"
+        "names = ('sympy', 'torch._dynamo', 'torch._inductor', 'ray')\n"
+        "print('loaded', status, [name for name in names if name in sys.modules])\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(TESTS)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.splitlines()[-1] == "loaded 0 []"
+
+
 def test_help_fits_its_reader(capsys: pytest.CaptureFixture[str]) -> None:
     """Every flag that does something is explained; those that do nothing do not take the reader's time."""
     with pytest.raises(SystemExit):
