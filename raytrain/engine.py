@@ -81,7 +81,9 @@ class Engine:
             sizes = {**layout.sizes, self._tail_dtype: tail_stop}
             self.exchange = open_exchange(sizes, self._buffers(), world, reduction)
             self._views = layout.views(self.exchange.addends)
-            self._tail = self.exchange.addends[self._tail_dtype][self._tail_start :]
+            addends, sums = self.exchange.addends[self._tail_dtype], self.exchange.sums[self._tail_dtype]
+            self._flags_there, self._loss_there = addends[self._tail_start : -1], addends[-1]
+            self._tail, self._loss = sums[self._tail_start :], sums[-1]
             gradients = layout.views(self.exchange.sums)
         self.overlap: Overlap | None = None
         gradient_bytes = sum(size * dtype.itemsize for dtype, size in layout.sizes.items())
@@ -95,7 +97,7 @@ class Engine:
             self.stepper = TorchStepper(groups, options, self.precision.scaler, gradients)
         self.loss_sum: torch.Tensor | None = None
         self._flags: tuple[list[bool], tuple[bool, ...]] | None = None
-        self._flags_there = torch.empty(0)
+        self._flags_here = torch.empty(0)
         self._kept: dict[Any, torch.Tensor] = {}
         self._first_done = False
         self._late_wishes: list[tuple[torch.Tensor, torch.cuda.Event]] = []
@@ -184,20 +186,18 @@ class Engine:
         if self._flags != (used, wishes):  # seldom; else what stands on the device is copied, without the host
             self._flags = (used, wishes)
             flags = [*used, *wishes, *[False] * (MAX_WISHES - len(wishes))]
-            self._flags_there = torch.tensor(flags, dtype=self._tail_dtype).to(self._tail.device)
-        self._tail[:-1].copy_(self._flags_there)
-        self._tail[-1].copy_(self.loss_sum.reshape(()))
+            self._flags_here = torch.tensor(flags, dtype=self._tail_dtype).to(self._tail.device)
+        self._flags_there.copy_(self._flags_here)
+        self._loss_there.copy_(self.loss_sum)
 
     def _read_tail(self, num_wishes: int) -> tuple[list[bool], tuple[bool, ...], torch.Tensor]:
         """What all processes together used, wished and lost."""
-        assert self.exchange is not None
-        tail = self.exchange.sums[self._tail_dtype][self._tail_start :]
-        loss, count = tail[-1].clone(), len(self.params)
-        if tail.device.type == "cpu":
-            flags = [value > 0 for value in tail.tolist()]
+        loss, count = self._loss.clone(), len(self.params)
+        if self._tail.device.type == "cpu":
+            flags = [value > 0 for value in self._tail.tolist()]
             return flags[:count], tuple(flags[count : count + num_wishes]), loss
         # On a GPU asking would wait for it; there parameters that no process uses get zero gradients.
-        return [p.requires_grad for p in self.params], self._wishes_of_late(tail[count : count + num_wishes]), loss
+        return [p.requires_grad for p in self.params], self._wishes_of_late(self._tail[count : count + num_wishes]), loss
 
     def _wishes_of_late(self, summed: torch.Tensor) -> tuple[bool, ...]:
         """The wishes of all ranks two steps ago: those have arrived without waiting."""

@@ -88,6 +88,7 @@ class FlatStepper:
         self._names = names
         self._group_sizes = [len(group) for group in groups]
         self._gradients = {dtype: gradients[dtype][:size] for dtype, size in layout.sizes.items()}
+        self._rows = [flat.view(-1, ROW) for flat in self._gradients.values()]
         device = self.params[0].device
         self._values = {d: torch.zeros(size, dtype=d, device=device) for d, size in layout.sizes.items()}
         self._moments = [{d: torch.zeros_like(flat) for d, flat in self._values.items()} for _ in self._moment_names()]
@@ -101,7 +102,6 @@ class FlatStepper:
         self._runs: list[Run] = []
         self._used: Sequence[bool] | None = None
 
-    @torch.no_grad()
     def step(self, used: Sequence[bool], lr: float, momentum: float | None, max_norm: float | None) -> torch.Tensor:
         """The L2 norm of the gradients before clipping, a scalar on the device; without a host sync.
 
@@ -112,10 +112,7 @@ class FlatStepper:
         if used != self._used:
             self._regroup(used)
         self._lr, self._momentum = lr, self._momentum if momentum is None else momentum
-        norms = [
-            torch.linalg.vector_norm(torch.linalg.vector_norm(flat.view(-1, ROW), dim=1))
-            for flat in self._gradients.values()
-        ]
+        norms = [torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=1)) for rows in self._rows]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([n.double() for n in norms]))
         divisor = None if max_norm is None else ((norm + 1e-6) / max_norm).clamp(min=1.0)
         for run in self._runs:

@@ -246,7 +246,7 @@ def test_help_and_config_errors_wait_for_nothing_heavy(folder: Path, words: str,
 
 
 def test_training_loads_none_of_what_torch_compiles_with(folder: Path) -> None:
-    """Each would make every worker's first step, or a run's end, seconds late; one more virtual worker shares a step."""
+    """Each would make every worker's first step, or a run's end, seconds late. Two virtual workers share a step."""
     code = (
         "import sys\nfrom raytrain.cli import main\n"
         "status = main(['train', '--cfg_file', 'run.yaml', '--set', 'SCALE.VIRTUAL_WORKERS', '2'])\n"
