@@ -197,7 +197,11 @@ class Engine:
             flags = [value > 0 for value in self._tail.tolist()]
             return flags[:count], tuple(flags[count : count + num_wishes]), loss
         # On a GPU asking would wait for it; there parameters that no process uses get zero gradients.
-        return [p.requires_grad for p in self.params], self._wishes_of_late(self._tail[count : count + num_wishes]), loss
+        return (
+            [p.requires_grad for p in self.params],
+            self._wishes_of_late(self._tail[count : count + num_wishes]),
+            loss,
+        )
 
     def _wishes_of_late(self, summed: torch.Tensor) -> tuple[bool, ...]:
         """The wishes of all ranks two steps ago: those have arrived without waiting."""

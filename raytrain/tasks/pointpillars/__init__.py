@@ -1,0 +1,1 @@
+"""PointPillars on LiDAR scenes, simulated or KITTI's."""
