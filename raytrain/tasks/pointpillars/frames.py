@@ -11,12 +11,12 @@ image    pixels of the left colour camera
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 IMAGE_SIZE = (1242, 375)  # pixels, width and height of most frames; the images themselves are not needed
-COLUMNS = ("names", "truncated", "occluded", "alpha", "bbox", "dimensions", "location", "rotation_y")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +49,10 @@ class Annotations:
 
     def only(self, chosen: NDArray[np.bool_] | NDArray[np.int64]) -> Annotations:
         """Those rows, by a mask or by their numbers."""
-        scores = None if self.scores is None else self.scores[chosen]
-        return Annotations(*(getattr(self, column)[chosen] for column in COLUMNS), scores)
+        columns: dict[str, Any] = dict(vars(self))
+        for name, column in columns.items():
+            columns[name] = None if column is None else column[chosen]
+        return Annotations(**columns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Calibration:
     def to_lidar(self, points: NDArray[np.floating]) -> NDArray[np.float64]:
         """(N, 3) rectified camera -> (N, 3) lidar."""
         camera = np.linalg.solve(self.R0_rect, points.T).T - self.Tr_velo_to_cam[:, 3]
-        return np.linalg.solve(self.Tr_velo_to_cam[:, :3], camera.T).T
+        return np.asarray(np.linalg.solve(self.Tr_velo_to_cam[:, :3], camera.T).T, dtype=np.float64)
 
     def to_image(self, points: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(N, 3) rectified camera -> pixels (N, 2), and depth (N,) in metres before the image plane."""
