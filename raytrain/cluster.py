@@ -31,8 +31,8 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # its controller is within the driver
 }
-QUIET_ALONE = {"RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0"}  # its controller is within the driver
 
 
 class Cluster:
@@ -96,9 +96,8 @@ def starting(
         yield Cluster(address)
         return
     # Ray turns its token on in the environment; another cluster may want none.
-    kept = {name: os.environ.get(name) for name in (*QUIET, *QUIET_ALONE, "RAY_AUTH_MODE")}
-    wanted = QUIET if address is not None else {**QUIET, **QUIET_ALONE}
-    os.environ.update({name: value for name, value in wanted.items() if kept[name] is None})
+    kept = {name: os.environ.get(name) for name in (*QUIET, "RAY_AUTH_MODE")}
+    os.environ.update({name: value for name, value in QUIET.items() if kept[name] is None})
     own = None
     try:
         if address is None:

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from raytrain import cluster
@@ -244,11 +245,11 @@ def ray_trainer(job: Job, per_worker: dict[str, float], alone: bool) -> Any:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    trainer_class: type[Any] = TorchTrainer
-    if alone and is_tested():
+    trainer_class: Callable[..., Any] = TorchTrainer
+    if is_tested():
         from raytrain.lean import LeanTrainer
 
-        trainer_class = LeanTrainer
+        trainer_class = partial(LeanTrainer, alone=alone)
 
     parent, name = parent_and_name(job.run_uri)
     scale = job.cfg.SCALE

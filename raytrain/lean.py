@@ -1,7 +1,9 @@
-"""Ray Train with no process of its own beside the workers, for a cluster that no one else uses.
+"""Ray Train with no process of its own beside the workers.
 
-Ray's controller runs in a thread of the driver; the actors that make way for other runs, that place data sets and
-that tidy up after a controller are left out. Private parts of Ray: only for the versions in own_cluster.TESTED.
+Ray's controller runs in a thread of the driver, with which the run ends anyway. The actors that share a cluster's
+resources with Ray Data, that place its data sets and that tidy up after a controller are left out: this project
+reads no Ray Data, and Ray itself ends a driver's workers with the driver. A run that joins a cluster begins 20 s
+sooner for it. Private parts of Ray: only for the versions in own_cluster.TESTED.
 """
 
 from __future__ import annotations
@@ -25,10 +27,14 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 
 class LeanTrainer(TorchTrainer):
-    """A TorchTrainer that trains, restarts and reports as Ray's own does; `abandon` ends `fit` before it has begun."""
+    """A TorchTrainer that trains, restarts and reports as Ray's own does; `abandon` ends `fit` before it has begun.
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
+    alone: on a cluster of the run's own, whose processes have the driver's environment
+    """
+
+    def __init__(self, *arguments: Any, alone: bool, **named: Any) -> None:
         super().__init__(*arguments, **named)
+        self._controller_class = LeanController if alone else JoinedController
         self._abandoned = threading.Event()
 
     def abandon(self) -> None:
@@ -47,7 +53,7 @@ class LeanTrainer(TorchTrainer):
     def _fit(self) -> Any:
         scaling: Any = self.scaling_config  # the classes that ray.train shows are others to a type checker
         run: Any = self.run_config
-        controller = LeanController(
+        controller = self._controller_class(
             train_fn_ref=ObjectRefWrapper(self._get_train_func()),
             train_run_context=self.train_run_context,
             scaling_policy=AloneScalingPolicy(scaling),
@@ -68,7 +74,7 @@ class LeanTrainer(TorchTrainer):
 
 
 class AloneScalingPolicy(FixedScalingPolicy):
-    """Asks nobody for room: no other run is there to make some."""
+    """Asks no one for room: the placement group does, and waits for it."""
 
     def after_controller_start(self, train_run_context: Any) -> None: ...
 
@@ -123,6 +129,12 @@ class LeanWorkerGroup(WorkerGroup):
         return {}
 
 
+class JoinedWorkerGroup(LeanWorkerGroup):
+    """On a cluster that was started elsewhere, with an environment of its own: Ray hands on the driver's settings."""
+
+    _get_worker_runtime_env = staticmethod(WorkerGroup._get_worker_runtime_env)
+
+
 class LeanState(WorkerGroupState):
     """Of a group without a synchronization actor to end."""
 
@@ -143,6 +155,10 @@ class LeanController(TrainController):
                 if self._worker_group is not None and self._worker_group.has_started():
                     self._shutdown_worker_group()
                 return
+
+
+class JoinedController(LeanController):
+    worker_group_cls = JoinedWorkerGroup
 
 
 class OrderOfReports:
