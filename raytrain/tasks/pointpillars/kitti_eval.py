@@ -12,7 +12,6 @@ Every frame and every threshold is matched at once: one step takes the n-th grou
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -32,6 +31,7 @@ NUM_POINTS = 41  # of the precision-recall curve
 STRICT = {"Car": 0.7, "Pedestrian": 0.5, "Cyclist": 0.5, "Van": 0.7, "Person_sitting": 0.5, "Truck": 0.7}
 LOOSE = {"Car": 0.5, "Pedestrian": 0.25, "Cyclist": 0.25, "Van": 0.5, "Person_sitting": 0.25, "Truck": 0.5}
 NEUTRAL = {"Car": "Van", "Pedestrian": "Person_sitting"}
+COUNTS, IGNORED, FOREIGN = 0, 1, -1  # the role of an object for a class and difficulty
 PAIRS_AT_ONCE = 1 << 20
 
 
@@ -61,7 +61,7 @@ def evaluate(
     truths, found = _concatenated(labels), _concatenated(detections)
     overlaps = _overlaps(truths, found)
     in_dont_care = _share_in_dont_care(truths, found)
-    nowhere = np.zeros(len(found))
+    nowhere = np.zeros_like(in_dont_care)
     results: dict[str, float] = {}
     for name in class_names:
         for difficulty in DIFFICULTIES:
@@ -93,8 +93,7 @@ def warnings_of(labels: Sequence[Annotations], class_names: Sequence[str]) -> li
     return lines
 
 
-@dataclasses.dataclass(frozen=True)
-class _Objects:
+class _Objects(NamedTuple):
     """The objects of all frames, one row each, in order of frames.
 
     frame: (M,) int64; names: (M,) lower case; boxes: (M, 7) seen from above the camera, x right, y forward, z up
@@ -109,35 +108,25 @@ class _Objects:
     truncated: Floats
     scores: Floats
 
-    def __len__(self) -> int:
-        return len(self.frame)
-
     @property
     def height(self) -> Floats:
         """(M,) pixels."""
         return self.bbox[:, 3] - self.bbox[:, 1]
 
-    def only(self, chosen: Mask) -> _Objects:
-        return _Objects(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))
-
 
 class _Overlaps(NamedTuple):
-    """The pairs that overlap at all, (P,) each, in order of truth, then detection."""
+    """Pairs and what they overlap by, (P,) each, in order of truth, then detection."""
 
     truth: Integers
     detection: Integers
     value: Floats
 
     def only(self, chosen: Mask) -> _Overlaps:
-        return _Overlaps(*(column[chosen] for column in self))
-
-
-# What an object is to a class and difficulty.
-COUNTS, IGNORED, FOREIGN = 0, 1, -1
+        return _Overlaps(self.truth[chosen], self.detection[chosen], self.value[chosen])
 
 
 class _Case(NamedTuple):
-    """The objects and what each is to one class and difficulty: a role per truth and per detection."""
+    """The objects and the role of each for one class and difficulty."""
 
     truths: _Objects
     found: _Objects
@@ -180,9 +169,12 @@ def _concatenated(frames: Sequence[Annotations]) -> _Objects:
     )
 
 
-def _pairs(a: _Objects, b: _Objects) -> Iterator[tuple[Integers, Integers]]:
-    """Every row of a with every row of b of the same frame, in order, about a million pairs at a time."""
-    first, last = (np.searchsorted(b.frame, a.frame, side) for side in ("left", "right"))
+def _pairs(a: Integers, b: Integers) -> Iterator[tuple[Integers, Integers]]:
+    """Every row of a with every row of b of the same frame, in order, about a million pairs at a time.
+
+    a: (N,), b: (M,): the frame of each row, ascending.
+    """
+    first, last = (np.searchsorted(b, a, side) for side in ("left", "right"))
     count = last - first
     for part in np.array_split(np.arange(len(a)), 1 + count.sum() // PAIRS_AT_ONCE):
         rows = np.repeat(part, count[part])
@@ -193,7 +185,7 @@ def _overlaps(truths: _Objects, found: _Objects) -> dict[str, _Overlaps]:
     """The pairs of one frame that could match: their IoU in the image, from above and in space."""
     parts: dict[str, list[_Overlaps]] = {"image": [], "bev": [], "3d": []}
     true_boxes, found_boxes = torch.from_numpy(truths.boxes), torch.from_numpy(found.boxes)
-    for truth, detection in _pairs(truths, found):
+    for truth, detection in _pairs(truths.frame, found.frame):
         shared, true_area, found_area = _pixels(truths.bbox[truth], found.bbox[detection])
         meet = shared > 0
         ious = shared[meet] / (true_area + found_area - shared)[meet]
@@ -209,10 +201,10 @@ def _overlaps(truths: _Objects, found: _Objects) -> dict[str, _Overlaps]:
 
 def _share_in_dont_care(truths: _Objects, found: _Objects) -> Floats:
     """(D,): the largest share of each detection's area in the image that one DontCare region covers."""
-    regions = truths.only(truths.names == "dontcare")
-    share = np.zeros(len(found))
-    for detection, region in _pairs(found, regions):
-        shared, area, _ = _pixels(found.bbox[detection], regions.bbox[region])
+    regions = np.flatnonzero(truths.names == "dontcare")
+    share = np.zeros(len(found.frame))
+    for detection, region in _pairs(found.frame, truths.frame[regions]):
+        shared, area, _ = _pixels(found.bbox[detection], truths.bbox[regions[region]])
         meet = shared > 0
         np.maximum.at(share, detection[meet], shared[meet] / area[meet])
     return share
