@@ -127,6 +127,17 @@ def test_nearly_parallel_boxes_lose_no_accuracy(dtype):
     np.testing.assert_allclose(geometry.iou_3d_paired(ours[::2], ours[1::2]), volume, rtol=0, atol=1e-5)
 
 
+def test_boxes_of_centimetres_keep_their_accuracy_far_from_the_origin():
+    boxes = random_boxes(8, 60, around=(70, -40), spread=0.02)
+    boxes[:, 3:6] /= 60
+    boxes[:, 2] = boxes[:, 2] / 60 - 1.5
+    ours, rounded = as_seen_by(torch.float32, boxes)
+    bev, volume = exact_ious(rounded, rounded)
+    assert (volume > 0.1).sum() > 100
+    np.testing.assert_allclose(geometry.iou_bev(ours, ours), bev, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(geometry.iou_3d(ours, ours), volume, rtol=0, atol=1e-5)
+
+
 def test_overlap_does_not_depend_on_how_many_pairs_are_asked_at_once():
     boxes = torch.from_numpy(random_boxes(5, 200, spread=1))
     pairs = boxes.repeat(100, 1), boxes.flip(0).repeat(100, 1)

@@ -59,9 +59,9 @@ def iou_bev_paired(a: Tensor, b: Tensor) -> Tensor:
 
 def iou_3d_paired(a: Tensor, b: Tensor) -> Tensor:
     """IoU of the volumes of the two boxes of each pair.   a, b: (P, 7).   Returns (P,)."""
-    bottom = torch.maximum(a[:, 2] - a[:, 5] / 2, b[:, 2] - b[:, 5] / 2)
-    top = torch.minimum(a[:, 2] + a[:, 5] / 2, b[:, 2] + b[:, 5] / 2)
-    return _ratio(overlap_paired(a, b) * (top - bottom).clamp(min=0), a[:, 3:6].prod(1), b[:, 3:6].prod(1))
+    above, half_a, half_b = a[:, 2] - b[:, 2], a[:, 5] / 2, b[:, 5] / 2  # from b's centre: no digits lost
+    tall = torch.minimum(above + half_a, half_b) - torch.maximum(above - half_a, -half_b)
+    return _ratio(overlap_paired(a, b) * tall.clamp(min=0), a[:, 3:6].prod(1), b[:, 3:6].prod(1))
 
 
 def nearest_bev(boxes: Tensor) -> Tensor:
