@@ -124,6 +124,14 @@ def test_labels_beyond_a_difficulty_are_neither_missed_nor_demanded():
     assert "1 easy (at most 0 %), 1 moderate (at most 0 %), 2 hard (at most 2.5 %)" in warnings_of([truth], ["Car"])[0]
 
 
+def test_a_label_must_exceed_the_least_height_and_a_detection_only_reach_it():
+    truth, found = cars(2), scored(cars(2), 0.9, 0.9)
+    truth.bbox[0, 3] = truth.bbox[0, 1] + 40  # pixels: not easy any more
+    found.bbox[1, 3] = found.bbox[1, 1] + 40  # and still demanded
+    assert "1 easy" in warnings_of([truth], ["Car"])[0]
+    assert 11 * evaluate([truth], [found], ["Car"])["Car_3d/easy_R11"] == pytest.approx(100)
+
+
 def test_mistaken_inputs_are_refused_by_name():
     with pytest.raises(ConfigError, match="Tram"):
         evaluate([cars(1)], [cars(1)], ["Car", "Tram"])
