@@ -44,6 +44,7 @@ def cached_arrays(path: Path, digest: str, make: Callable[[], Arrays]) -> Arrays
 def _read(path: Path, digest: str) -> Arrays | None:
     """None where there is no such file, or it is damaged (a zip file has checksums) or made of something else."""
     try:
+        # Opened here: np.load leaves the file of an archive open in which it finds no directory.
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             if str(file["digest"]) != digest:
                 return None
