@@ -197,6 +197,13 @@ def test_sampling_gives_what_there_is_where_there_are_fewer():
     assert sorted(boxes[:, 1]) == [0, 10, 20, 30]
 
 
+def test_a_class_of_which_none_was_found_adds_none():
+    database = line_of_cars(2)
+    nobody = Database(("Car", "Pedestrian"), database.labels, database.boxes, database.ends, database.points)
+    np.random.seed(0)
+    assert sampler(nobody)(POINTS, BOXES[:0], NAMES[:0])[2].tolist() == ["Car", "Car"]
+
+
 def test_each_sample_draws_from_all_objects():
     np.random.seed(0)
     drawn = [sampler(line_of_cars(8), SAMPLE_GROUPS=["Car:2"])(POINTS, BOXES[:0], NAMES[:0])[1] for _ in range(400)]
@@ -291,14 +298,17 @@ def test_gt_sampling_without_a_database_says_what_makes_it():
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (section({**FLIP, "ALONG_AXES_LIST": ["x"]}), r"AUG_CONFIG_LIST\.0\.ALONG_AXES_LIST.*mean.*ALONG_AXIS_LIST"),
-        (section(FLIP, {**TURN, "NAME": "random_world_rotate"}), r"LIST\.1\.NAME.*did you mean random_world_rotation"),
-        (section({"ALONG_AXIS_LIST": ["x"]}), r"AUG_CONFIG_LIST\.0\.NAME is missing"),
+        (section({**FLIP, "ALONG_AXES_LIST": ["x"]}), r"AUG_CONFIG_LIST\[0\]\.ALONG_AXES_LIST.*mean.*ALONG_AXIS_LIST"),
+        (
+            section(FLIP, {**TURN, "NAME": "random_world_rotate"}),
+            r"LIST\[1\]\.NAME.*did you mean random_world_rotation",
+        ),
+        (section({"ALONG_AXIS_LIST": ["x"]}), r"AUG_CONFIG_LIST\[0\]\.NAME is missing"),
         (section({**FLIP, "ALONG_AXIS_LIST": ["z"]}), r"ALONG_AXIS_LIST.* x, y"),
         (section({**SCALE, "WORLD_SCALE_RANGE": [1.05, 0.95]}), r"WORLD_SCALE_RANGE.*least, most"),
         (section({**SCALE, "WORLD_SCALE_RANGE": [0.95]}), r"WORLD_SCALE_RANGE.*a list of 2"),
         (section({**TURN, "WORLD_ROT_ANGLE": "much"}), r"WORLD_ROT_ANGLE.*a number"),
-        (section(3), r"AUG_CONFIG_LIST.0 is 3, but it must be a mapping"),
+        (section(3), r"AUG_CONFIG_LIST\.0 is 3, but it must be a mapping"),
         (section(FLIP, DISABLE_AUG_LIST=["gt_sample"]), r"DISABLE_AUG_LIST.*did you mean gt_sampling"),
         (section(FLIP, DISABLE_LIST=[]), r"DATA_CONFIG\.DATA_AUGMENTOR\.DISABLE_LIST is unknown"),
         (section(SAMPLING, SAMPLING), r"gt_sampling twice"),

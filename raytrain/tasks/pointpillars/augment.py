@@ -9,15 +9,15 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_model
+from pydantic import AfterValidator, Field
 
-from raytrain.config import Flag, Section
+from raytrain.config import Flag, NonNegative, Positive, Section
 from raytrain.errors import ConfigError, TaskError
-from raytrain.schema import complaints
+from raytrain.tasks.pointpillars.data_options import Number, read_section
 from raytrain.tasks.pointpillars.database import (
     Counts,
     Database,
@@ -28,8 +28,7 @@ from raytrain.tasks.pointpillars.database import (
     inside,
     overlaps,
 )
-from raytrain.tree import Tree, plain
-from raytrain.yamltree import node_of
+from raytrain.tree import Tree
 
 SECTION = "DATA_CONFIG.DATA_AUGMENTOR"
 NOTHING = "placeholder"  # what OpenPCDet's files have in a DISABLE_AUG_LIST that disables nothing
@@ -48,12 +47,9 @@ def _rising(pair: list[float]) -> list[float]:
     return pair
 
 
-Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Factor = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0)]
-Width = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
-Pair = Annotated[list[Finite], Field(min_length=2, max_length=2), AfterValidator(_rising)]
-Factors = Annotated[list[Factor], Field(min_length=2, max_length=2), AfterValidator(_rising)]
-Widths = Annotated[list[Width], Field(min_length=3, max_length=3)]
+Pair = Annotated[list[Number], Field(min_length=2, max_length=2), AfterValidator(_rising)]
+Factors = Annotated[list[Positive], Field(min_length=2, max_length=2), AfterValidator(_rising)]
+Widths = Annotated[list[NonNegative], Field(min_length=3, max_length=3)]
 
 
 class DataAugmentor(Section):
@@ -72,7 +68,9 @@ class GtSampling(Section):
     PREPARE: Prepare = Prepare()
     LIMIT_WHOLE_SCENE: Flag = False  # counts are of the whole scene: those that are there are not drawn
     REMOVE_EXTRA_WIDTH: Widths = Field(default=[0.0, 0.0, 0.0])  # metres: how much larger the box is that is emptied
-    USE_ROAD_PLANE: Flag = False  # stand objects on a plane fitted to the scene; else they keep their height
+    USE_ROAD_PLANE: Flag = (
+        False  # objects stand on a plane fitted to the scene (ground_plane); else as high as they were
+    )
     NUM_POINT_FEATURES: Literal[4] = 4
     DB_INFO_PATH: list[str] = Field(default=[])
     DATABASE_WITH_FAKELIDAR: Flag = False
@@ -85,7 +83,7 @@ class RandomWorldFlip(Section):
 
 class RandomWorldRotation(Section):
     NAME: Literal["random_world_rotation"]
-    WORLD_ROT_ANGLE: Pair | Width  # radians: least and most, or how far to both sides
+    WORLD_ROT_ANGLE: Pair | NonNegative  # radians: least and most, or how far to both sides
 
 
 class RandomWorldScaling(Section):
@@ -154,16 +152,16 @@ class Augmentor:
 def steps_of(options: Listed, class_names: Sequence[str]) -> tuple[Step, ...]:
     """The checked augmentations that are not disabled; ConfigError names the key that is wrong."""
     section = options if isinstance(options, Mapping) else {"AUG_CONFIG_LIST": options}
-    listed = read_section(SECTION, section, DataAugmentor)
+    listed = read_section(DataAugmentor, SECTION, section)
     for name in listed.DISABLE_AUG_LIST:
         _known(name, f"{SECTION}.DISABLE_AUG_LIST", (*STEPS, NOTHING))
     steps = []
     for number, entry in enumerate(listed.AUG_CONFIG_LIST):
-        where = f"{SECTION}.AUG_CONFIG_LIST.{number}"
+        where = f"{SECTION}.AUG_CONFIG_LIST[{number}]"
         if "NAME" not in entry:
             raise ConfigError(f"{where}.NAME is missing; it must be one of {', '.join(STEPS)}")
         _known(entry["NAME"], f"{where}.NAME", tuple(STEPS))
-        step = read_section(where, entry, STEPS[entry["NAME"]])
+        step = read_section(STEPS[entry["NAME"]], where, entry)
         if isinstance(step, GtSampling):
             for key, words in (
                 ("SAMPLE_GROUPS", step.SAMPLE_GROUPS),
@@ -176,21 +174,6 @@ def steps_of(options: Listed, class_names: Sequence[str]) -> tuple[Step, ...]:
     if sum(isinstance(step, GtSampling) for step in steps) > 1:
         raise ConfigError(f"{SECTION}.AUG_CONFIG_LIST has gt_sampling twice; put all SAMPLE_GROUPS into one")
     return tuple(steps)
-
-
-Options = TypeVar("Options", bound=BaseModel)
-
-
-def read_section(section: str, found: Mapping[str, Any], model: type[Options]) -> Options:
-    """`found` as `model` has it; ConfigError has a line for each key below `section` that is wrong."""
-    fields: Any = {section: (model, ...)}  # one key with dots in it, so that complaints name what is in the file
-    root = create_model("Root", **fields)
-    try:
-        read: Options = getattr(root.model_validate({section: found}), section)
-    except ValidationError as error:
-        lines = complaints(error, node_of({section: plain(found)}, section), root)
-        raise ConfigError("\n".join(line for _, line in lines)) from error
-    return read
 
 
 def _known(name: Any, where: str, known: Sequence[str]) -> None:
@@ -244,10 +227,7 @@ def turned(points: Points, boxes: Boxes, angle_rad: float) -> tuple[Points, Boxe
 
 def scaled(points: Points, boxes: Boxes, factor: float) -> tuple[Points, Boxes]:
     """Made larger by `factor`, seen from the sensor."""
-    points, boxes = points.copy(), boxes.copy()
-    points[:, :3] *= factor
-    boxes[:, :6] *= factor
-    return points, boxes
+    return points * np.array([factor] * 3 + [1], points.dtype), boxes * np.array([factor] * 6 + [1], boxes.dtype)
 
 
 def with_objects(points: Points, boxes: Boxes, names: Names, database: Database, step: GtSampling) -> Scene:
