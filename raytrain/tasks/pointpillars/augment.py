@@ -68,9 +68,7 @@ class GtSampling(Section):
     PREPARE: Prepare = Prepare()
     LIMIT_WHOLE_SCENE: Flag = False  # counts are of the whole scene: those that are there are not drawn
     REMOVE_EXTRA_WIDTH: Widths = Field(default=[0.0, 0.0, 0.0])  # metres: how much larger the box is that is emptied
-    USE_ROAD_PLANE: Flag = (
-        False  # objects stand on a plane fitted to the scene (ground_plane); else as high as they were
-    )
+    USE_ROAD_PLANE: Flag = False  # objects stand on the scene's ground_plane; else as high as they were found
     NUM_POINT_FEATURES: Literal[4] = 4
     DB_INFO_PATH: list[str] = Field(default=[])
     DATABASE_WITH_FAKELIDAR: Flag = False
@@ -163,17 +161,20 @@ def steps_of(options: Listed, class_names: Sequence[str]) -> tuple[Step, ...]:
         _known(entry["NAME"], f"{where}.NAME", tuple(STEPS))
         step = read_section(STEPS[entry["NAME"]], where, entry)
         if isinstance(step, GtSampling):
-            for key, words in (
-                ("SAMPLE_GROUPS", step.SAMPLE_GROUPS),
-                ("PREPARE.filter_by_min_points", step.PREPARE.filter_by_min_points),
-            ):
-                for name in counts(words):  # OpenPCDet passes over KITTI's other classes, too
-                    _known(name, f"{where}.{key}", (*class_names, *KITTI_TYPES))
+            _check_classes(step, where, class_names)
         if step.NAME not in listed.DISABLE_AUG_LIST:
             steps.append(step)
     if sum(isinstance(step, GtSampling) for step in steps) > 1:
         raise ConfigError(f"{SECTION}.AUG_CONFIG_LIST has gt_sampling twice; put all SAMPLE_GROUPS into one")
     return tuple(steps)
+
+
+def _check_classes(step: GtSampling, where: str, class_names: Sequence[str]) -> None:
+    """A class is one that is trained or, as in OpenPCDet, another of KITTI's, which is passed over."""
+    named = {"SAMPLE_GROUPS": step.SAMPLE_GROUPS, "PREPARE.filter_by_min_points": step.PREPARE.filter_by_min_points}
+    for key, words in named.items():
+        for name in counts(words):
+            _known(name, f"{where}.{key}", (*class_names, *KITTI_TYPES))
 
 
 def _known(name: Any, where: str, known: Sequence[str]) -> None:
@@ -231,38 +232,42 @@ def scaled(points: Points, boxes: Boxes, factor: float) -> tuple[Points, Boxes]:
 
 
 def with_objects(points: Points, boxes: Boxes, names: Names, database: Database, step: GtSampling) -> Scene:
-    """The scene with objects drawn from the database, class after class.
-
-    As in OpenPCDet a drawn object is dropped if it overlaps, seen from above, a labelled object, one added
-    before, or another drawn one of its class. Unlike there, where a pointer walks through a shuffled list
-    over all samples of a process, each sample draws without replacement from the whole class.
-    """
-    taken, chosen = boxes.astype(np.float64), [np.zeros(0, np.int64)]
-    for name, count in counts(step.SAMPLE_GROUPS).items():
-        count -= int((names == name).sum()) if step.LIMIT_WHOLE_SCENE else 0
-        if count <= 0 or name not in database.class_names:
-            continue
-        drawn = database.drawn(name, count)
-        candidates = database.boxes[drawn]
-        among = overlaps(candidates, candidates)
-        np.fill_diagonal(among, False)
-        free = ~(overlaps(candidates, taken).any(1) | among.any(1))
-        taken = np.concatenate([taken, candidates[free]])
-        chosen.append(drawn[free])
-    objects = np.concatenate(chosen)  # (K,)
-    if len(objects) == 0:
+    """The scene with objects drawn from the database; the points that were where they stand now are gone."""
+    chosen, added = chosen_objects(boxes.astype(np.float64), names, database, step)
+    if len(chosen) == 0:
         return points, boxes, names
-    added = taken[len(boxes) :]  # (K, 7)
     plane = ground_plane(points) if step.USE_ROAD_PLANE else None
     if plane is not None:
-        added[:, 2] = plane[0] + added[:, :2] @ plane[1:] + added[:, 5] / 2
-    emptied = added + np.array([0, 0, 0, *step.REMOVE_EXTRA_WIDTH, 0])
+        added[:, 2] = plane[0] + added[:, 0] * plane[1] + added[:, 1] * plane[2] + added[:, 5] / 2
     stays = np.ones(len(points), dtype=bool)
-    for box in emptied:
+    for box in added + np.array([0, 0, 0, *step.REMOVE_EXTRA_WIDTH, 0]):
         stays[inside(points, box)] = False
-    new_names = np.array(database.class_names)[database.labels[objects]]
     return (
-        np.concatenate([database.points_of(objects, added[:, :3]), points[stays]]),
+        np.concatenate([database.points_of(chosen, added[:, :3]), points[stays]]),
         np.concatenate([boxes, added.astype(boxes.dtype)]),
-        np.concatenate([names, new_names]),
+        np.concatenate([names, np.array(database.class_names)[database.labels[chosen]]]),
     )
+
+
+def chosen_objects(
+    boxes: NDArray[np.float64], names: Names, database: Database, step: GtSampling
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Numbers (K,) and boxes (K, 7) of objects that are drawn, class after class, and fit into the scene.
+
+    As in OpenPCDet one is dropped if it overlaps, seen from above, a labelled object, one added before, or
+    another drawn one of its class. Unlike there, where a pointer walks through a shuffled list over all
+    samples of a process, each sample draws without replacement from the whole class.
+    """
+    taken, chosen = boxes, [np.zeros(0, np.int64)]
+    for name, count in counts(step.SAMPLE_GROUPS).items():
+        if step.LIMIT_WHOLE_SCENE:
+            count -= int((names == name).sum())
+        if count > 0 and name in database.class_names:
+            drawn = database.drawn(name, count)
+            candidates = database.boxes[drawn]
+            among = overlaps(candidates, candidates)
+            np.fill_diagonal(among, False)
+            free = ~(overlaps(candidates, taken).any(1) | among.any(1))
+            taken = np.concatenate([taken, candidates[free]])
+            chosen.append(drawn[free])
+    return np.concatenate(chosen), taken[len(boxes) :]
