@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 SENSOR_HEIGHT_M = 1.73  # of KITTI's LiDAR above the road
 SKIN_M = 0.04  # how far shapes stay inside their boxes: two sigma of the default range noise, else half of the
 #                points of a flat side would lie outside the box that is labelled
-EGO_RADIUS_M = 3.0  # around the sensor, where its own car stands
 GAP_M = 0.2  # kept around each object
 DISCS = 6  # discs in a row that stand for an object where two may not overlap
 ROUNDS = 12  # tries to find a free place
@@ -53,12 +52,14 @@ class Kind(NamedTuple):
 
     size, spread: mean and standard deviation of length, width and height in metres; KITTI's training labels
     along_road:   share of those that stand along the road, either way
+    apart_m:      how far from the sensor, whose own car takes up 3 m; a wall before it would leave nothing to see
     """
 
     label: str | None
     size: tuple[float, float, float]
     spread: tuple[float, float, float]
     along_road: float
+    apart_m: float
     parts: tuple[Part, ...]
 
 
@@ -90,13 +91,15 @@ CYCLIST = (
     Part("ball", SKIN, (0.06, 0), (0.86, 1.0), (0.07, 0.19)),
 )
 KINDS: dict[str, Kind] = {  # the large ones first: they take their places first
-    "WALLS": Kind(None, (14.0, 0.5, 3.0), (5.0, 0.1, 0.7), 0.85, (Part("box", PLASTER, (0, 0), (0, 1), (0.5, 0.5)),)),
-    "VANS": Kind("Van", (5.06, 1.9, 2.2), (0.6, 0.15, 0.25), 0.8, VAN),
-    "CARS": Kind("Car", (3.9, 1.63, 1.53), (0.4, 0.1, 0.13), 0.7, CAR),
-    "CYCLISTS": Kind("Cyclist", (1.76, 0.6, 1.73), (0.16, 0.1, 0.09), 0.6, CYCLIST),
-    "PEDESTRIANS": Kind("Pedestrian", (0.84, 0.66, 1.76), (0.15, 0.1, 0.1), 0.2, PEDESTRIAN),
+    "WALLS": Kind(
+        None, (14.0, 0.5, 3.0), (5.0, 0.1, 0.7), 0.85, 12.0, (Part("box", PLASTER, (0, 0), (0, 1), (0.5, 0.5)),)
+    ),
+    "VANS": Kind("Van", (5.06, 1.9, 2.2), (0.6, 0.15, 0.25), 0.8, 3.0, VAN),
+    "CARS": Kind("Car", (3.9, 1.63, 1.53), (0.4, 0.1, 0.13), 0.7, 3.0, CAR),
+    "CYCLISTS": Kind("Cyclist", (1.76, 0.6, 1.73), (0.16, 0.1, 0.09), 0.6, 3.0, CYCLIST),
+    "PEDESTRIANS": Kind("Pedestrian", (0.84, 0.66, 1.76), (0.15, 0.1, 0.1), 0.2, 3.0, PEDESTRIAN),
     "POLES": Kind(
-        None, (0.3, 0.3, 5.0), (0.06, 0.06, 1.0), 0.0, (Part("cylinder", METAL, (0, 0), (0, 1), (0.5, 0.5)),)
+        None, (0.3, 0.3, 5.0), (0.06, 0.06, 1.0), 0.0, 3.0, (Part("cylinder", METAL, (0, 0), (0, 1), (0.5, 0.5)),)
     ),
 }
 LABELS = [kind.label for kind in KINDS.values()]
@@ -151,23 +154,27 @@ def draw_scene(
     """
     numbers = [int(random.integers(least, most, endpoint=True)) for least, most in (counts[key] for key in KINDS)]
     kinds = np.repeat(np.arange(len(KINDS)), numbers)
-    table = np.array([[*kind.size, *kind.spread, kind.along_road] for kind in KINDS.values()])[kinds]
+    table = np.array([[*kind.size, *kind.spread, kind.along_road, kind.apart_m] for kind in KINDS.values()])[kinds]
     size = table[:, :3] + table[:, 3:6] * random.standard_normal((len(kinds), 3)).clip(-2.5, 2.5)
     slope = random.uniform(-steepest, steepest, 2)
     road = random.uniform(-0.5, 0.5) + np.pi * random.integers(0, 2, len(kinds))
     road = road + CURVE_RAD * random.standard_normal(len(kinds))
     heading = np.where(random.random(len(kinds)) < table[:, 6], road, random.uniform(-np.pi, np.pi, len(kinds)))
     shade = random.uniform(0.3, 1.4, len(kinds))
-    place, free = find_room(size, heading, np.asarray(extent_m, dtype=np.float64), random)
+    place, free = find_room(size, heading, table[:, 7], np.asarray(extent_m, dtype=np.float64), random)
     height = place[:, 0] * slope[0] + place[:, 1] * slope[1] - SENSOR_HEIGHT_M + size[:, 2] / 2
     boxes = np.column_stack([place, height, size, heading])
     return Scene(kinds[free], boxes[free], shade[free], slope)
 
 
 def find_room(
-    size: NDArray[np.float64], heading: NDArray[np.float64], extent_m: NDArray[np.float64], random: Generator
+    size: NDArray[np.float64],
+    heading: NDArray[np.float64],
+    apart_m: NDArray[np.float64],
+    extent_m: NDArray[np.float64],
+    random: Generator,
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Places (M, 2) within the area, and which of them (M,) overlap none before them nor the sensor's own car.
+    """Places (M, 2) within the area, and which of them (M,) overlap none before them and are apart from the sensor.
 
     An object is taken as DISCS discs that cover its footprint, so what is free is free of the rectangle too.
     """
@@ -176,23 +183,25 @@ def find_room(
     offset = np.stack([spread * np.cos(heading)[:, None], spread * np.sin(heading)[:, None]], axis=-1)
     radius = np.hypot(size[:, 0] / DISCS, size[:, 1]) / 2 + GAP_M
     place = random.uniform(extent_m[:2], extent_m[2:], (len(size), 2))
-    free = overlap_none_before(place[:, None] + offset, radius)
+    free = overlap_none_before(place[:, None] + offset, radius, apart_m)
     for _ in range(ROUNDS):
         if free.all():
             break
         place[~free] = random.uniform(extent_m[:2], extent_m[2:], (int((~free).sum()), 2))
-        free = overlap_none_before(place[:, None] + offset, radius)
+        free = overlap_none_before(place[:, None] + offset, radius, apart_m)
     return place, free
 
 
-def overlap_none_before(discs: NDArray[np.float64], radius: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """(M,): whose discs (M, DISCS, 2) touch neither the sensor's car nor those of an object of a lower number."""
+def overlap_none_before(
+    discs: NDArray[np.float64], radius: NDArray[np.float64], apart_m: NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """(M,): whose discs (M, DISCS, 2) are apart from the sensor, and from those of all objects of lower numbers."""
     num, each = discs.shape[:2]
     x, y = discs.reshape(-1, 2).T
     squared = (x[:, None] - x) ** 2 + (y[:, None] - y) ** 2
     nearest = squared.reshape(num, each, num, each).min(axis=(1, 3), initial=np.inf)  # (M, M)
-    touch = np.tril(nearest < (radius[:, None] + radius) ** 2, -1).any(1)
-    return np.asarray(~touch & ((discs**2).sum(-1).min(1, initial=np.inf) > (radius + EGO_RADIUS_M) ** 2))
+    touches = np.tril(nearest < (radius[:, None] + radius) ** 2, -1).any(1)
+    return np.asarray(~touches & ((discs**2).sum(-1).min(1, initial=np.inf) > (radius + apart_m) ** 2))
 
 
 def solids_of(scene: Scene) -> Solids:

@@ -249,18 +249,26 @@ def outlines(boxes: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[n
     return np.concatenate([inner_low, inner_high], axis=1), 1 - inside
 
 
-def write_scenes(out: str | os.PathLike[str], options: SimulationOptions, splits: Sequence[str], seed: int) -> None:
-    """Writes the scenes in KITTI's layout, for the kitti source.
+def write_scenes(
+    out: str | os.PathLike[str], options: SimulationOptions, splits: Sequence[str], seed: int
+) -> dict[str, int]:
+    """Writes the scenes in KITTI's layout, for the kitti source; how many of each split.
 
     ImageSets/<split>.txt, which names the frames, comes last: without it a split was not finished.
     """
     folder = Path(out)
-    sources = [SimulatedSource(options, split, seed) for split in splits]
+    sources = [source for split in splits if len(source := SimulatedSource(options, split, seed))]
     for source in sources:
         path = folder / "ImageSets" / f"{source.split}.txt"
         if path.exists():
             raise DataError(f"{path} is there already; name another folder, or remove this one")
-    for source in filter(len, sources):
-        for index in range(len(source)):
-            write_frame(folder, source.frame(index))
-        write_split(folder, source.split, [source.name(index) for index in range(len(source))])
+    try:
+        for source in sources:
+            for index in range(len(source)):
+                write_frame(folder, source.frame(index))
+            write_split(folder, source.split, [source.name(index) for index in range(len(source))])
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be written: {error.strerror} ({error.filename}); name another folder"
+        ) from error
+    return {source.split: len(source) for source in sources}
