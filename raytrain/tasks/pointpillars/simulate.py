@@ -90,8 +90,8 @@ class SimulationOptions(BaseModel):
     @field_validator("CARS", "VANS", "PEDESTRIANS", "CYCLISTS", "POLES", "WALLS")
     @classmethod
     def _ordered(cls, value: list[int]) -> list[int]:
-        if value[0] > value[1] or value[1] > 200:
-            raise ValueError("it must be [least, most], of which neither is above 200")
+        if value[0] > value[1] or value[1] > 100:
+            raise ValueError("it must be [least, most], of which neither is above 100")
         return value
 
     @field_validator("ELEVATION_DEG")
