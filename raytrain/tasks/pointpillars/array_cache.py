@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import stat
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from raytrain.errors import StorageError
 from raytrain.storage import LocalStorage
 
+WRITABLE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -27,12 +29,14 @@ def cached_arrays(path: Path, digest: str, make: Callable[[], Arrays]) -> Arrays
     if kept is not None:
         return kept
     arrays = make()
+    if not path.parent.stat().st_mode & WRITABLE:  # root could write there all the same, and is not asked to
+        return arrays
     file = io.BytesIO()
     named: dict[str, Any] = {**arrays, "digest": np.array(digest)}
     np.savez(file, **named)
     try:
         LocalStorage(path.parent).write_bytes(path.name, file.getvalue())
-    except StorageError:  # a data set that many share is often read-only
+    except StorageError:  # not this user's, or a disk that is full
         pass
     return arrays
 
@@ -40,7 +44,8 @@ def cached_arrays(path: Path, digest: str, make: Callable[[], Arrays]) -> Arrays
 def _read(path: Path, digest: str) -> Arrays | None:
     """None where there is no such file, or it is damaged (a zip file has checksums) or made of something else."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: np.load leaves the file of an archive open in which it finds no directory.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             if str(file["digest"]) != digest:
                 return None
             return {name: file[name] for name in file.files if name != "digest"}

@@ -175,21 +175,16 @@ def write_labels(path: Path, annotations: Annotations) -> None:
     Numbers of two decimals read back as the same bits.
     """
     digits = 2 if annotations.scores is None else 4
+    length, height, width = annotations.dimensions.T
+    before = np.column_stack([annotations.alpha, annotations.bbox])
+    after = np.column_stack([height, width, length, annotations.location, annotations.rotation_y])
+    if annotations.scores is not None:
+        after = np.column_stack([after, annotations.scores])
     lines = []
     for i, name in enumerate(annotations.names):
-        length, height, width = annotations.dimensions[i]
-        after = [height, width, length, *annotations.location[i], annotations.rotation_y[i]]
-        dont_care = name == "DontCare"  # KITTI writes all but the bbox of these without decimals
-        words = [
-            str(name),
-            _word(annotations.truncated[i], 0 if dont_care else digits),
-            _word(annotations.occluded[i], 0),
-            _word(annotations.alpha[i], 0 if dont_care else digits),
-            *(_word(value, digits) for value in annotations.bbox[i]),
-            *(_word(value, 0 if dont_care else digits) for value in after),
-        ]
-        if annotations.scores is not None:
-            words.append(_word(annotations.scores[i], digits))
+        whole = name == "DontCare"  # whose whole numbers KITTI writes without decimals
+        words = [str(name), _word(annotations.truncated[i], digits, whole), _word(annotations.occluded[i], 0)]
+        words += [_word(value, digits, whole) for value in (*before[i], *after[i])]
         lines.append(" ".join(words) + "\n")
     path.write_text("".join(lines))
 
@@ -200,8 +195,9 @@ def read_calibration(path: Path) -> Calibration:
 
 def parse_calibration(content: bytes, path: Path) -> Calibration:
     found: dict[str, NDArray[np.float64]] = {}
-    for number, (name, *words) in _lines(content, path):
-        shape = MATRICES.get(name.removesuffix(":"))
+    for number, (first, *words) in _lines(content, path):
+        name = first.removesuffix(":")
+        shape = MATRICES.get(name)
         if shape is None:
             continue
         if len(words) != math.prod(shape):
@@ -211,7 +207,7 @@ def parse_calibration(content: bytes, path: Path) -> Calibration:
         matrix = np.array(_numbers(words, path, number)).reshape(shape)
         if np.linalg.matrix_rank(matrix[:, :3]) < 3:
             raise _malformed(path, number, f"has a singular matrix {name}, which cannot be a camera's")
-        found[name.removesuffix(":")] = matrix
+        found[name] = matrix
     for name in MATRICES:
         if name not in found:
             raise DataError(f"frame {path.stem}: {path} has no line {name}:, which says where the camera is")
@@ -265,8 +261,8 @@ def difficulty_of(annotations: Annotations) -> NDArray[np.int64]:
     return difficulty
 
 
-def _word(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}"
+def _word(value: float, digits: int, whole: bool = False) -> str:
+    return f"{value:.{0 if whole and float(value).is_integer() else digits}f}"
 
 
 def _lines(content: bytes, path: Path) -> Iterator[tuple[int, list[str]]]:
