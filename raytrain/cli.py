@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import functools
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -147,6 +149,22 @@ def build_parser() -> Parser:
     add_set_argument(evaluate)
     evaluate.set_defaults(run=run_eval)
 
+    simulate = commands.add_parser(
+        "simulate", help="write simulated LiDAR scenes as KITTI has them", allow_abbrev=False
+    )
+    simulate.add_argument("out", metavar="OUT", help="the folder to write: ImageSets and training")
+    simulate.add_argument("--scenes", type=count, metavar="N", help="scenes of each split (SIMULATION.NUM_SCENES)")
+    simulate.add_argument("--split", choices=("train", "val", "both"), default="both", help="which scenes (both)")
+    simulate.add_argument(
+        "--seed",
+        type=functools.partial(count, least=0),
+        metavar="N",
+        help="seed of the scenes; else the config's, else 0",
+    )
+    simulate.add_argument("--cfg_file", metavar="YAML", help="a config, for its DATA_CONFIG.SIMULATION")
+    add_set_argument(simulate, "config keys, dotted; without --cfg_file those of SIMULATION: --set BEAMS 32")
+    simulate.set_defaults(run=run_simulate)
+
     show = commands.add_parser("show-config", help="print the resolved config", allow_abbrev=False)
     add_config_arguments(show)
     add_set_argument(show)
@@ -167,21 +185,24 @@ def add_void_arguments(parser: argparse.ArgumentParser, flags: dict[str, tuple[b
         parser.add_argument(flag, nargs="?" if takes_value else 0, action=_Void, help=argparse.SUPPRESS, const=reason)
 
 
-def add_set_argument(parser: argparse.ArgumentParser) -> None:
+ANY_KEY = "any config keys, dotted: --set OPTIMIZATION.LR 1e-3 MODEL.WIDTH 32"
+
+
+def add_set_argument(parser: argparse.ArgumentParser, what: str = ANY_KEY) -> None:
     parser.add_argument(
         "--set",
         dest="set_words",
         nargs=argparse.REMAINDER,
         default=[],
         metavar="KEY VALUE",
-        help="any config keys, dotted: --set OPTIMIZATION.LR 1e-3 MODEL.WIDTH 32 (must come last)",
+        help=f"{what} (must come last)",
     )
 
 
-def count(word: str) -> int:
+def count(word: str, least: int = 1) -> int:
     """The type of a flag that counts something."""
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number >= 1")
+    if not word.isdecimal() or int(word) < least:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number >= {least}")
     return int(word)
 
 
@@ -271,6 +292,25 @@ def run_eval(args: argparse.Namespace) -> int:
     for name, value in evaluation.metrics.items():
         say(f"  {name:<12} {value:.6g}")
     say(f"  {'results':<12} {evaluation.folder}")
+    return EXIT_FINISHED
+
+
+def run_simulate(args: argparse.Namespace) -> int:
+    found: dict[str, Any] = {}
+    words, seed = list(args.set_words), args.seed
+    if args.cfg_file is not None:
+        from raytrain.config import load_config
+
+        cfg = load_config(args.cfg_file, words)
+        found, words = cfg.DATA_CONFIG.get("SIMULATION", {}), []
+        seed = cfg.SEED if seed is None else seed
+    if args.scenes is not None:
+        words += ["NUM_SCENES", f"train:{args.scenes},val:{args.scenes}"]
+    simulate = importlib.import_module("raytrain.tasks.pointpillars.simulate")  # by its path, as all that is a task's
+    splits = ("train", "val") if args.split == "both" else (args.split,)
+    written = simulate.write_scenes(args.out, simulate.simulation_options(found, words), splits, seed or 0)
+    say(f"{args.out}: {' and '.join(f'{number} scenes of {split}' for split, number in written.items())}")
+    say(f"  train on them with --set DATA_CONFIG.SOURCE kitti DATA_CONFIG.DATA_PATH {args.out}")
     return EXIT_FINISHED
 
 

@@ -224,6 +224,7 @@ def test_a_failing_evaluation_shows_the_users_own_traceback(folder: Path, capsys
     [
         ("--help", 0, True),
         ("train --help", 0, True),
+        ("simulate --help", 0, True),
         ("train --cfg_file run.yaml --epoch 3", 2, True),
         ("train", 2, True),
         ("train --cfg_file none.yaml", 2, False),
