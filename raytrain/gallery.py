@@ -13,7 +13,7 @@ from raytrain.randomness import seed_all
 from raytrain.storage import Storage
 from raytrain.task import Task
 
-PNG = b"\x89PNG\r\n\x1a\n"
+PNG = re.compile(rb"\x89PNG\r\n\x1a\n.{4}IHDR.{8}", re.DOTALL)  # up to its width and height, which tensorboard is told
 
 
 def pictures_of(
@@ -38,7 +38,7 @@ def pictures_of(
             raise TaskError(
                 f"{where} named a picture {name!r:.60}; use letters, digits, _, - and . (a file is named so)"
             )
-        if not isinstance(data, bytes) or not data.startswith(PNG):
+        if not isinstance(data, bytes) or not PNG.match(data):
             raise TaskError(
                 f"{where} gave {type(data).__name__} {data!r:.40} as picture {name}; give a PNG file's bytes"
             )

@@ -230,6 +230,7 @@ def test_no_more_pictures_are_taken_than_were_asked_for(tmp_path: Path) -> None:
         ([("a/b", png(0))], "named a picture 'a/b'; use letters"),
         ([("..", png(0))], "named a picture '..'; use letters"),
         ([("a", b"GIF89a")], "gave bytes b'GIF89a' as picture a; give a PNG file's bytes"),
+        ([("a", png(0)[:20])], "as picture a; give a PNG file's bytes"),
     ],
 )
 def test_what_is_no_picture_is_named(given: Any, told: str, tmp_path: Path) -> None:
