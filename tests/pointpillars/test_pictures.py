@@ -40,7 +40,7 @@ def metres(png: bytes, colour: str, area: tuple[float, ...] = AREA) -> NDArray[n
     """(K, 2): x and y of the pixels of exactly that colour within the map, whose frame is found by its own size."""
     colours = pytest.importorskip("matplotlib.colors")
     image = pixels(png)
-    left, right, bottom, top = 70, 95, 60, 75  # pixels of margin
+    left, right, bottom, top = 70, 95, 60, 95  # pixels of margin
     inside = image[top : image.shape[0] - bottom, left : image.shape[1] - right]
     rows, columns = np.nonzero((np.abs(inside - np.array(colours.to_rgb(colour))) < 2 / 255).all(-1))
     x = area[2] - (rows + 0.5) / inside.shape[0] * (area[2] - area[0])
@@ -82,8 +82,8 @@ def test_labels_and_detections_have_colours_of_their_own() -> None:
 
 def test_points_are_drawn_and_higher_ones_brighter() -> None:
     drawn, empty = (pixels(birds_eye(points, NONE, None, AREA, "")) for points in (ground(20000), ground(0)))
-    brightness = drawn[75:-60, 70:-95].mean(-1)  # of the map, which is 80 m wide
-    assert brightness.mean() > 1.2 * empty[75:-60, 70:-95].mean()
+    brightness = drawn[95:-60, 70:-95].mean(-1)  # of the map, which is 80 m wide
+    assert brightness.mean() > 1.2 * empty[95:-60, 70:-95].mean()
     width = brightness.shape[1]
     wall, flat = (brightness[:, int(width * (40 - y - 0.5) / 80) : int(width * (40 - y + 0.5) / 80)] for y in (30, -30))
     assert wall.mean() > 1.2 * flat.mean()

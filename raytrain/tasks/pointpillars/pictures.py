@@ -21,7 +21,7 @@ LABELLED, FOUND = "#3ddc84", "#ff9f1c"  # green and orange: apart for the colour
 HEIGHTS = ["#3d62a0", "#5f8fc9", "#a9c8e8", "#f4f9ff"]  # low to high; no hue that a box has
 PIXELS_PER_INCH = 100
 LONG_SIDE = 9.0  # inches, of the map
-MARGINS = (0.7, 0.95, 0.6, 0.75)  # inches, left, right, bottom, top
+MARGINS = (0.7, 0.95, 0.6, 0.95)  # inches, left, right, bottom, top
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,17 +92,17 @@ def _map(area: Sequence[float], title: str) -> tuple[Figure, Axes]:
     if not (x1 > x0 and y1 > y0):
         raise TaskError(f"a picture of x {x0} to {x1} and y {y0} to {y1} has no extent; give x0 y0 x1 y1 in metres")
     inches = LONG_SIDE / max(x1 - x0, y1 - y0)
-    width, height = max((y1 - y0) * inches, 4.0), max((x1 - x0) * inches, 4.0)
+    width, height = max((y1 - y0) * inches, 4.0), max((x1 - x0) * inches, 2.0)  # the legend fits
     left, right, bottom, top = MARGINS
     total = (left + width + right, bottom + height + top)
     figure = Figure(figsize=total, dpi=PIXELS_PER_INCH)
     FigureCanvasAgg(figure)
     place = (left / total[0], bottom / total[1], width / total[0], height / total[1])
     axes = figure.add_axes(place, facecolor=GROUND, aspect="equal", xlim=(y1, y0), ylim=(x0, x1))
-    axes.set_title(title, color=TEXT, fontsize=13, loc="left", pad=12, parse_math=False)
+    axes.set_title(title, color=TEXT, fontsize=13, loc="left", pad=30, parse_math=False)
     axes.set_xlabel("y (m), to the left", color=TEXT)
     axes.set_ylabel("x (m), ahead", color=TEXT)
-    axes.tick_params(colors=TEXT, length=0)
+    axes.tick_params(colors=TEXT, length=0, pad=7)
     for spine in axes.spines.values():
         spine.set_color(GRID)
     for radius in range(10, int(np.hypot(max(abs(x0), abs(x1)), max(abs(y0), abs(y1)))) + 1, 10):
@@ -126,7 +126,7 @@ def _draw_points(axes: Axes, points: NDArray[np.floating], area: Sequence[float]
         c=points[:, 2],
         cmap=LinearSegmentedColormap.from_list("heights", HEIGHTS),
         vmin=low,
-        vmax=max(high, low + 0.1),
+        vmax=max(high, low + 1.0),  # metres: flat ground is one colour
         s=1.5,
         marker="o",
         linewidths=0,
@@ -179,14 +179,16 @@ def _write(
 
 
 def _draw_legend(axes: Axes, entries: list[tuple[str, str]]) -> None:
-    """Above the map on the right, where it hides nothing."""
+    """Between title and map, where it hides nothing."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=colour, linewidth=2.4, label=label) for label, colour in entries]
     axes.legend(
         handles=handles,
-        loc="lower right",
-        bbox_to_anchor=(1.0, 1.0),
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        borderaxespad=0.3,
+        borderpad=0.1,
         ncols=len(handles),
         frameon=False,
         labelcolor=TEXT,
