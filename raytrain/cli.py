@@ -165,6 +165,15 @@ def build_parser() -> Parser:
     add_set_argument(simulate, "config keys, dotted; without --cfg_file those of SIMULATION: --set BEAMS 32")
     simulate.set_defaults(run=run_simulate)
 
+    look = commands.add_parser(
+        "view", help="draw validation samples, with what a checkpoint predicts", allow_abbrev=False
+    )
+    add_config_arguments(look)
+    look.add_argument("--ckpt", metavar="PATH", help="the checkpoint; else the run's best one, its newest, or none")
+    look.add_argument("--count", type=count, metavar="N", help="how many pictures (EVAL.PICTURES)")
+    add_set_argument(look)
+    look.set_defaults(run=run_view)
+
     show = commands.add_parser("show-config", help="print the resolved config", allow_abbrev=False)
     add_config_arguments(show)
     add_set_argument(show)
@@ -292,6 +301,21 @@ def run_eval(args: argparse.Namespace) -> int:
     for name, value in evaluation.metrics.items():
         say(f"  {name:<12} {value:.6g}")
     say(f"  {'results':<12} {evaluation.folder}")
+    if evaluation.pictures:
+        say(f"  {'pictures':<12} {evaluation.pictures}")
+    if evaluation.warning:
+        print(f"warning: {evaluation.warning}", file=sys.stderr)
+    return EXIT_FINISHED
+
+
+def run_view(args: argparse.Namespace) -> int:
+    cfg = load(args)
+    from raytrain.evaluation import view
+
+    seen = view(cfg, args.ckpt, count=args.count)
+    say(seen.checkpoint or "no checkpoint: the data alone")
+    for path in seen.pictures:
+        say(f"  {path}")
     return EXIT_FINISHED
 
 

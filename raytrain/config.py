@@ -219,6 +219,7 @@ class Checkpoint(Section):
 
 class Eval(Section):
     EVERY: Count | None = 1  # epochs; None: only at the end
+    PICTURES: Natural = 4  # that a task draws at the end of training and in `raytrain eval`
 
 
 class Log(Section):

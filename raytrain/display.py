@@ -17,6 +17,12 @@ REDRAW_S = 0.1
 SCREEN_LINES = 40
 LINE_LENGTH = 240  # a message that prints a whole tensor must not fill the screen by itself
 SAMPLES_SHOWN = 12
+LOCATIONS = {
+    "checkpoint": "checkpoint",
+    "best_checkpoint": "best one",
+    "pictures": "pictures",
+    "run_dir": "run folder",
+}
 
 
 class Display:
@@ -164,7 +170,7 @@ def end_text(end: Record) -> str:
     if end.get("best"):
         best = ", ".join(f"{name} {number(value)}" for name, value in end["best"].items())
         lines.append(f"  {'best':<12} {best}")
-    for name, title in (("checkpoint", "checkpoint"), ("best_checkpoint", "best one"), ("run_dir", "run folder")):
+    for name, title in LOCATIONS.items():
         if end.get(name):
             lines.append(f"  {title:<12} {end[name]}")
     if end.get("run_dir"):

@@ -1,4 +1,4 @@
-"""One checkpoint, evaluated by itself."""
+"""One checkpoint, evaluated by itself, and looked at."""
 
 from __future__ import annotations
 
@@ -7,35 +7,54 @@ import dataclasses
 import io
 import json
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch.utils.data import Subset
 
 from raytrain import loop
-from raytrain.config import Config, load_config, with_overrides
+from raytrain.config import Config, Eval, load_config, with_overrides
 from raytrain.errors import CheckpointError, TaskError
 from raytrain.failure import explains_itself, failure_of, keep_traceback
 from raytrain.feed import Feed
+from raytrain.gallery import pictures_of, why_not_drawn, write_pictures
 from raytrain.launch import as_seen
 from raytrain.progress import Progress
 from raytrain.randomness import seed_all
 from raytrain.records import strict
 from raytrain.resume import load_origin, origin_at
 from raytrain.start import run_dir_of
-from raytrain.state import build_run, load_model_state
-from raytrain.storage import open_storage
+from raytrain.state import RunState, build_run, load_model_state
+from raytrain.storage import Storage, open_storage
 from raytrain.store import Store
-from raytrain.task import make_task
+from raytrain.task import Task, make_task
 from raytrain.worker import build_datasets, device_here, plan_of, prepare_torch, torch_put_back
 from raytrain.world import World
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.   folder: where metrics.json (and predictions.pt) lie"""
+    """What an evaluation found.
+
+    folder:   where metrics.json lies (and predictions.pt)
+    pictures: the folder of its pictures, if there are any
+    warning:  why there are none, where they were asked for
+    """
 
     metrics: dict[str, float]
     checkpoint: str
     folder: str
+    pictures: str | None = None
+    warning: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Paths of pictures, and of the checkpoint whose predictions they show, if they show any."""
+
+    pictures: list[str]
+    checkpoint: str | None
 
 
 def evaluate(
@@ -56,45 +75,116 @@ def evaluate(
     if batch_size is not None:
         cfg = with_overrides(cfg, ["OPTIMIZATION.BATCH_SIZE_PER_GPU", str(batch_size)])
     run_dir = run_dir_of(cfg)
+    with _explained("The evaluation", run_dir):
+        return _evaluated(cfg, run_dir, checkpoint, eval_tag, save_predictions)
+
+
+def view(cfg: Config | str | os.PathLike[str], checkpoint: str | None = None, *, count: int | None = None) -> View:
+    """Pictures of the first samples of the validation split, in this process.
+
+    With what a checkpoint predicts, where one is named or the run folder has one; of the data alone otherwise.
+    count: how many; None takes EVAL.PICTURES.   Raises RaytrainError.
+    """
+    if not isinstance(cfg, Config):
+        cfg = load_config(cfg)
+    cfg = with_overrides(cfg, ["LOADER.WORKERS", "0"])  # a few samples come sooner than loader workers
+    run_dir = run_dir_of(cfg)
+    with _explained("Drawing", run_dir):
+        return _viewed(cfg, run_dir, checkpoint, count or cfg.EVAL.PICTURES or Eval().PICTURES)
+
+
+@contextlib.contextmanager
+def _explained(what: str, run_dir: str) -> Iterator[None]:
+    """torch is afterwards set as it was, and a failure is told as one of training is."""
     try:
         with torch_put_back():
-            return _evaluated(cfg, run_dir, checkpoint, eval_tag, save_predictions)
+            yield
     except Exception as error:
         if explains_itself(error):
             raise
-        raise as_seen(failure_of(error, 0, {"what": "The evaluation"}, keep_traceback(error, run_dir))) from error
+        raise as_seen(failure_of(error, 0, {"what": what}, keep_traceback(error, run_dir))) from error
 
 
 def _evaluated(cfg: Config, run_dir: str, checkpoint: str | None, eval_tag: str, save_predictions: bool) -> Evaluation:
     storage = open_storage(run_dir)
+    checkpoint = checkpoint or chosen_checkpoint(cfg, storage)
     if checkpoint is None:
-        store = Store(storage, cfg.CHECKPOINT, "")
-        found = store.best() or store.latest_verified()[0]
-        if found is None:
-            raise CheckpointError(f"{storage.path_of('')} holds no checkpoint to evaluate; name one with --ckpt")
-        checkpoint = found.path
+        raise CheckpointError(f"{storage.path_of('')} holds no checkpoint to evaluate; name one with --ckpt")
     seed_all(cfg.SEED, "task")
     task = make_task(cfg)
-    datasets = build_datasets(task, cfg.SEED)
-    if "val" not in datasets:
-        raise TaskError(f"{cfg.TASK}: build_dataset('val') gives None, so there is nothing to evaluate on")
-    world = World(device=device_here(cfg))
-    prepare_torch(cfg, world.device)
-    run = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), world), world)
-    payload = load_origin(origin_at(checkpoint))
-    load_model_state(run.model, payload["model_state"], checkpoint)
-    epoch = int(payload.get("epoch", 0))
-    run.progress = Progress(epoch)
-    trained = dataclasses.replace(run.plan, num_epochs=epoch)  # nothing is left to train: the stream is validation only
-    channels_last = cfg.OPTIMIZATION.CHANNELS_LAST
-    feed = Feed(task, datasets, trained, world, cfg.LOADER, cfg.SEED, lambda epoch: False, channels_last)
-    with contextlib.closing(feed):
-        feed.start(run.progress, evaluate_first=True)
+    datasets = validated_datasets(cfg, task)
+    run = restored(cfg, task, datasets, checkpoint)
+    with contextlib.closing(validation_feed(cfg, task, run, datasets)) as feed:
         metrics, predictions = loop.evaluate(run, task, feed)
-    name = f"eval/epoch_{epoch}/val/{eval_tag}"
+    name = f"eval/epoch_{run.progress.epoch}/val/{eval_tag}"
     storage.write_bytes(f"{name}/metrics.json", json.dumps(strict(metrics), indent=1).encode() + b"\n")
     if save_predictions:
         buffer = io.BytesIO()
         torch.save(predictions, buffer)
         storage.write_bytes(f"{name}/predictions.pt", buffer.getvalue())
-    return Evaluation(metrics, checkpoint, storage.path_of(name))
+    evaluation = Evaluation(metrics, checkpoint, storage.path_of(name))
+    if not (task.has_pictures() and cfg.EVAL.PICTURES):
+        return evaluation
+    try:
+        pictures = pictures_of(task, predictions, datasets["val"], cfg.EVAL.PICTURES, cfg.SEED, run.progress.epoch)
+        drawn = write_pictures(pictures, storage, f"{name}/pictures")
+    except Exception as error:  # the metrics are what was asked for, and they are there
+        return dataclasses.replace(evaluation, warning=why_not_drawn(error, task, run_dir))
+    return dataclasses.replace(evaluation, pictures=storage.path_of(f"{name}/pictures") if drawn else None)
+
+
+def _viewed(cfg: Config, run_dir: str, checkpoint: str | None, count: int) -> View:
+    seed_all(cfg.SEED, "task")
+    task = make_task(cfg)
+    if not task.has_pictures():
+        raise TaskError(
+            f"{cfg.TASK} draws no pictures; write {type(task).__name__}.pictures(predictions, dataset, count): "
+            "a generator of (name, PNG bytes) of the first `count` samples"
+        )
+    datasets, storage = validated_datasets(cfg, task), open_storage(run_dir)
+    checkpoint = checkpoint or chosen_checkpoint(cfg, storage)
+    epoch, name, predictions = 0, "view/data", []
+    if checkpoint is not None and task.has_predict():
+        run = restored(cfg, task, datasets, checkpoint)
+        epoch, name = run.progress.epoch, f"view/epoch_{run.progress.epoch}"
+        first = Subset(datasets["val"], range(min(count, len(datasets["val"]))))
+        with contextlib.closing(validation_feed(cfg, task, run, {**datasets, "val": first})) as feed:
+            predictions = [prediction for _, prediction in loop.predict_split(run, task, feed)]
+    pictures = pictures_of(task, predictions, datasets["val"], count, cfg.SEED, epoch)
+    names = write_pictures(pictures, storage, name)
+    return View([storage.path_of(f"{name}/{each}.png") for each in names], checkpoint if predictions else None)
+
+
+def chosen_checkpoint(cfg: Config, storage: Storage) -> str | None:
+    """Where a run folder's best checkpoint lies, else its newest that can be trusted."""
+    store = Store(storage, cfg.CHECKPOINT, "")
+    found = store.best() or store.latest_verified()[0]
+    return found.path if found else None
+
+
+def validated_datasets(cfg: Config, task: Task) -> dict[str, Any]:
+    """The data sets by split; a TaskError where there is none for validation."""
+    datasets = build_datasets(task, cfg.SEED)
+    if "val" not in datasets:
+        raise TaskError(f"{cfg.TASK}: build_dataset('val') gives None, so there is nothing to evaluate on")
+    return datasets
+
+
+def restored(cfg: Config, task: Task, datasets: dict[str, Any], checkpoint: str) -> RunState:
+    """A run on this process's device with a checkpoint's weights, at its epoch."""
+    world = World(device=device_here(cfg))
+    prepare_torch(cfg, world.device)
+    run = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), world), world)
+    payload = load_origin(origin_at(checkpoint))
+    load_model_state(run.model, payload["model_state"], checkpoint)
+    run.progress = Progress(int(payload.get("epoch", 0)))
+    return run
+
+
+def validation_feed(cfg: Config, task: Task, run: RunState, datasets: dict[str, Any]) -> Feed:
+    """The validation split's batches, and nothing after them."""
+    trained = dataclasses.replace(run.plan, num_epochs=run.progress.epoch)  # nothing is left to train
+    channels_last = cfg.OPTIMIZATION.CHANNELS_LAST
+    feed = Feed(task, datasets, trained, run.world, cfg.LOADER, cfg.SEED, lambda epoch: False, channels_last)
+    feed.start(run.progress, evaluate_first=True)
+    return feed

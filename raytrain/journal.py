@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -282,11 +283,12 @@ def _is_torn(path: Path) -> bool:
 
 
 class TensorBoardSink:
-    """tensorboard/: step curves in the folder, evaluation curves (x = finished epochs) in its `eval`.
+    """tensorboard/: step curves in the folder, evaluation curves and pictures (x = finished epochs) in its `eval`.
 
     Two folders because a resume hides the overwritten points by their x, and the two count
     differently. A `run` record hides the steps and epochs after the ones it resumes from; the
     first evaluation hides itself if it had been done before.
+    A pictures record names files below the run folder, which is the parent of `folder`.
     Events are written here and now: tensorboardX's own queue starts a thread and blocks for ever
     when the disk is full.
     """
@@ -310,6 +312,9 @@ class TensorBoardSink:
                 self._eval_seen = True
             scalars = {f"eval/{name}": value for name, value in record["metrics"].items()}
             self._add(self._evals, record, record["epoch"], scalars)
+        elif record["kind"] == "pictures":
+            self._evals = self._evals or self._writer(self._folder / "eval")
+            self._add_pictures(self._evals, record)
 
     def flush(self) -> None:
         with _writing(self._folder):
@@ -356,6 +361,20 @@ class TensorBoardSink:
         ]
         with _writing(self._folder):
             writer.write_event(Event(wall_time=record["time"], step=x, summary=Summary(value=values)))
+
+    def _add_pictures(self, writer: EventsWriter, record: Record) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        for name in record["names"]:
+            path = self._folder.parent / record["folder"] / f"{name}.png"
+            with _writing(path):
+                png = path.read_bytes()
+            width, height = struct.unpack(">II", png[16:24])  # of the IHDR chunk, which comes first
+            image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
+            values = [Summary.Value(tag=f"pictures/{name}", image=image)]
+            with _writing(self._folder):
+                writer.write_event(Event(wall_time=record["time"], step=record["epoch"], summary=Summary(value=values)))
 
 
 def _step_scalars(record: Record) -> dict[str, Any]:
@@ -414,6 +433,8 @@ class LogSink:
             return [*resumed, banner(f"Start training {tag}")]
         if record["kind"] == "eval":
             return eval_lines(record, tag)
+        if record["kind"] == "pictures":
+            return [f"Drew {record['folder']}: {', '.join(record['names'])}"]
         if record["kind"] == "checkpoint":
             return [f"Saved {record['name']} (epoch {record['epoch']}, step {record['step']})"]
         if record["kind"] == "event":

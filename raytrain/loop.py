@@ -133,14 +133,13 @@ def rehearse(run: RunState, task: Task, batch: Any) -> None:
 
 
 @torch.no_grad()
-def evaluate(run: RunState, task: Task, feed: Feed) -> tuple[dict[str, float], list[Any]]:
-    """Collective. The metrics of the validation split, the same on every rank and for any number of them.
+def predict_split(run: RunState, task: Task, feed: Feed) -> list[tuple[int, Any]]:
+    """(position in the data set, prediction) of each sample of this process's part of the validation split.
 
-    On rank 0 also the predictions in the data set's order: (loss, samples) of each batch where
-    the task has no predict.
+    Where the task has no predict: (position, (loss, samples)) of each batch.
     """
     run.model.eval()
-    found: list[tuple[int, Any]] = []  # (position in the data set, prediction or loss)
+    found: list[tuple[int, Any]] = []
     for key in feed.validation_keys(run.progress.epoch):
         batch = feed.fetch(key)
         if run.compilation is not None:
@@ -152,6 +151,17 @@ def evaluate(run: RunState, task: Task, feed: Feed) -> tuple[dict[str, float], l
             else:
                 loss = loss_of(task.model_func(run.model, batch), task)
                 found.append((key.ids[0], (float(loss), len(key.ids))))
+    return found
+
+
+@torch.no_grad()
+def evaluate(run: RunState, task: Task, feed: Feed) -> tuple[dict[str, float], list[Any]]:
+    """Collective. The metrics of the validation split, the same on every rank and for any number of them.
+
+    On rank 0 also the predictions in the data set's order: (loss, samples) of each batch where
+    the task has no predict.
+    """
+    found = predict_split(run, task, feed)
     feed.current = BatchKey("val", run.progress.epoch, ())  # what fails from here on is no batch's fault
     metrics: dict[str, float] = {}
     in_order: list[Any] = []
@@ -170,7 +180,9 @@ def finish_evaluation(
 ) -> None:
     """Collective. Evaluate, and write the metrics to the journal and to checkpoint `name`."""
     started = time.perf_counter()
-    metrics, _ = evaluate(run, task, feed)
+    metrics, predictions = evaluate(run, task, feed)
+    if run.plan.finished(run.progress):  # those of earlier epochs would take up memory while training goes on
+        run.predictions = predictions
     write_notes(run, journal)
     better = store.is_better(metrics, run.best)
     if better:

@@ -9,10 +9,11 @@ run         a launch starts or resumes after `step`: epoch, steps_per_epoch, num
 step        step (iterations done), epoch, iteration (of the epoch, from 0), loss, grad_norm, lr, momentum,
             samples, data_s, step_s, samples_per_s, terms {}, disp {}
 eval        step, epoch, metrics {}; shown where given: samples, seconds, best (true: the best so far)
+pictures    step, epoch, folder (below the run folder), names (of the files NAME.png in it)
 checkpoint  step, epoch, name
 event       event (what happened: failure, restart, skip ...), message
 end         status (finished, complete, stopped, failed), step, epoch; shown where given: metrics {},
-            best {}, checkpoint, best_checkpoint, run_dir, seconds, message
+            best {}, checkpoint, best_checkpoint, pictures, run_dir, seconds, message
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ Record = dict[str, Any]
 def read_journal(source: str | os.PathLike[str] | Iterable[str]) -> list[Record]:
     """The records that count, oldest first, of a journal file or of its lines.
 
-    Dropped are lines that a killed writer tore, step, eval and checkpoint records that a later
-    resume overwrote, and an evaluation that was done again at the same step.
+    Dropped are lines that a killed writer tore, step, eval, pictures and checkpoint records that a
+    later resume overwrote, and an evaluation or pictures that were made again at the same step.
     """
     if isinstance(source, (str, os.PathLike)):
         try:
@@ -45,8 +46,9 @@ def read_journal(source: str | os.PathLike[str] | Iterable[str]) -> list[Record]
     for record in filter(None, map(_parsed, source)):
         if record["kind"] == "run":
             effective = [r for r in effective if not _overwritten(r, record.get("step", 0))]
-        if record["kind"] == "eval":
-            effective = [r for r in effective if (r["kind"], r.get("step")) != ("eval", record.get("step"))]
+        if record["kind"] in ("eval", "pictures"):
+            same = record["kind"], record.get("step")
+            effective = [r for r in effective if (r["kind"], r.get("step")) != same]
         effective.append(record)
     return effective
 
@@ -77,7 +79,7 @@ def _parsed(line: str) -> Record | None:
 
 
 def _overwritten(record: Record, resumed_step: int) -> bool:
-    return record["kind"] in ("step", "eval", "checkpoint") and record.get("step", 0) > resumed_step
+    return record["kind"] in ("step", "eval", "pictures", "checkpoint") and record.get("step", 0) > resumed_step
 
 
 def strict(record: Mapping[str, Any]) -> Record:

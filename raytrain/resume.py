@@ -27,7 +27,10 @@ FIXED = {
     "SCALE.VIRTUAL_WORKERS": "samples would be dealt out differently",
 }
 # These say where and how fast a run runs, not what it computes.
-FREE = ("OUTPUT", "TAG", "EXTRA_TAG", "EXP_GROUP_PATH", "SCALE.NUM_WORKERS", "SCALE.MAX_FAILURES", "LOG.")
+FREE = (
+    *("OUTPUT", "TAG", "EXTRA_TAG", "EXP_GROUP_PATH"),
+    *("SCALE.NUM_WORKERS", "SCALE.MAX_FAILURES", "EVAL.PICTURES", "LOG."),
+)
 
 
 @dataclasses.dataclass(frozen=True)

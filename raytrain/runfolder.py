@@ -20,7 +20,7 @@ from raytrain import __version__
 from raytrain.errors import PreflightError
 from raytrain.journal import JsonlSink, LogSink, TensorBoardSink
 from raytrain.records import Record, log_file_name
-from raytrain.storage import Storage, open_storage
+from raytrain.storage import LocalStorage, Storage, open_storage
 
 LOCK = ".lock"
 JOURNAL = "journal.jsonl"
@@ -46,6 +46,11 @@ class RunFolder:
             if self.storage.exists(JOURNAL):
                 self.storage.download(JOURNAL, self._spool / JOURNAL)
         return self._spool
+
+    @property
+    def here(self) -> LocalStorage:
+        """`local`, for files that the journal tells of: sinks read them there, and `publish` copies them."""
+        return LocalStorage(self.local)
 
     def publish(self) -> None:
         """Copy what has grown since the last time, where that is needed."""

@@ -27,6 +27,7 @@ class RunState:
 
     best:        {"epoch", "step", "metrics"} of the best evaluation so far, by CHECKPOINT.METRIC
     metrics:     of the newest evaluation
+    predictions: of the last epoch's evaluation, on rank 0: pictures are drawn of them
     unevaluated: the checkpoint that the run stands at, if its evaluation is still owed
     compilation: where OPTIMIZATION.COMPILE asks for it
     notes:       what a user should know and no journal has yet, a line each
@@ -41,6 +42,7 @@ class RunState:
     progress: Progress = dataclasses.field(default_factory=Progress)
     best: dict[str, Any] | None = None
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    predictions: list[Any] = dataclasses.field(default_factory=list)
     unevaluated: str | None = None
     compilation: Compilation | None = None
     notes: list[str] = dataclasses.field(default_factory=list)

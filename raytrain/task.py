@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,8 +88,20 @@ class Task:
             "write it to give a dict of name -> number"
         )
 
+    def pictures(self, predictions: list[Any], dataset: Any, count: int) -> Iterator[tuple[str, bytes]]:
+        """Name and PNG bytes of each picture, of `count` samples of the validation split; none unless overridden.
+
+        predictions: of the first samples of `dataset`, or of all, in order; [] where there is no predict or no
+                     checkpoint yet: then what is drawn is the data
+        Asked for by `raytrain eval`, `raytrain view` and, on rank 0, the end of training (EVAL.PICTURES).
+        """
+        return iter(())
+
     def has_predict(self) -> bool:
         return type(self).predict is not Task.predict
+
+    def has_pictures(self) -> bool:
+        return type(self).pictures is not Task.pictures
 
 
 def move_to(batch: Any, device: torch.device) -> Any:

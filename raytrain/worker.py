@@ -25,6 +25,7 @@ from raytrain.control import Control, RayControl
 from raytrain.errors import PreflightError
 from raytrain.failure import failure_of
 from raytrain.feed import Feed, check_dataset
+from raytrain.gallery import pictures_of, why_not_drawn, write_pictures
 from raytrain.journal import Journal
 from raytrain.precision import fp32_precisions, set_fp32_precisions, set_tf32
 from raytrain.progress import Plan, Progress
@@ -107,9 +108,11 @@ def run_job(job: Job, world: World, control: Control) -> Outcome:
             run.unevaluated = checkpoint_name(run.progress) if evaluates else None
         began = time.monotonic()
         done = loop.train_model(run, task, feed, store, journal, control)
-        status = "finished" if done else "stopped"
+        status, seconds = "finished" if done else "stopped", time.monotonic() - began
         if world.is_first:
-            write_end(journal, run, store, status, time.monotonic() - began)
+            draws = task.has_pictures() and cfg.EVAL.PICTURES > 0 and done and run.predictions
+            pictures = draw_pictures(folder, run, task, feed.datasets["val"], journal) if draws else None
+            write_end(journal, run, store, status, seconds, pictures)
         return Outcome(status, run.progress, run.metrics, run.best)
 
 
@@ -256,7 +259,24 @@ def open_journal(
     return journal
 
 
-def write_end(journal: Journal, run: RunState, store: Store, status: str, seconds: float) -> None:
+def draw_pictures(folder: RunFolder, run: RunState, task: Task, dataset: Any, journal: Journal) -> str | None:
+    """Draw what the last evaluation predicted; where the pictures lie, None if something went wrong.
+
+    That is told and left at that, whatever it is: the run is trained, saved and evaluated, and must not end as failed.
+    """
+    name, epoch = f"eval/epoch_{run.progress.epoch}/val/pictures", run.progress.epoch
+    try:
+        pictures = pictures_of(task, run.predictions, dataset, run.config["EVAL"]["PICTURES"], run.seed, epoch)
+        names = write_pictures(pictures, folder.here, name)
+    except Exception as error:
+        told = why_not_drawn(error, task, folder.storage.path_of(""))
+        journal.write("event", event="warning", message=told)
+        return None
+    journal.write("pictures", step=run.progress.step, epoch=epoch, folder=name, names=names)
+    return folder.storage.path_of(name) if names else None
+
+
+def write_end(journal: Journal, run: RunState, store: Store, status: str, seconds: float, pictures: str | None) -> None:
     """The last record of a launch: how it ended, and where everything is."""
     newest, best = store.listed(), store.best()
     journal.write(
@@ -268,6 +288,7 @@ def write_end(journal: Journal, run: RunState, store: Store, status: str, second
         best=run.best["metrics"] if run.best else None,
         checkpoint=newest[0].name if newest else None,
         best_checkpoint=best.name if best else None,
+        pictures=pictures,
         run_dir=store.storage.path_of(""),
         seconds=seconds,
     )

@@ -53,6 +53,14 @@ def test_an_evaluation_done_again_at_the_same_step_counts_once() -> None:
     assert [record["n"] for record in records.read_journal(journal) if record["kind"] == "eval"] == [2]
 
 
+def test_pictures_drawn_again_after_a_resume_count_once() -> None:
+    drawn = [{"kind": "pictures", "step": 4, "names": [name]} for name in ("a", "b")]
+    journal = lines_of(run(0), drawn[0], run(4), drawn[1])
+    assert [record["names"] for record in records.read_journal(journal) if record["kind"] == "pictures"] == [["b"]]
+    journal = lines_of(run(0), drawn[0], run(2), step(3))
+    assert not [record for record in records.read_journal(journal) if record["kind"] == "pictures"]
+
+
 def test_a_run_that_starts_over_drops_every_earlier_step() -> None:
     assert records.read_journal(lines_of(run(0), step(1), run(0))) == [run(0), run(0)]
 

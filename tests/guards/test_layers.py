@@ -38,6 +38,7 @@ ORDER = [
     "display",
     "task",
     "world",
+    "gallery",
     "delivery",
     "feed",
     "firsts",
