@@ -13,7 +13,8 @@ from torch import nn
 from raytrain.errors import ConfigError
 from raytrain.sync_bn import convert_to_host_sync_batchnorm
 from raytrain.tasks.pointpillars.anchors import encode
-from raytrain.tasks.pointpillars.model import PillarLayer, PointPillar
+from raytrain.tasks.pointpillars.model import PointPillar
+from raytrain.tasks.pointpillars.pillars import PillarLayer, scattered
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pointpillar"
 INFO = json.loads((GOLDEN / "info.json").read_text())
@@ -131,6 +132,26 @@ def test_a_folded_layer_is_the_plain_layers_in_values_gradients_and_statistics(i
     torch.testing.assert_close(layer.eval()(points), plain_layer(twin.eval(), twin_points), **TOLERANCE)
     with torch.no_grad():
         torch.testing.assert_close(layer(points), plain_layer(twin, twin_points), **TOLERANCE)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_pillars_lie_in_their_cells_in_either_layout(channels_last):
+    pillars = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], requires_grad=True)
+    coords = torch.tensor([[0, 0, 1, 2], [1, 0, 0, 0], [1, 0, 1, 3]])
+    bev = scattered(pillars, coords, 2, (4, 2), channels_last)
+    wanted = torch.zeros(2, 2, 2, 4)
+    wanted[0, :, 1, 2], wanted[1, :, 0, 0], wanted[1, :, 1, 3] = pillars.detach()
+    assert torch.equal(bev, wanted)
+    assert bev.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    bev.square().sum().backward()
+    assert torch.equal(pillars.grad, 2 * pillars)
+
+
+def test_the_model_trains_in_channels_last_memory():
+    model, batch = trained_from_here()
+    model.to(memory_format=torch.channels_last)
+    loss, _ = model.loss(model(batch), batch["gt_boxes"])
+    assert loss.item() == pytest.approx(INFO["loss"], abs=2e-5)
 
 
 def test_synchronised_norms_see_what_the_pillars_norm_would(monkeypatch):
