@@ -67,7 +67,7 @@ def iou_3d_paired(a: Tensor, b: Tensor) -> Tensor:
 def nearest_bev(boxes: Tensor) -> Tensor:
     """Each box seen from above and turned to the nearest axis: (..., 7) -> (..., 4), x1 y1 x2 y2."""
     across = limit_period(boxes[..., 6]).abs() >= math.pi / 4
-    half = torch.where(across[..., None], boxes[..., [4, 3]], boxes[..., 3:5]) / 2
+    half = torch.where(across[..., None], boxes[..., 3:5].flip(-1), boxes[..., 3:5]) / 2
     return torch.cat([boxes[..., :2] - half, boxes[..., :2] + half], dim=-1)
 
 
