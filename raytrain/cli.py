@@ -303,6 +303,8 @@ def run_eval(args: argparse.Namespace) -> int:
     say(f"  {'results':<12} {evaluation.folder}")
     if evaluation.pictures:
         say(f"  {'pictures':<12} {evaluation.pictures}")
+    for note in evaluation.notes:
+        say(f"  note: {note}")
     if evaluation.warning:
         print(f"warning: {evaluation.warning}", file=sys.stderr)
     return EXIT_FINISHED

@@ -40,6 +40,7 @@ class Evaluation:
     folder:   where metrics.json lies (and predictions.pt)
     pictures: the folder of its pictures, if there are any
     warning:  why there are none, where they were asked for
+    notes:    what the task says of it
     """
 
     metrics: dict[str, float]
@@ -47,6 +48,7 @@ class Evaluation:
     folder: str
     pictures: str | None = None
     warning: str | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +124,7 @@ def _evaluated(cfg: Config, run_dir: str, checkpoint: str | None, eval_tag: str,
         buffer = io.BytesIO()
         torch.save(predictions, buffer)
         storage.write_bytes(f"{name}/predictions.pt", buffer.getvalue())
-    evaluation = Evaluation(metrics, checkpoint, storage.path_of(name))
+    evaluation = Evaluation(metrics, checkpoint, storage.path_of(name), notes=task.take_notes())
     if not (task.has_pictures() and cfg.EVAL.PICTURES):
         return evaluation
     try:

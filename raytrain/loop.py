@@ -66,7 +66,7 @@ def train_one_epoch(run: RunState, task: Task, feed: Feed, store: Store, journal
     for step in feed.epoch_steps(run.progress):
         began = run.progress
         stepped, returns = train_step(run, task, feed, step, wishes)
-        write_notes(run, journal)
+        write_notes(run, task, journal)
         run.progress = run.plan.advanced(began, step.consumed)
         step_end, data_s = time.perf_counter(), feed.take_wait_s()
         if journal.wants(run.progress.step, began.step % run.plan.steps_per_epoch, run.plan.steps_per_epoch):
@@ -183,7 +183,7 @@ def finish_evaluation(
     metrics, predictions = evaluate(run, task, feed)
     if run.plan.finished(run.progress):  # those of earlier epochs would take up memory while training goes on
         run.predictions = predictions
-    write_notes(run, journal)
+    write_notes(run, task, journal)
     better = store.is_better(metrics, run.best)
     if better:
         run.best = {"epoch": run.progress.epoch, "step": run.progress.step, "metrics": metrics}
@@ -206,8 +206,8 @@ def finish_evaluation(
     control.saved(name, metrics)
 
 
-def write_notes(run: RunState, journal: Journal) -> None:
-    for note in run.take_notes():
+def write_notes(run: RunState, task: Task, journal: Journal) -> None:
+    for note in (*run.take_notes(), *task.take_notes()):
         journal.write("event", event="note", message=note)
 
 

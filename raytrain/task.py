@@ -97,6 +97,20 @@ class Task:
         """
         return iter(())
 
+    def note(self, text: str) -> None:
+        """Tell the user something, once, in the journal and on the screen: a score with little behind it, say."""
+        told = vars(self).setdefault("_told", {})  # made here: a task need not call our __init__
+        told.setdefault(text, False)
+
+    def take_notes(self) -> list[str]:
+        """What `note` was given since this was last asked."""
+        told = vars(self).get("_told")
+        if not told:
+            return []
+        taken = [text for text, was_taken in told.items() if not was_taken]
+        told.update(dict.fromkeys(taken, True))
+        return taken
+
     def has_predict(self) -> bool:
         return type(self).predict is not Task.predict
 

@@ -1,1 +1,1 @@
-"""PointPillars on LiDAR scenes, simulated or KITTI's."""
+"""PointPillars on LiDAR scenes, simulated or KITTI's: `TASK: raytrain.tasks.pointpillars.task:PointPillars`."""
