@@ -1,6 +1,6 @@
 """PointPillars (Lang et al., CVPR 2019) as OpenPCDet's `PointPillar`: its parameters, its numbers, plain torch.
 
-A state_dict of either loads strictly into the other. The way there differs where that is faster: see PillarLayer and Head.
+A state_dict of either loads strictly into the other. What is done in another way, as it is faster: see PillarLayer, Head.
 """
 
 from __future__ import annotations
