@@ -56,8 +56,8 @@ class PillarLayer(nn.Module):
     Returns (V, num_out) of the last layer; of others (V, P, num_out), half of which is the maximum, repeated.
 
     BatchNorm after a linear map is a linear map, and its statistics follow from the mean and covariance of what comes
-    in (10 numbers and 10 x 10, whatever num_out is). So the norm is folded into the weights, and after the product all that
-    remains is the maximum: of (V, P, num_out) numbers one pass where three layers make twelve, forward and backward.
+    in (10 numbers and 10 x 10, however many go out). So the norm is folded into the weights, and after the product what
+    is left is the maximum: of (V, P, num_out) numbers one pass where three layers make twelve, forward and backward.
     As in OpenPCDet, slots without a point count in the statistics.
     """
 
