@@ -96,9 +96,8 @@ class Anchors(nn.Module):
         gt_boxes = F.pad(gt_boxes.float(), (0, 0, 0, 1))  # (B, M, 8)
         labels, rows = [], []
         for matching in self.matchings:
-            overlaps = [
-                self._overlaps(kind, gt_boxes, matching.label) for kind in matching.kinds
-            ]  # each (B, M, ny, nx)
+            # One class at a time: 0.5 GB for 4 frames of 100 boxes on KITTI's 321,408 anchors
+            overlaps = [self._overlaps(kind, gt_boxes, matching.label) for kind in matching.kinds]
             for label, row in _matched(overlaps, matching):
                 labels.append(label)
                 rows.append(row)

@@ -1,6 +1,6 @@
 """PointPillars (Lang et al., CVPR 2019) as OpenPCDet's `PointPillar`: its parameters, its numbers, plain torch.
 
-A state_dict of either loads strictly into the other. What is done in another way, as it is faster: see PillarLayer, Head.
+A state_dict of either loads strictly into the other. What is computed otherwise, as that is faster: PillarLayer, Head.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class PointPillar(nn.Module):
             self.global_step += 1
         num_frames = len(batch["gt_boxes"]) if "gt_boxes" in batch else int(batch["batch_size"])
         pillars = self.vfe(batch["voxels"], batch["voxel_num_points"], batch["voxel_coords"])
-        # Where OPTIMIZATION.CHANNELS_LAST asks for it: a fifth faster; the CPU's BatchNorm sums a digit less exactly.
+        # Only if OPTIMIZATION.CHANNELS_LAST says so: a fifth faster, but the CPU's BatchNorm sums a digit less exactly.
         channels_last = not next(self.backbone_2d.parameters()).is_contiguous()
         bev = scattered(pillars, batch["voxel_coords"], num_frames, self.grid_size, channels_last)
         outputs: dict[str, Tensor] = self.dense_head(self.backbone_2d(bev))

@@ -41,7 +41,7 @@ class PillarFeatures(nn.Module):
     def decorated(self, voxels: Tensor, num_points: Tensor, coords: Tensor) -> Tensor:
         """Each point with its offsets from its pillar's mean point and centre: (V, P, 10); zeros where no point is."""
         place = voxels[..., :3]
-        mean = place.sum(1, keepdim=True) / num_points.to(voxels.dtype).view(-1, 1, 1)
+        mean = place.sum(1, keepdim=True) / num_points.to(voxels.dtype).clamp(min=1).view(-1, 1, 1)
         centre = coords[:, 1:].flip(1).to(voxels.dtype) * self.voxel_size + self.middle  # (V, 3) x y z
         features = [voxels if self.with_place else voxels[..., 3:], place - mean, place - centre[:, None]]
         if self.with_distance:
@@ -56,8 +56,8 @@ class PillarLayer(nn.Module):
     Returns (V, num_out) of the last layer; of others (V, P, num_out), half of which is the maximum, repeated.
 
     BatchNorm after a linear map is a linear map, and its statistics follow from the mean and covariance of what comes
-    in (10 numbers and 100, whatever num_out is). So the norm is folded into the weights, and after the product all that
-    remains is the maximum: of (V, P, num_out) numbers one pass where three layers make twelve, forward and backward.
+    in (10 numbers and 10 x 10, however many go out). So the norm is folded into the weights, and after the product what
+    is left is the maximum: of (V, P, num_out) numbers one pass where three layers make twelve, forward and backward.
     As in OpenPCDet, slots without a point count in the statistics.
     """
 
@@ -116,7 +116,7 @@ def peaks(points: Tensor, weight: Tensor) -> Tensor:
     """The largest of points (V, P, F) @ weight (C, F) over each pillar's points: (V, C).
 
     The gradient of the weight asks only for the points that are largest, so only they are multiplied in its sight:
-    4,000 pillars of 16 points and 32 features take 30 ms, with the maximum's own gradient 80 (one CPU core).
+    12,000 pillars of 16 points and 32 features take 37 ms there and back, with the maximum's own gradient 100.
     """
     if not torch.is_grad_enabled():
         return F.linear(points, weight).amax(1)
