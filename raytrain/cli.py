@@ -292,14 +292,15 @@ def train_with_torchrun(cfg: Any, args: argparse.Namespace, options: dict[str, A
 
 def run_eval(args: argparse.Namespace) -> int:
     cfg = load(args)
+    from raytrain.display import metric_lines
     from raytrain.evaluation import evaluate
 
     evaluation = evaluate(
         cfg, args.ckpt, eval_tag=args.eval_tag, batch_size=args.batch_size, save_predictions=args.save_to_file
     )
     say(f"{evaluation.checkpoint}")
-    for name, value in evaluation.metrics.items():
-        say(f"  {name:<12} {value:.6g}")
+    for line in metric_lines(evaluation.metrics, "metrics.json"):
+        say(line)
     say(f"  {'results':<12} {evaluation.folder}")
     if evaluation.pictures:
         say(f"  {'pictures':<12} {evaluation.pictures}")

@@ -17,6 +17,7 @@ REDRAW_S = 0.1
 SCREEN_LINES = 40
 LINE_LENGTH = 240  # a message that prints a whole tensor must not fill the screen by itself
 SAMPLES_SHOWN = 12
+IN_A_LINE, IN_A_LIST = 4, 9  # metrics that are shown
 LOCATIONS = {
     "checkpoint": "checkpoint",
     "best_checkpoint": "best one",
@@ -157,8 +158,20 @@ def _joined(parts: Mapping[str, str]) -> str:
 def eval_text(record: Record) -> str:
     """`epoch 3  accuracy 0.9812  loss 0.07`."""
     metrics = [f"{name} {number(value)}" for name, value in record["metrics"].items()]
+    if len(metrics) > IN_A_LINE:
+        metrics = [*metrics[: IN_A_LINE - 1], f"and {len(metrics) - IN_A_LINE + 1} more"]
     best = ["best so far"] if record.get("best") is True else []
     return "  ".join([f"epoch {record['epoch']}", *metrics, *best])
+
+
+def metric_lines(metrics: Mapping[str, Any], where: str) -> list[str]:
+    """One for each of the first metrics, which are the ones a task cares for most; the rest are `where`."""
+    names = list(metrics)[:IN_A_LIST]
+    width = max([12, *map(len, names)])
+    lines = [f"  {name:<{width}} {number(metrics[name])}" for name in names]
+    if len(metrics) > len(names):
+        lines.append(f"  and {len(metrics) - len(names)} more in {where}")
+    return lines
 
 
 def end_text(end: Record) -> str:
@@ -166,7 +179,7 @@ def end_text(end: Record) -> str:
     took = f" in {eta(end['seconds'])}" if end.get("seconds") is not None else ""
     reason = f": {end['message']}" if end.get("message") else ""
     lines = [f"{end['status']} after epoch {end['epoch']}, step {end['step']}{took}{reason}"]
-    lines += [f"  {name:<12} {number(value)}" for name, value in (end.get("metrics") or {}).items()]
+    lines += metric_lines(end.get("metrics") or {}, "journal.jsonl")
     if end.get("best"):
         best = ", ".join(f"{name} {number(value)}" for name, value in end["best"].items())
         lines.append(f"  {'best':<12} {best}")

@@ -1,0 +1,138 @@
+"""The task: two sources, one run; the KITTI score; and three genuine frames that it learns by heart."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import raytrain
+from raytrain.cli import main
+from raytrain.errors import ConfigError
+from raytrain.tasks.pointpillars.frames import boxes_of, points_in_boxes
+from raytrain.tasks.pointpillars.geometry import iou_3d
+from raytrain.tasks.pointpillars.task import PointPillars
+
+TESTS = Path(__file__).parent.parent
+ROOT = TESTS.parent
+sys.path.insert(0, str(TESTS))
+from pillars_for_tests import CLASS_NAMES, DATA_CONFIG, MODEL, NUM_SCENES, anchors  # noqa: E402
+
+KITTI_MINI = ROOT.parent / "shared" / "kitti-mini"
+
+
+def config(folder: Path, name: str, **changes: Any) -> Path:
+    """A run of two epochs in one process."""
+    tree: dict[str, Any] = {
+        "TASK": "raytrain.tasks.pointpillars.task:PointPillars",
+        "OUTPUT": str(folder / "output"),
+        "CLASS_NAMES": CLASS_NAMES,
+        "DATA_CONFIG": copy.deepcopy(DATA_CONFIG),
+        "MODEL": copy.deepcopy(MODEL),
+        "OPTIMIZATION": {"BATCH_SIZE_PER_GPU": 4, "NUM_EPOCHS": 2, "LR": 0.003},
+        "SCALE": {"NUM_WORKERS": 0, "USE_GPU": False},
+        "LOADER": {"WORKERS": 0},
+        "EVAL": {"PICTURES": 1},
+    }
+    for dotted, value in changes.items():
+        section, _, key = dotted.partition("__")
+        tree[section][key] = value
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def payload(result: raytrain.Result) -> dict[str, Any]:
+    epoch_folders = sorted(Path(result.run_dir, "ckpt").glob("checkpoint_epoch_*"))
+    return torch.load(epoch_folders[-1] / "checkpoint.pth", weights_only=True)
+
+
+def test_scenes_that_were_written_train_to_the_same_bits_as_simulated_ones(tmp_path: Path) -> None:
+    simulated = config(tmp_path, "simulated")
+    there = raytrain.train(simulated, quiet=True)
+    assert main(["simulate", str(tmp_path / "scenes"), "--cfg_file", str(simulated)]) == 0
+    written = config(tmp_path, "written", DATA_CONFIG__SOURCE="kitti", DATA_CONFIG__DATA_PATH=str(tmp_path / "scenes"))
+    here = raytrain.train(written, quiet=True)
+    assert payload(there)["it"] == 2 * -(-NUM_SCENES // 4)
+    first, second = payload(there)["model_state"], payload(here)["model_state"]
+    assert list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
+    assert there.metrics == here.metrics and "Car_3d/moderate_R40" in there.metrics
+    pictures = [
+        sorted(path.name for path in Path(run.run_dir).glob("eval/*/val/pictures/*.png")) for run in (there, here)
+    ]
+    assert pictures == [["500000.png"], ["500000.png"]]
+
+
+def test_a_class_of_few_labels_brings_a_note_that_r40_cannot_reach_100(tmp_path: Path) -> None:
+    result = raytrain.train(config(tmp_path, "few", OPTIMIZATION__NUM_EPOCHS=1), quiet=True)
+    notes = [r["message"] for r in raytrain.read_journal(result.run_dir) if r.get("event") == "note"]
+    assert any("Car" in note and "R40" in note for note in notes), notes
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"CLASS_NAMES": []}, "CLASS_NAMES is empty"),
+        (
+            {"HOOK": {"DisableAugmentationHook": {"DISABLE_AUG_LIST": ["gt_samplin"], "NUM_LAST_EPOCHS": 1}}},
+            "gt_sampling",
+        ),
+    ],
+)
+def test_what_a_config_lacks_is_said_before_anything_is_trained(
+    tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    path = config(tmp_path, "wrong")
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
+    with pytest.raises(ConfigError, match=told):
+        raytrain.train(path, quiet=True)
+
+
+def test_real_frames_are_learnt_until_the_cars_are_found(tmp_path: Path) -> None:
+    """Three genuine frames of KITTI; the cars of 000008 with at least 10 points, at 3D IoU 0.7."""
+    if not KITTI_MINI.is_dir():
+        pytest.skip(f"needs three frames of KITTI in {KITTI_MINI}")
+    model = copy.deepcopy(MODEL)
+    model["VFE"]["NUM_FILTERS"] = [24]
+    model["MAP_TO_BEV"]["NUM_BEV_FEATURES"] = 24
+    model["BACKBONE_2D"].update(NUM_FILTERS=[24, 32], NUM_UPSAMPLE_FILTERS=[24, 24], LAYER_NUMS=[2, 2])
+    model["DENSE_HEAD"]["ANCHOR_GENERATOR_CONFIG"] = [anchors("Car", [3.9, 1.6, 1.56], -1.78, 0.6)]
+    data = copy.deepcopy(DATA_CONFIG)
+    data.update(SOURCE="kitti", DATA_PATH=str(KITTI_MINI), POINT_CLOUD_RANGE=[0, -15.36, -3, 40.96, 15.36, 1])
+    data["DATA_AUGMENTOR"]["AUG_CONFIG_LIST"] = []
+    data["DATA_PROCESSOR"][2].update(VOXEL_SIZE=[0.32, 0.32, 4], MAX_NUMBER_OF_VOXELS={"train": 6000, "test": 6000})
+    path = config(
+        tmp_path,
+        "mini",
+        OPTIMIZATION__NUM_EPOCHS=120,
+        OPTIMIZATION__BATCH_SIZE_PER_GPU=1,
+        OPTIMIZATION__OPTIMIZER="adam_onecycle",
+        EVAL__EVERY=None,
+        EVAL__PICTURES=3,
+    )
+    tree = {**yaml.safe_load(path.read_text()), "CLASS_NAMES": ["Car"], "MODEL": model, "DATA_CONFIG": data}
+    tree["CHECKPOINT"] = {"EVERY_EPOCHS": 120}
+    path.write_text(yaml.safe_dump(tree))
+    result = raytrain.train(path, quiet=True)
+    task = PointPillars(raytrain.load_config(path))
+    dataset = task.build_dataset("val")
+    network = task.build_model(dataset).eval()
+    network.load_state_dict(payload(result)["model_state"])
+    with torch.no_grad():
+        batch = {
+            k: torch.as_tensor(v) if isinstance(v, np.ndarray) else v for k, v in task.collate([dataset[2]]).items()
+        }
+        found = task.predict(network, batch)[0]
+    frame = dataset.source.frame(2)
+    cars = frame.annotations.only(frame.annotations.names == "Car")
+    boxes = boxes_of(cars, frame.calibration)
+    boxes = boxes[points_in_boxes(frame.points, boxes).sum(axis=1) >= 10]
+    overlap = iou_3d(torch.from_numpy(boxes), torch.from_numpy(found.boxes).double())
+    assert len(boxes) == 6 and (overlap.max(dim=1).values >= 0.7).all(), overlap.max(dim=1).values
+    assert Path(result.run_dir, "eval", "epoch_120", "val", "pictures", "000008.png").exists()
