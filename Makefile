@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: train test lint setup clean
 
 train: setup
-	$(BIN)/raytrain train --cfg_file configs/digits.yaml
+	$(BIN)/raytrain train --cfg_file configs/pointpillars_sim.yaml $(ARGS)
 
 test: lint
 	$(BIN)/pytest
@@ -24,7 +24,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): once, a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[digits,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[digits,pictures,dev]"
 	@touch $@
 
 # Leaves output/ alone: the runs are yours.

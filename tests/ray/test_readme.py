@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.M | re.S)
 COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
 RAYTRAIN = [line for line in COMMANDS if line.startswith("raytrain ") and "--address" not in line]
+FEW_SCENES = ["DATA_CONFIG.SIMULATION.NUM_SCENES", "train:24,val:8"]
 pytestmark = pytest.mark.ray
 
 
@@ -54,6 +55,9 @@ def test_commands(command, folder):
     words = shlex.split(command)[1:]
     if words[0] == "train" and "--epochs" not in words and "digits" in command:
         words[1:1] = ["--epochs", "2"]
+    if "pointpillars_sim" in command and words[0] != "simulate":  # a few of its scenes
+        words += [] if "--set" in words else ["--set"]
+        words += FEW_SCENES
     out = run([sys.executable, "-m", "raytrain", *words], folder)
     assert "finished after epoch" in out or "complete" in out or words[0] != "train"
 
@@ -73,14 +77,22 @@ def test_a_task_is_about_fifteen_lines():
     assert len(lines) <= 15
 
 
-@pytest.mark.timeout(400)
-def test_make_train_reads_the_digits_on_two_workers(tmp_path):
+def test_make_train_trains_a_detector_on_two_workers(tmp_path):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     shutil.copy(ROOT / "Makefile", tmp_path)
-    out = run(["make", "--old-file=setup", "train", f"BIN={Path(sys.executable).parent}"], tmp_path)
+    few = f"ARGS=--set {' '.join(FEW_SCENES)}"
+    out = run(["make", "--old-file=setup", "train", f"BIN={Path(sys.executable).parent}", few], tmp_path)
+    assert re.search(r"^  Car_3d/moderate_R40 +[\d.]+$", out, flags=re.M)
+    assert re.search(r"run folder +\S+/output/pointpillars_sim/default\n +curves +tensorboard --logdir", out)
+    assert len(list(tmp_path.glob("output/pointpillars_sim/default/eval/epoch_*/val/pictures/*.png"))) == 4
+
+
+@pytest.mark.timeout(400)
+def test_the_tutorial_reads_the_digits_on_two_workers(tmp_path):
+    words = ["train", "--cfg_file", str(ROOT / "configs" / "digits.yaml"), "--output", str(tmp_path)]
+    out = run([sys.executable, "-m", "raytrain", *words], tmp_path)
     accuracy = re.search(r"^  accuracy +([\d.]+)$", out, flags=re.M)
     assert accuracy is not None and float(accuracy[1]) >= 0.98
-    assert re.search(r"run folder +\S+/output/digits/default\n +curves +tensorboard --logdir", out)
 
 
 @contextlib.contextmanager
