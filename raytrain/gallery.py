@@ -30,6 +30,7 @@ def pictures_of(
     given = task.pictures(predictions if task.has_predict() else [], dataset, min(count, len(dataset)))
     if not isinstance(given, Iterable):
         raise TaskError(f"{where} gave {type(given).__name__}; write it as a generator: yield name, png_bytes")
+    names = set()
     for picture in itertools.islice(given, count):
         if not isinstance(picture, tuple) or len(picture) != 2:
             raise TaskError(f"{where} gave {type(picture).__name__} {picture!r:.60}; yield name, png_bytes")
@@ -38,6 +39,9 @@ def pictures_of(
             raise TaskError(
                 f"{where} named a picture {name!r:.60}; use letters, digits, _, - and . (a file is named so)"
             )
+        if name in names:
+            raise TaskError(f"{where} named two pictures {name}; name each for its sample, or only the last would stay")
+        names.add(name)
         if not isinstance(data, bytes) or not PNG.match(data):
             raise TaskError(
                 f"{where} gave {type(data).__name__} {data!r:.40} as picture {name}; give a PNG file's bytes"
@@ -58,6 +62,7 @@ def why_not_drawn(error: Exception, task: Task, run_uri: str) -> str:
     """What a user is told where the lack of pictures must not end anything."""
     if explains_itself(error):
         return f"no pictures: {error}"
-    told = f"no pictures: {type(task).__name__}.pictures failed: {type(error).__name__}: {error}"
+    said = " ".join(str(error).split())  # one line; all of it is in the traceback
+    told = f"no pictures: {type(task).__name__}.pictures failed: {type(error).__name__}: {said:.200}"
     path = keep_traceback(error, run_uri)
     return f"{told} (traceback in {path})" if path else told

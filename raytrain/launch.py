@@ -188,17 +188,23 @@ def fit(job: Job, trainer: Any, per_worker: dict[str, float], stop: threading.Ev
     while thread.is_alive():
         thread.join(POLL_S)
         inbox.fetch()
+        begun = inbox.last_number > 0
+        # Workers that have died wait too before they begin again; that only a controller in that thread can tell.
+        waits = getattr(trainer, "awaits_room", crowded and not begun)
         if stop.is_set() and not asked:
             mailbox.put("stop", "signal to the driver")
             inbox.say("stopping", "the state is saved after the step under way; once more to stop at once")
             asked = True
-            if inbox.last_number == 0:
-                # No worker has begun; one that still does finds the wish in the mailbox.
-                if hasattr(trainer, "abandon"):  # one whose controller is in that thread, not in an actor
-                    trainer.abandon()
-                    thread.join()
-                return "stopped"
-        if crowded and inbox.last_number == 0 and time.monotonic() > notice_at:
+        if asked and (waits or not begun):
+            # No worker trains; one that still does finds the wish in the mailbox.
+            if hasattr(trainer, "abandon"):  # one whose controller is in that thread, not in an actor
+                trainer.abandon()
+                thread.join()
+                mailbox.clear()
+            return "stopped"
+        if not waits:
+            notice_at = time.monotonic() + NOTICE_S
+        elif time.monotonic() > notice_at:
             notice_at += NOTICE_S
             inbox.say("waiting", cluster.wait_reason(per_worker, scale.NUM_WORKERS))
     inbox.fetch()

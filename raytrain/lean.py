@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from typing import Any
 
 import ray
@@ -25,6 +26,31 @@ from ray.train.v2._internal.execution.worker_group.state import WorkerGroupState
 from ray.train.v2._internal.util import ObjectRefWrapper, time_monotonic
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
+LOOK_S = 1  # how often one that waits for room sees whether it still shall; Ray counts in whole seconds here
+
+
+class Room:
+    """The wait for room on the cluster, for all workers at once; another thread may look at it, and end it.
+
+    is_awaited: whether that lasts
+    abandoned:  set once the run is not wanted any more
+    """
+
+    def __init__(self) -> None:
+        self.is_awaited, self.abandoned = False, threading.Event()
+
+    def comes(self, places: Any, patience_s: float) -> bool:
+        """Whether `places`, a placement group, come to be before patience ends or the run is not wanted any more."""
+        give_up = time.monotonic() + patience_s
+        self.is_awaited = True
+        try:
+            while not self.abandoned.is_set() and time.monotonic() < give_up:
+                if places.wait(LOOK_S):
+                    return True
+            return False
+        finally:
+            self.is_awaited = False
+
 
 class LeanTrainer(TorchTrainer):
     """A TorchTrainer that trains, restarts and reports as Ray's own does; `abandon` ends `fit` before it has begun.
@@ -34,12 +60,17 @@ class LeanTrainer(TorchTrainer):
 
     def __init__(self, *arguments: Any, alone: bool, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._controller_class = LeanController if alone else JoinedController
-        self._abandoned = threading.Event()
+        self._group_class = LeanWorkerGroup if alone else JoinedWorkerGroup
+        self._room = Room()
+
+    @property
+    def awaits_room(self) -> bool:
+        """Whether it is the cluster that keeps the workers from beginning, for the first time or again."""
+        return self._room.is_awaited
 
     def abandon(self) -> None:
         """Let `fit` return at the next pause of its loop, with the workers ended."""
-        self._abandoned.set()
+        self._room.abandoned.set()
 
     def fit(self) -> Any:
         log = logging.getLogger("ray.train")
@@ -53,7 +84,7 @@ class LeanTrainer(TorchTrainer):
     def _fit(self) -> Any:
         scaling: Any = self.scaling_config  # the classes that ray.train shows are others to a type checker
         run: Any = self.run_config
-        controller = self._controller_class(
+        controller = LeanController(
             train_fn_ref=ObjectRefWrapper(self._get_train_func()),
             train_run_context=self.train_run_context,
             scaling_policy=AloneScalingPolicy(scaling),
@@ -64,8 +95,9 @@ class LeanTrainer(TorchTrainer):
                 *(run.callbacks or []),
             ],
         )
-        asyncio.run(controller.run_until(self._abandoned))
-        if self._abandoned.is_set():
+        controller.worker_group_cls = in_room(self._group_class, self._room)
+        asyncio.run(controller.run_until(self._room.abandoned))
+        if self._room.abandoned.is_set():
             return None
         result = controller.get_result()
         if result.error:
@@ -84,12 +116,14 @@ class AloneScalingPolicy(FixedScalingPolicy):
 class LeanWorkerGroup(WorkerGroup):
     """The workers in processes that stand already, and no actor beside them."""
 
+    room: Room
+
     def _start_impl(self, builder: Any) -> None:
         context = self._worker_group_context
         for callback in self._callbacks:
             callback.before_worker_group_start(context)
         places = self._create_placement_group(self._train_run_context.scaling_config, context)
-        if not places.wait(self._worker_group_start_timeout_s):
+        if not self.room.comes(places, self._worker_group_start_timeout_s):
             places.shutdown()
             raise WorkerGroupStartupTimeoutError(num_workers=context.num_workers)
         builder.with_placement_group_handle(places)
@@ -129,6 +163,15 @@ class LeanWorkerGroup(WorkerGroup):
         return {}
 
 
+def in_room(group_class: type[LeanWorkerGroup], wanted: Room) -> type[LeanWorkerGroup]:
+    """The class whose groups wait in `wanted`; Ray makes them, with arguments of its own."""
+
+    class Group(group_class):  # type: ignore[misc, valid-type]
+        room = wanted
+
+    return Group
+
+
 class JoinedWorkerGroup(LeanWorkerGroup):
     """On a cluster that was started elsewhere, with an environment of its own: Ray hands on the driver's settings."""
 
@@ -146,8 +189,6 @@ class LeanState(WorkerGroupState):
 class LeanController(TrainController):
     """Ray's controller, as an object of the driver."""
 
-    worker_group_cls = LeanWorkerGroup
-
     async def run_until(self, abandoned: threading.Event) -> None:
         while not self.get_state().is_terminal():
             await self._run_control_loop_iteration()
@@ -155,10 +196,6 @@ class LeanController(TrainController):
                 if self._worker_group is not None and self._worker_group.has_started():
                     self._shutdown_worker_group()
                 return
-
-
-class JoinedController(LeanController):
-    worker_group_cls = JoinedWorkerGroup
 
 
 class OrderOfReports:

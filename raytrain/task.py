@@ -100,7 +100,7 @@ class Task:
     def note(self, text: str) -> None:
         """Tell the user something, once, in the journal and on the screen: a score with little behind it, say."""
         told = vars(self).setdefault("_told", {})  # made here: a task need not call our __init__
-        told.setdefault(text, False)
+        told.setdefault(str(text), False)  # whatever print() would take
 
     def take_notes(self) -> list[str]:
         """What `note` was given since this was last asked."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shlex
 import struct
@@ -20,7 +21,7 @@ from raytrain import cli
 from raytrain.config import Config
 from raytrain.errors import TaskError, TrainingError
 from raytrain.evaluation import view
-from raytrain.gallery import pictures_of
+from raytrain.gallery import pictures_of, why_not_drawn
 from raytrain.records import read_journal
 from raytrain.storage import open_storage
 
@@ -59,8 +60,8 @@ class Lacking(bad_tasks.Good):
 
 class Endless(bad_tasks.Good):
     def pictures(self, predictions: list[Any], dataset: Any, count: int) -> Iterator[tuple[str, bytes]]:
-        while True:
-            yield "again", png(1)
+        for index in itertools.count():
+            yield f"again_{index}", png(1)
 
 
 def config(output: Path | str, task: str, **sections: Any) -> Config:
@@ -148,6 +149,13 @@ def test_a_picture_that_fails_is_a_warning_of_a_finished_run(tmp_path: Path) -> 
     assert raytrain.train(config(tmp_path, "Raises"), quiet=True).status == "complete"
 
 
+def test_a_failure_told_in_many_lines_is_one_line_of_the_journal() -> None:
+    task = bad_tasks.Good.__new__(bad_tasks.Good)
+    told = why_not_drawn(ValueError("no\n  width" + 999 * "!"), task, "s3://bucket/run")
+    assert told.startswith("no pictures: Good.pictures failed: ValueError: no width!!!")
+    assert "\n" not in told and len(told) < 300
+
+
 def test_a_missing_package_is_one_note_that_says_how_to_get_it(tmp_path: Path) -> None:
     result = raytrain.train(config(tmp_path, "Lacking"), quiet=True)
     (warning,) = kinds(result.run_dir, "event")
@@ -231,6 +239,7 @@ def test_no_more_pictures_are_taken_than_were_asked_for(tmp_path: Path) -> None:
         ([("..", png(0))], "named a picture '..'; use letters"),
         ([("a", b"GIF89a")], "gave bytes b'GIF89a' as picture a; give a PNG file's bytes"),
         ([("a", png(0)[:20])], "as picture a; give a PNG file's bytes"),
+        ([("a", png(0)), ("a", png(1))], "named two pictures a; name each for its sample"),
     ],
 )
 def test_what_is_no_picture_is_named(given: Any, told: str, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -16,10 +17,12 @@ import pytest
 import s3_server
 
 import raytrain
+from raytrain import launch
 from raytrain.checkpoint import load_weights_file
 from raytrain.config import Config
 from raytrain.errors import TrainingError
-from raytrain.records import read_journal
+from raytrain.records import Record, read_journal
+from raytrain.start import Options
 from raytrain.storage import open_storage
 
 pytestmark = pytest.mark.ray
@@ -110,6 +113,32 @@ def test_a_worker_that_the_system_kills_is_one_screen_with_its_rank_and_the_like
     for part in ("failed on rank 1", "died without a word", "ran out of memory", "MAX_FAILURES", str(tmp_path)):
         assert part in screen, screen
     assert len(screen.split("\n")) <= 12 and "ActorMetadata" not in screen
+
+
+def test_a_run_that_waits_for_room_on_a_busy_cluster_says_so_and_ends_soon_after_ctrl_c(
+    ray_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    monkeypatch.setattr(launch, "NOTICE_S", 0.5)
+    others = placement_group([{"CPU": 7.0}])
+    assert others.wait(10)
+    stop, wished_at, said = threading.Event(), 0.0, []
+
+    def show(record: Record) -> None:
+        nonlocal wished_at
+        said.append((record["event"], record["message"]))
+        wished_at = wished_at or time.monotonic()
+        stop.set()
+
+    try:
+        result = launch.launch(config(tmp_path, "PredictingTask"), Options(), show, stop)
+        took_s = time.monotonic() - wished_at
+    finally:
+        remove_placement_group(others)
+    assert result.status == "stopped" and took_s < 10, took_s  # it was up to a minute
+    assert said[0] == ("waiting", "the cluster has no room yet: CPU 2 (1 free)")
+    assert [event for event, _ in said[1:]] == ["stopping"]
 
 
 # One command on a cluster of its own
