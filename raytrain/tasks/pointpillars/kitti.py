@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,12 +108,19 @@ def read_split(root: Path, split: str) -> list[str]:
     """The names of the frames of a split."""
     path = root / "ImageSets" / f"{split}.txt"
     try:
-        names = path.read_text().split()
+        lines = path.read_text().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path} cannot be read: {error}. It lists the frames of split {split!r}, one name a line; DATA_CONFIG."
             "DATA_PATH is the folder with ImageSets and training in it, DATA_CONFIG.DATA_SPLIT says which lists to use"
         ) from error
+    names = []
+    for number, words in enumerate(map(str.split, lines), 1):
+        if len(words) > 1 or not all(re.fullmatch(r"\w[\w.-]*", word) for word in words):
+            raise DataError(
+                f"{path}:{number}: {' '.join(words)!r} is no frame's name, as 000042 is; one stands in a line"
+            )
+        names += words
     if not names:
         raise DataError(f"{path} names no frame; it must list the frames of split {split!r}, one name a line")
     return names
@@ -151,7 +159,7 @@ def parse_labels(content: bytes, path: Path) -> Annotations:
     for number, words in _lines(content, path):
         width = LABEL_VALUES if not rows else len(rows[0])
         if len(words) - 1 != width and (rows or len(words) - 1 != LABEL_VALUES + 1):
-            other = f" as above it, or {width + 2} with a score" if not rows else ", as in the lines above"
+            other = ", as in the lines above it" if rows else f", or {width + 2} with a score"
             raise _malformed(path, number, f"has {len(words)} values; an object has {width + 1}{other}")
         names.append(words[0])
         rows.append(_numbers(words[1:], path, number))

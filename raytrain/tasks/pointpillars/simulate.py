@@ -258,6 +258,10 @@ def write_scenes(
     """
     folder = Path(out)
     sources = [source for split in splits if len(source := SimulatedSource(options, split, seed))]
+    if not sources:
+        raise DataError(
+            f"there is nothing to write: NUM_SCENES is 0 for {' and '.join(splits)}; ask for some with --scenes"
+        )
     for source in sources:
         path = folder / "ImageSets" / f"{source.split}.txt"
         if path.exists():
