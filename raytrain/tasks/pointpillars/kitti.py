@@ -19,15 +19,12 @@ from numpy.typing import NDArray
 
 from raytrain.errors import DataError
 from raytrain.tasks.pointpillars.array_cache import Arrays, cached_arrays
-from raytrain.tasks.pointpillars.frames import Annotations, Calibration, Frame
+from raytrain.tasks.pointpillars.frames import DIFFICULTIES, Annotations, Calibration, Frame
 
 POINT_BYTES = 16  # x y z reflectance, float32 each
 LABEL_VALUES = 14  # after the name; a detection's line ends with its score
 MATRICES = {"P2": (3, 4), "R0_rect": (3, 3), "Tr_velo_to_cam": (3, 4)}
 LABEL_FIELDS = ("names", "truncated", "occluded", "alpha", "bbox", "dimensions", "location", "rotation_y")
-MIN_HEIGHT = (40, 25, 25)  # pixels, more than which an easy, moderate or hard object is high in the image
-MAX_OCCLUSION = (0, 1, 2)
-MAX_TRUNCATION = (0.15, 0.3, 0.5)
 
 
 class KittiSource:
@@ -263,9 +260,9 @@ def difficulty_of(annotations: Annotations) -> NDArray[np.int64]:
     """(M,): 0 easy, 1 moderate, 2 hard, the least that each object is; -1 where it is none of them."""
     height = annotations.bbox[:, 3] - annotations.bbox[:, 1]
     difficulty = np.full(len(annotations), -1)
-    for level in (2, 1, 0):
-        meets = (height > MIN_HEIGHT[level]) & (annotations.occluded <= MAX_OCCLUSION[level])
-        difficulty[meets & (annotations.truncated <= MAX_TRUNCATION[level])] = level
+    for level, limits in reversed(list(enumerate(DIFFICULTIES))):
+        meets = (height > limits.height) & (annotations.occluded <= limits.occluded)
+        difficulty[meets & (annotations.truncated <= limits.truncated)] = level
     return difficulty
 
 

@@ -15,8 +15,8 @@ from raytrain.errors import ConfigError
 from raytrain.task import ModelReturn, Task
 from raytrain.tasks.pointpillars.augment import Augmentor, GtSampling
 from raytrain.tasks.pointpillars.data_options import read_data_options, without_effect
-from raytrain.tasks.pointpillars.dataset import LastEpochs, LidarDataset, SampleFrame, Source, collate
-from raytrain.tasks.pointpillars.frames import Annotations, annotations_of, boxes_of
+from raytrain.tasks.pointpillars.dataset import LastEpochs, LidarDataset, SampleFrame, collate
+from raytrain.tasks.pointpillars.frames import Annotations, Source, annotations_of, boxes_of
 from raytrain.tasks.pointpillars.kitti import KittiSource
 from raytrain.tasks.pointpillars.kitti_eval import evaluate, warnings_of
 from raytrain.tasks.pointpillars.model import PointPillar
