@@ -146,8 +146,8 @@ BAD_FILES = {
     "no calibration": ("calib", b"P2: 1 0 0 0 0 1 0 0 0 0 1 0\n", " has no line R0_rect:"),
     "torn": ("velodyne", b"1234" * 7, " has 28 bytes; points take 16 each"),
     "empty": ("velodyne", b"", " has 0 bytes"),
-    "missing": ("velodyne", None, " cannot be read: No such file or directory. Every frame of a split needs velodyne/"),
-    "no label": ("label_2", None, " cannot be read: No such file or directory."),
+    "missing": ("velodyne", None, " cannot be read: No such file or directory\nEvery frame of a split needs velodyne/"),
+    "no label": ("label_2", None, " cannot be read: No such file or directory\n"),
 }
 
 
@@ -172,7 +172,7 @@ def test_a_point_that_is_no_number_is_an_error_that_names_it(tmp_path):
 
 
 def test_a_split_that_is_not_there_or_empty_says_which_and_what_to_do(tmp_path):
-    with pytest.raises(DataError, match=r"ImageSets/val.txt cannot be read: .*DATA_CONFIG.DATA_PATH is the folder"):
+    with pytest.raises(DataError, match=r"(?s)ImageSets/val.txt cannot be read: .*DATA_CONFIG.DATA_PATH is the folder"):
         KittiSource(tmp_path, "val")
     write_split(tmp_path, "val", [])
     with pytest.raises(DataError, match=r"ImageSets/val.txt names no frame"):

@@ -14,7 +14,7 @@ import yaml
 
 import raytrain
 from raytrain.cli import main
-from raytrain.errors import ConfigError
+from raytrain.errors import ConfigError, RaytrainError
 from raytrain.records import read_journal
 from raytrain.tasks.pointpillars.frames import boxes_of, points_in_boxes
 from raytrain.tasks.pointpillars.geometry import iou_3d
@@ -74,6 +74,15 @@ def test_a_class_of_few_labels_brings_a_note_that_r40_cannot_reach_100(tmp_path:
     result = raytrain.train(config(tmp_path, "few", OPTIMIZATION__NUM_EPOCHS=1), quiet=True)
     notes = [r["message"] for r in read_journal(Path(result.run_dir, "journal.jsonl")) if r.get("event") == "note"]
     assert any("Car" in note and "R40" in note for note in notes), notes
+
+
+def test_where_there_is_no_kitti_the_screen_says_in_full_what_to_set(tmp_path: Path) -> None:
+    folder = tmp_path / ("of_a_long_name" * 4) / "kitti"
+    path = config(tmp_path, "nowhere", DATA_CONFIG__SOURCE="kitti", DATA_CONFIG__DATA_PATH=str(folder))
+    with pytest.raises(RaytrainError) as told:
+        raytrain.train(path, quiet=True)
+    assert f"{folder}/ImageSets/train.txt cannot be read: No such file" in str(told.value)
+    assert "DATA_CONFIG.DATA_SPLIT says which lists to use\n" in str(told.value)
 
 
 def test_openpcdets_database_files_are_said_to_have_no_effect(tmp_path: Path) -> None:

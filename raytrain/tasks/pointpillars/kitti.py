@@ -74,7 +74,7 @@ class FrameFiles:
             found = cls(paths, paths["label_2"].read_bytes(), paths["calib"].read_bytes(), size)
         except OSError as error:
             raise DataError(
-                f"frame {name}: {error.filename} cannot be read: {error.strerror}. Every frame of a split needs "
+                f"frame {name}: {error.filename} cannot be read: {error.strerror}\nEvery frame of a split needs "
                 f"velodyne/{name}.bin, label_2/{name}.txt and calib/{name}.txt in {root / 'training'}"
             ) from error
         check_points_bytes(paths["velodyne"], size)
@@ -108,8 +108,9 @@ def read_split(root: Path, split: str) -> list[str]:
         lines = path.read_text().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{path} cannot be read: {error}. It lists the frames of split {split!r}, one name a line; DATA_CONFIG."
-            "DATA_PATH is the folder with ImageSets and training in it, DATA_CONFIG.DATA_SPLIT says which lists to use"
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}\n"
+            f"It lists the frames of split {split!r}, one name a line. DATA_CONFIG.DATA_PATH is the folder with\n"
+            "ImageSets and training in it, DATA_CONFIG.DATA_SPLIT says which lists to use"
         ) from error
     names = []
     for number, words in enumerate(map(str.split, lines), 1):
