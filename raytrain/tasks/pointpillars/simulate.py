@@ -268,7 +268,13 @@ def write_scenes(
     try:
         for source in sources:
             for index in range(len(source)):
-                write_frame(folder, source.frame(index))
+                frame = source.frame(index)
+                if not len(frame.points):
+                    raise DataError(
+                        f"scene {frame.name} has no point, and KITTI's files have one at least; "
+                        f"{SECTION}.MAX_RANGE_M or DROPOUT leaves none"
+                    )
+                write_frame(folder, frame)
             write_split(folder, source.split, [source.name(index) for index in range(len(source))])
     except OSError as error:
         raise DataError(
