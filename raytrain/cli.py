@@ -332,7 +332,7 @@ def run_simulate(args: argparse.Namespace) -> int:
         found, words = cfg.DATA_CONFIG.get("SIMULATION", {}), []
         seed = cfg.SEED if seed is None else seed
     if args.scenes is not None:
-        words += ["NUM_SCENES", f"train:{args.scenes},val:{args.scenes}"]
+        found = {**found, "NUM_SCENES": {"train": args.scenes, "val": args.scenes}}
     simulate = importlib.import_module("raytrain.tasks.pointpillars.simulate")  # by its path, as all that is a task's
     splits = ("train", "val") if args.split == "both" else (args.split,)
     written = simulate.write_scenes(args.out, simulate.simulation_options(found, words), splits, seed or 0)

@@ -69,10 +69,10 @@ def test_torch_is_installed_first_and_by_its_pin(tmp_path):
     assert "--constraint constraints.txt" in installs[1]
 
 
-def test_make_train_sets_up_and_trains_the_digits(tmp_path):
+def test_make_train_sets_up_and_trains_the_detector(tmp_path):
     commands = dry_run("train", tmp_path / "venv").splitlines()
     assert any("-m venv" in line for line in commands)
-    assert commands[-1].endswith("raytrain train --cfg_file configs/digits.yaml")
+    assert commands[-1].rstrip().endswith("raytrain train --cfg_file configs/pointpillars_sim.yaml")
 
 
 def test_make_test_sets_up_lints_checks_types_and_tests(tmp_path):

@@ -133,6 +133,11 @@ def test_detections_keep_their_scores(tmp_path):
 GOOD = "Car 0.00 0 1.85 387.63 181.54 423.81 203.12 1.67 1.87 3.69 -16.53 2.39 58.49 1.57\n"
 BAD_FILES = {
     "short": ("label_2", (GOOD + GOOD[:-6]).encode(), ":2: the line has 14 values; an object has 15"),
+    "of three values": (
+        "label_2",
+        b"Car 0 0\n",
+        ":1: the line has 3 values; an object has 15, or 16 with a score",
+    ),
     "a word": ("label_2", GOOD.replace("1.87", "wide").encode(), ":1: the line has 'wide' where a number must be"),
     "infinite": ("label_2", (GOOD + GOOD.replace("58.49", "nan")).encode(), ":2: the line has 'nan' where a number"),
     "binary": ("label_2", b"\n" + bytes(range(200, 256)), ":2: the line is not text"),
@@ -141,8 +146,8 @@ BAD_FILES = {
     "no calibration": ("calib", b"P2: 1 0 0 0 0 1 0 0 0 0 1 0\n", " has no line R0_rect:"),
     "torn": ("velodyne", b"1234" * 7, " has 28 bytes; points take 16 each"),
     "empty": ("velodyne", b"", " has 0 bytes"),
-    "missing": ("velodyne", None, " cannot be read: No such file or directory. Every frame of a split needs velodyne/"),
-    "no label": ("label_2", None, " cannot be read: No such file or directory."),
+    "missing": ("velodyne", None, " cannot be read: No such file or directory\nEvery frame of a split needs velodyne/"),
+    "no label": ("label_2", None, " cannot be read: No such file or directory\n"),
 }
 
 
@@ -167,11 +172,21 @@ def test_a_point_that_is_no_number_is_an_error_that_names_it(tmp_path):
 
 
 def test_a_split_that_is_not_there_or_empty_says_which_and_what_to_do(tmp_path):
-    with pytest.raises(DataError, match=r"ImageSets/val.txt cannot be read: .*DATA_CONFIG.DATA_PATH is the folder"):
+    with pytest.raises(DataError, match=r"(?s)ImageSets/val.txt cannot be read: .*DATA_CONFIG.DATA_PATH is the folder"):
         KittiSource(tmp_path, "val")
     write_split(tmp_path, "val", [])
     with pytest.raises(DataError, match=r"ImageSets/val.txt names no frame"):
         KittiSource(tmp_path, "val")
+
+
+@pytest.mark.parametrize("line", ["../000003", "000003 000007", "0000\0", "/000003"])
+def test_a_line_of_a_split_that_is_no_frames_name_is_an_error_that_names_it(tmp_path, line):
+    path = write_kitti(tmp_path, [made_up_frame("000003")]) / "ImageSets" / "train.txt"
+    path.write_text(f"000003\r\n\n{line}\n")
+    with pytest.raises(DataError, match=r"ImageSets/train.txt:3: .* is no frame's name, as 000042 is"):
+        KittiSource(tmp_path, "train")
+    path.write_text("000003\r\n\n")
+    assert len(KittiSource(tmp_path, "train")) == 1
 
 
 def test_the_index_is_kept_and_a_changed_label_is_seen_all_the_same(tmp_path):

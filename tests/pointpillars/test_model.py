@@ -218,6 +218,18 @@ def test_batches_of_empty_frames_train_on_background():
         assert loss.isfinite() and tb_dict["rpn_loss_loc"] == 0 and tb_dict["rpn_loss_dir"] == 0
 
 
+def test_batches_without_a_single_point_train_on_background_and_leave_the_statistics_as_they_are():
+    model, batch = trained_from_here()
+    before = copy.deepcopy(model.vfe.state_dict())
+    nothing = {name: batch[name][:0] for name in ("voxels", "voxel_coords", "voxel_num_points")}
+    loss, _ = model.loss(model({**batch, **nothing}), torch.zeros(2, 1, 8))
+    loss.backward()
+    assert loss.isfinite() and all(
+        value.grad.isfinite().all() for value in model.parameters() if value.grad is not None
+    )
+    assert all(torch.equal(value, before[name]) for name, value in model.vfe.state_dict().items())
+
+
 def test_training_forwards_are_counted_and_others_are_not():
     model, batch = trained_from_here()
     model(batch), model(batch), model.eval()(batch)

@@ -382,3 +382,22 @@ def test_scenes_are_not_written_over_others_nor_where_there_is_no_folder(tmp_pat
     Path(tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written: Not a directory"):
         write_scenes(tmp_path / "file", options, ("train",), seed=0)
+
+
+def test_no_scenes_at_all_is_an_error_and_leaves_nothing(tmp_path):
+    options = simulation_options({"NUM_SCENES": {"train": 0, "val": 0}})
+    with pytest.raises(DataError, match="nothing to write: NUM_SCENES is 0 for train and val; ask for some with"):
+        write_scenes(tmp_path / "scenes", options, ("train", "val"), seed=0)
+    assert not (tmp_path / "scenes").exists()
+
+
+def test_a_key_without_its_value_is_named_beside_scenes_too(tmp_path, capsys):
+    assert main(f"simulate {tmp_path / 'scenes'} --scenes 1 --set BEAMS".split()) == 2
+    assert "--set: BEAMS has no value" in capsys.readouterr().err
+
+
+def test_a_scene_without_a_point_which_could_not_be_read_back_is_not_written(tmp_path):
+    options = simulation_options({**NOTHING, "NUM_SCENES": {"train": 1, "val": 0}, "BEAMS": 4, "MAX_RANGE_M": 0.5})
+    with pytest.raises(DataError, match=r"scene 000000 has no point, .*MAX_RANGE_M or DROPOUT leaves none"):
+        write_scenes(tmp_path, options, ("train",), seed=0)
+    assert not list(tmp_path.iterdir())

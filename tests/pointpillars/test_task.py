@@ -14,7 +14,8 @@ import yaml
 
 import raytrain
 from raytrain.cli import main
-from raytrain.errors import ConfigError
+from raytrain.errors import ConfigError, RaytrainError
+from raytrain.records import read_journal
 from raytrain.tasks.pointpillars.frames import boxes_of, points_in_boxes
 from raytrain.tasks.pointpillars.geometry import iou_3d
 from raytrain.tasks.pointpillars.task import PointPillars
@@ -71,8 +72,27 @@ def test_scenes_that_were_written_train_to_the_same_bits_as_simulated_ones(tmp_p
 
 def test_a_class_of_few_labels_brings_a_note_that_r40_cannot_reach_100(tmp_path: Path) -> None:
     result = raytrain.train(config(tmp_path, "few", OPTIMIZATION__NUM_EPOCHS=1), quiet=True)
-    notes = [r["message"] for r in raytrain.read_journal(result.run_dir) if r.get("event") == "note"]
+    notes = [r["message"] for r in read_journal(Path(result.run_dir, "journal.jsonl")) if r.get("event") == "note"]
     assert any("Car" in note and "R40" in note for note in notes), notes
+
+
+def test_where_there_is_no_kitti_the_screen_says_in_full_what_to_set(tmp_path: Path) -> None:
+    folder = tmp_path / ("of_a_long_name" * 4) / "kitti"
+    path = config(tmp_path, "nowhere", DATA_CONFIG__SOURCE="kitti", DATA_CONFIG__DATA_PATH=str(folder))
+    with pytest.raises(RaytrainError) as told:
+        raytrain.train(path, quiet=True)
+    assert f"{folder}/ImageSets/train.txt cannot be read: No such file" in str(told.value)
+    assert "DATA_CONFIG.DATA_SPLIT says which lists to use\n" in str(told.value)
+
+
+def test_openpcdets_database_files_are_said_to_have_no_effect(tmp_path: Path) -> None:
+    path = config(tmp_path, "theirs")
+    tree = yaml.safe_load(path.read_text())
+    tree["DATA_CONFIG"]["DATA_AUGMENTOR"]["AUG_CONFIG_LIST"][0]["DB_INFO_PATH"] = ["kitti_dbinfos_train.pkl"]
+    path.write_text(yaml.safe_dump(tree))
+    task = PointPillars(raytrain.load_config(path))
+    task.build_dataset("train")
+    assert [note.partition(":")[0] for note in task.take_notes()] == ["DB_INFO_PATH of gt_sampling has no effect"]
 
 
 @pytest.mark.parametrize(
@@ -113,6 +133,7 @@ def test_real_frames_are_learnt_until_the_cars_are_found(tmp_path: Path) -> None
         OPTIMIZATION__NUM_EPOCHS=120,
         OPTIMIZATION__BATCH_SIZE_PER_GPU=1,
         OPTIMIZATION__OPTIMIZER="adam_onecycle",
+        OPTIMIZATION__LR=0.006,  # least IoU 0.88 and 0.85 with seeds 0 and 1; at 0.003 0.71 and 0.78
         EVAL__EVERY=None,
         EVAL__PICTURES=3,
     )

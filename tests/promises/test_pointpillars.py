@@ -12,7 +12,15 @@ HERE = ("--num_workers", "0")
 
 
 def lidar(folder: Path, loader_workers: int) -> Run:
-    return Run(folder, {**CONFIG, "CHECKPOINT.METRIC": None, "LOADER.WORKERS": loader_workers, "EVAL.PICTURES": 0})
+    return Run(
+        folder,
+        {
+            **CONFIG,
+            "CHECKPOINT.METRIC": "Car_3d/moderate_R40",
+            "LOADER.WORKERS": loader_workers,
+            "EVAL": {"PICTURES": 0},
+        },
+    )
 
 
 def test_a_detector_killed_in_mid_epoch_ends_with_the_same_bits_and_has_used_each_scene_once(tmp_path: Path) -> None:

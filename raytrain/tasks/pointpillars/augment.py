@@ -22,12 +22,12 @@ from raytrain.tasks.pointpillars.database import (
     Counts,
     Database,
     Prepare,
-    Source,
     counts,
     ground_plane,
     inside,
     overlaps,
 )
+from raytrain.tasks.pointpillars.frames import Source
 from raytrain.tree import Tree
 
 SECTION = "DATA_CONFIG.DATA_AUGMENTOR"

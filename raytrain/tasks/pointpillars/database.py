@@ -7,7 +7,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Protocol
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,19 +15,11 @@ from pydantic import AfterValidator, Field
 
 from raytrain.config import Section
 from raytrain.tasks.pointpillars.array_cache import Arrays, cached_arrays
-from raytrain.tasks.pointpillars.frames import Frame, points_in_boxes
+from raytrain.tasks.pointpillars.frames import Frame, Source, points_in_boxes
 from raytrain.tasks.pointpillars.kitti import KittiSource, difficulty_of, files_of
 
 CELL_M, NUM_CELLS = 4.0, 50  # of the grid, about the sensor, whose lowest points are taken for ground
 MIN_CELLS = 10  # that a plane is fitted to
-
-
-class Source(Protocol):
-    """Where frames come from: the same frame for the same index, always."""
-
-    def __len__(self) -> int: ...
-
-    def frame(self, index: int) -> Frame: ...
 
 
 def counts(words: Sequence[str]) -> dict[str, int]:

@@ -11,18 +11,10 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from raytrain.tasks.pointpillars.data_options import DataOptions, Mask
-from raytrain.tasks.pointpillars.frames import Annotations, Calibration, Frame, corners
+from raytrain.tasks.pointpillars.frames import Annotations, Calibration, Frame, Source, corners
 from raytrain.tasks.pointpillars.voxels import Voxels
 
 Objects = tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.str_]]  # points (N, 4), boxes (M, 7), names (M,)
-
-
-class Source(Protocol):
-    """Where frames come from; frame(index) always gives the same bits."""
-
-    def __len__(self) -> int: ...
-
-    def frame(self, index: int) -> Frame: ...
 
 
 class Augmentation(Protocol):

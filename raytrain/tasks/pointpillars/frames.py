@@ -11,12 +11,24 @@ image    pixels of the left colour camera
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 IMAGE_SIZE = (1242, 375)  # pixels, width and height of most frames; the images themselves are not needed
+
+
+class Difficulty(NamedTuple):
+    """What a ground truth may be at most to count, and its least height in pixels, which it must exceed."""
+
+    name: str
+    height: float
+    occluded: float
+    truncated: float
+
+
+DIFFICULTIES = (Difficulty("easy", 40, 0, 0.15), Difficulty("moderate", 25, 1, 0.3), Difficulty("hard", 25, 2, 0.5))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +126,14 @@ class Frame:
     def boxes(self) -> NDArray[np.float64]:
         """(M, 7), lidar, in the order of `annotations`; meaningless rows where the object is DontCare."""
         return boxes_of(self.annotations, self.calibration)
+
+
+class Source(Protocol):
+    """Where frames come from; frame(index) always gives the same bits."""
+
+    def __len__(self) -> int: ...
+
+    def frame(self, index: int) -> Frame: ...
 
 
 def boxes_of(annotations: Annotations, calibration: Calibration) -> NDArray[np.float64]:

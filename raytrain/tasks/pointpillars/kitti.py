@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,15 +19,12 @@ from numpy.typing import NDArray
 
 from raytrain.errors import DataError
 from raytrain.tasks.pointpillars.array_cache import Arrays, cached_arrays
-from raytrain.tasks.pointpillars.frames import Annotations, Calibration, Frame
+from raytrain.tasks.pointpillars.frames import DIFFICULTIES, Annotations, Calibration, Frame
 
 POINT_BYTES = 16  # x y z reflectance, float32 each
 LABEL_VALUES = 14  # after the name; a detection's line ends with its score
 MATRICES = {"P2": (3, 4), "R0_rect": (3, 3), "Tr_velo_to_cam": (3, 4)}
 LABEL_FIELDS = ("names", "truncated", "occluded", "alpha", "bbox", "dimensions", "location", "rotation_y")
-MIN_HEIGHT = (40, 25, 25)  # pixels, more than which an easy, moderate or hard object is high in the image
-MAX_OCCLUSION = (0, 1, 2)
-MAX_TRUNCATION = (0.15, 0.3, 0.5)
 
 
 class KittiSource:
@@ -76,7 +74,7 @@ class FrameFiles:
             found = cls(paths, paths["label_2"].read_bytes(), paths["calib"].read_bytes(), size)
         except OSError as error:
             raise DataError(
-                f"frame {name}: {error.filename} cannot be read: {error.strerror}. Every frame of a split needs "
+                f"frame {name}: {error.filename} cannot be read: {error.strerror}\nEvery frame of a split needs "
                 f"velodyne/{name}.bin, label_2/{name}.txt and calib/{name}.txt in {root / 'training'}"
             ) from error
         check_points_bytes(paths["velodyne"], size)
@@ -107,12 +105,20 @@ def read_split(root: Path, split: str) -> list[str]:
     """The names of the frames of a split."""
     path = root / "ImageSets" / f"{split}.txt"
     try:
-        names = path.read_text().split()
+        lines = path.read_text().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{path} cannot be read: {error}. It lists the frames of split {split!r}, one name a line; DATA_CONFIG."
-            "DATA_PATH is the folder with ImageSets and training in it, DATA_CONFIG.DATA_SPLIT says which lists to use"
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}\n"
+            f"It lists the frames of split {split!r}, one name a line. DATA_CONFIG.DATA_PATH is the folder with\n"
+            "ImageSets and training in it, DATA_CONFIG.DATA_SPLIT says which lists to use"
         ) from error
+    names = []
+    for number, words in enumerate(map(str.split, lines), 1):
+        if len(words) > 1 or not all(re.fullmatch(r"\w[\w.-]*", word) for word in words):
+            raise DataError(
+                f"{path}:{number}: {' '.join(words)!r} is no frame's name, as 000042 is; one stands in a line"
+            )
+        names += words
     if not names:
         raise DataError(f"{path} names no frame; it must list the frames of split {split!r}, one name a line")
     return names
@@ -151,7 +157,7 @@ def parse_labels(content: bytes, path: Path) -> Annotations:
     for number, words in _lines(content, path):
         width = LABEL_VALUES if not rows else len(rows[0])
         if len(words) - 1 != width and (rows or len(words) - 1 != LABEL_VALUES + 1):
-            other = f" as above it, or {width + 2} with a score" if not rows else ", as in the lines above"
+            other = ", as in the lines above it" if rows else f", or {width + 2} with a score"
             raise _malformed(path, number, f"has {len(words)} values; an object has {width + 1}{other}")
         names.append(words[0])
         rows.append(_numbers(words[1:], path, number))
@@ -255,9 +261,9 @@ def difficulty_of(annotations: Annotations) -> NDArray[np.int64]:
     """(M,): 0 easy, 1 moderate, 2 hard, the least that each object is; -1 where it is none of them."""
     height = annotations.bbox[:, 3] - annotations.bbox[:, 1]
     difficulty = np.full(len(annotations), -1)
-    for level in (2, 1, 0):
-        meets = (height > MIN_HEIGHT[level]) & (annotations.occluded <= MAX_OCCLUSION[level])
-        difficulty[meets & (annotations.truncated <= MAX_TRUNCATION[level])] = level
+    for level, limits in reversed(list(enumerate(DIFFICULTIES))):
+        meets = (height > limits.height) & (annotations.occluded <= limits.occluded)
+        difficulty[meets & (annotations.truncated <= limits.truncated)] = level
     return difficulty
 
 

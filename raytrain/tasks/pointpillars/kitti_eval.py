@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from raytrain.errors import ConfigError, DataError
 from raytrain.tasks.pointpillars import geometry
-from raytrain.tasks.pointpillars.frames import Annotations
+from raytrain.tasks.pointpillars.frames import DIFFICULTIES, Annotations, Difficulty
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -33,18 +33,6 @@ LOOSE = {"Car": 0.5, "Pedestrian": 0.25, "Cyclist": 0.25, "Van": 0.5, "Person_si
 NEUTRAL = {"Car": "Van", "Pedestrian": "Person_sitting"}
 COUNTS, IGNORED, FOREIGN = 0, 1, -1  # the role of an object for a class and difficulty
 PAIRS_AT_ONCE = 1 << 20
-
-
-class Difficulty(NamedTuple):
-    """What a ground truth may be at most to count, and its least height in pixels, which it must exceed."""
-
-    name: str
-    height: float
-    occluded: float
-    truncated: float
-
-
-DIFFICULTIES = (Difficulty("easy", 40, 0, 0.15), Difficulty("moderate", 25, 1, 0.3), Difficulty("hard", 25, 2, 0.5))
 
 
 def evaluate(

@@ -8,15 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from raytrain.config import Count, Flag, Natural, NonNegative, Positive, Section
 from raytrain.errors import ConfigError
-from raytrain.schema import complaints
-from raytrain.tree import plain
-from raytrain.yamltree import node_of
+from raytrain.tasks.pointpillars.data_options import Number, read_section
 
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Share = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=1)]
 
 
@@ -156,10 +153,6 @@ class ModelOptions(Section):
     POST_PROCESSING: PostProcessing = PostProcessing()
 
 
-class _Root(Section):
-    MODEL: ModelOptions
-
-
 def read_model_options(
     found: Mapping[str, Any], class_names: Sequence[str], grid_size: Sequence[int]
 ) -> tuple[ModelOptions, tuple[int, int]]:
@@ -167,11 +160,7 @@ def read_model_options(
 
     grid_size: pillars along x, y, z
     """
-    tree = {"MODEL": plain(found)}
-    try:
-        options = _Root.model_validate(tree).MODEL
-    except ValidationError as error:
-        raise ConfigError("\n".join(line for _, line in complaints(error, node_of(tree, "config"), _Root))) from error
+    options = read_section(ModelOptions, "MODEL", found)
     checks: list[Callable[[], str | None]] = [
         lambda: _widths(options),
         lambda: _classes(options.DENSE_HEAD.ANCHOR_GENERATOR_CONFIG, class_names),

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from raytrain.errors import TaskError
+from raytrain.tasks.pointpillars.frames import corners
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -143,15 +144,13 @@ def _draw_box(axes: Axes, box: NDArray[np.float64], colour: str, width: float, o
     """The outline from above, and a stroke from the middle to beyond the front: the heading."""
     from matplotlib.patches import Polygon
 
-    x, y, _, length, breadth, _, heading = box
-    ahead, aside = np.array([np.cos(heading), np.sin(heading)]), np.array([-np.sin(heading), np.cos(heading)])
-    middle = np.array([x, y])
-    front, side = ahead * length / 2, aside * breadth / 2
-    outline = np.array([middle + front + side, middle + front - side, middle - front - side, middle - front + side])
+    middle, length, heading = box[:2], box[3], box[6]
+    ahead = np.array([np.cos(heading), np.sin(heading)])
+    outline = corners(box[None])[0, :4, :2]
     style: dict[str, Any] = {"edgecolor": colour, "linewidth": width, "joinstyle": "miter", "zorder": 4}
     axes.add_patch(Polygon(outline[:, ::-1], closed=True, facecolor="none", alpha=opacity, **style))
     axes.add_patch(Polygon(outline[:, ::-1], closed=True, facecolor=colour, alpha=0.15 * opacity, zorder=3))
-    nose = np.array([middle, middle + front + 0.8 * ahead])  # metres beyond: seen on a pedestrian too
+    nose = np.array([middle, middle + (length / 2 + 0.8) * ahead])  # metres beyond: seen on a pedestrian too
     axes.plot(nose[:, 1], nose[:, 0], color=colour, linewidth=width, alpha=opacity, zorder=4, solid_capstyle="butt")
 
 

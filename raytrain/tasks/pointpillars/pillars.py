@@ -125,7 +125,7 @@ def peaks(points: Tensor, weight: Tensor) -> Tensor:
     with torch.no_grad():
         rows = F.linear(points, weight).max(1).indices  # (V, C)
         rows += torch.arange(len(points), device=rows.device)[:, None] * points.shape[1]
-    largest = points.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, -1)  # (V, C, F)
+    largest = points.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, points.shape[2])  # (V, C, F)
     return (largest * weight).sum(-1)
 
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from raytrain.config import Count, Natural, NonNegative, Positive, Section
 from raytrain.errors import DataError
 from raytrain.overrides import apply_overrides
-from raytrain.tasks.pointpillars.data_options import read_section
+from raytrain.tasks.pointpillars.data_options import Number, read_section
 from raytrain.tasks.pointpillars.frames import IMAGE_SIZE, Annotations, Calibration, Frame, boxes_of, corners
 from raytrain.tasks.pointpillars.kitti import write_frame, write_split
 from raytrain.tasks.pointpillars.raycast import Scan, View, look, scan_of
@@ -56,7 +56,6 @@ CALIBRATION = (
 NumScenes = Annotated[Natural, Field(le=500_000)]
 Interval = Annotated[list[Natural], Field(min_length=2, max_length=2)]  # least and most, both included
 Angle = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=-90, lt=90)]
-Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 class Splits(Section):
@@ -77,7 +76,7 @@ class SimulationOptions(BaseModel):
     MAX_RANGE_M: Positive = 80.0
     RANGE_NOISE_M: NonNegative = 0.02  # standard deviation
     DROPOUT: Annotated[NonNegative, Field(le=1)] = 0.04  # share of echoes lost of asphalt near by; far and aslant: more
-    EXTENT_M: Annotated[list[Finite], Field(min_length=4, max_length=4)] = [0.0, -40.0, 70.0, 40.0]  # x0 y0 x1 y1
+    EXTENT_M: Annotated[list[Number], Field(min_length=4, max_length=4)] = [0.0, -40.0, 70.0, 40.0]  # x0 y0 x1 y1
     CARS: Interval = [6, 14]
     VANS: Interval = [0, 3]
     PEDESTRIANS: Interval = [2, 8]
@@ -258,6 +257,10 @@ def write_scenes(
     """
     folder = Path(out)
     sources = [source for split in splits if len(source := SimulatedSource(options, split, seed))]
+    if not sources:
+        raise DataError(
+            f"there is nothing to write: NUM_SCENES is 0 for {' and '.join(splits)}; ask for some with --scenes"
+        )
     for source in sources:
         path = folder / "ImageSets" / f"{source.split}.txt"
         if path.exists():
@@ -265,7 +268,13 @@ def write_scenes(
     try:
         for source in sources:
             for index in range(len(source)):
-                write_frame(folder, source.frame(index))
+                frame = source.frame(index)
+                if not len(frame.points):
+                    raise DataError(
+                        f"scene {frame.name} has no point, and KITTI's files have one at least; "
+                        f"{SECTION}.MAX_RANGE_M or DROPOUT leaves none"
+                    )
+                write_frame(folder, frame)
             write_split(folder, source.split, [source.name(index) for index in range(len(source))])
     except OSError as error:
         raise DataError(

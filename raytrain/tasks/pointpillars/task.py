@@ -13,10 +13,10 @@ from torch import nn
 
 from raytrain.errors import ConfigError
 from raytrain.task import ModelReturn, Task
-from raytrain.tasks.pointpillars.augment import Augmentor
+from raytrain.tasks.pointpillars.augment import Augmentor, GtSampling
 from raytrain.tasks.pointpillars.data_options import read_data_options, without_effect
-from raytrain.tasks.pointpillars.dataset import LastEpochs, LidarDataset, SampleFrame, Source, collate
-from raytrain.tasks.pointpillars.frames import Annotations, annotations_of, boxes_of
+from raytrain.tasks.pointpillars.dataset import LastEpochs, LidarDataset, SampleFrame, collate
+from raytrain.tasks.pointpillars.frames import Annotations, Source, annotations_of, boxes_of
 from raytrain.tasks.pointpillars.kitti import KittiSource
 from raytrain.tasks.pointpillars.kitti_eval import evaluate, warnings_of
 from raytrain.tasks.pointpillars.model import PointPillar
@@ -75,6 +75,8 @@ class PointPillars(Task):
             return LidarDataset(source, self.options, self.cfg.CLASS_NAMES, training=False)
         scenes = DATABASE_SCENES if self.options.SOURCE == "simulated" else None
         augmentor = Augmentor.of(self.options.DATA_AUGMENTOR, self.cfg.CLASS_NAMES, source, scenes)
+        if any(isinstance(step, GtSampling) and step.DB_INFO_PATH for step in augmentor.steps):
+            self.note("DB_INFO_PATH of gt_sampling has no effect: objects are cut from the frames themselves")
         last_epochs = self._last_epochs()
         if last_epochs is not None:
             augmentor.without(last_epochs.without)  # says now what it would say in that epoch
