@@ -29,6 +29,7 @@ DATA_CONFIG: dict[str, Any] = {
                 "NAME": "gt_sampling",
                 "USE_ROAD_PLANE": True,
                 "PREPARE": {"filter_by_min_points": ["Car:5", "Pedestrian:3"]},
+                "NUM_FRAMES": 10,
                 "SAMPLE_GROUPS": ["Car:3", "Pedestrian:2"],
             },
             {"NAME": "random_world_flip", "ALONG_AXIS_LIST": ["x"]},

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
-from raytrain.config import Flag, NonNegative, Positive, Section
+from raytrain.config import Count, Flag, NonNegative, Positive, Section
 from raytrain.errors import ConfigError, TaskError
 from raytrain.tasks.pointpillars.data_options import Number, read_section
 from raytrain.tasks.pointpillars.database import (
@@ -66,6 +66,7 @@ class GtSampling(Section):
     NAME: Literal["gt_sampling"]
     SAMPLE_GROUPS: Counts  # how many of a class are drawn, "Class:count"
     PREPARE: Prepare = Prepare()
+    NUM_FRAMES: Count | None = None  # objects are cut out of the first ones, or of all; raytrain's own key
     LIMIT_WHOLE_SCENE: Flag = False  # counts are of the whole scene: those that are there are not drawn
     REMOVE_EXTRA_WIDTH: Widths = Field(default=[0.0, 0.0, 0.0])  # metres: how much larger the box is that is emptied
     USE_ROAD_PLANE: Flag = False  # objects stand on the scene's ground_plane; else as high as they were found
@@ -112,14 +113,12 @@ class Augmentor:
             raise TaskError(f"{SECTION} has gt_sampling, which needs a database; Augmentor.of(...) makes it")
 
     @classmethod
-    def of(
-        cls, options: Listed, class_names: Sequence[str], source: Source, num_frames: int | None = None
-    ) -> Augmentor:
-        """The augmentor, with a database of the first `num_frames` frames of `source` (all) if one is needed."""
+    def of(cls, options: Listed, class_names: Sequence[str], source: Source) -> Augmentor:
+        """The augmentor, with a database of the objects of `source` if one is needed."""
         for step in steps_of(options, class_names):
             if isinstance(step, GtSampling):
                 wanted = [name for name in counts(step.SAMPLE_GROUPS) if name in class_names]
-                return cls(options, class_names, Database.of(source, wanted, step.PREPARE, num_frames))
+                return cls(options, class_names, Database.of(source, wanted, step.PREPARE, step.NUM_FRAMES))
         return cls(options, class_names)
 
     def without(self, names: Sequence[str]) -> Augmentor:

@@ -26,8 +26,6 @@ from raytrain.tasks.pointpillars.simulate import SimulatedSource, simulation_opt
 if TYPE_CHECKING:
     from raytrain.config import Config
 
-DATABASE_SCENES = 200  # of simulated scenes, from which gt_sampling draws; of KITTI all are cut, once
-
 
 def place(name: str) -> tuple[bool, ...]:
     """For the order of metrics: what the benchmark ranks by comes first."""
@@ -73,8 +71,7 @@ class PointPillars(Task):
         source = self._source(split)
         if split == "val":
             return LidarDataset(source, self.options, self.cfg.CLASS_NAMES, training=False)
-        scenes = DATABASE_SCENES if self.options.SOURCE == "simulated" else None
-        augmentor = Augmentor.of(self.options.DATA_AUGMENTOR, self.cfg.CLASS_NAMES, source, scenes)
+        augmentor = Augmentor.of(self.options.DATA_AUGMENTOR, self.cfg.CLASS_NAMES, source)
         if any(isinstance(step, GtSampling) and step.DB_INFO_PATH for step in augmentor.steps):
             self.note("DB_INFO_PATH of gt_sampling has no effect: objects are cut from the frames themselves")
         last_epochs = self._last_epochs()
