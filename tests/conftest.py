@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,37 @@ from processes import Pair
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_in_tmp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What killed processes can remove no more, and what torchrun never does, goes with the session.
+
+    A folder of its own for all temporary files, short as sockets lie below it; and the semaphores of loader
+    workers that were killed together with what would have removed them.
+    """
+    tmp_path_factory.getbasetemp()  # stays where it was: a failed test's files are looked at afterwards
+    folder, before = tempfile.mkdtemp(prefix="rt-", dir="/tmp"), set(semaphores())
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TMPDIR", folder)  # of what is started from here; this process has looked before
+        patched.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
+        yield
+    shutil.rmtree(folder, ignore_errors=True)
+    mapped = "".join(maps_of(process) for process in Path("/proc").glob("[0-9]*"))
+    for semaphore in set(semaphores()) - before:
+        if str(semaphore) not in mapped:
+            semaphore.unlink(missing_ok=True)
+
+
+def semaphores() -> Iterator[Path]:
+    return Path("/dev/shm").glob("sem.mp-*")
+
+
+def maps_of(process: Path) -> str:
+    try:
+        return (process / "maps").read_text()
+    except OSError:  # it has ended, or is another user's
+        return ""
 
 
 @pytest.fixture(scope="session")
