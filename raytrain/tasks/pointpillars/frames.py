@@ -95,14 +95,16 @@ class Calibration:
         return projected[:, :2] / projected[:, 2:3], projected[:, 2] - self.P2[2, 3]
 
     def in_view(self, points: NDArray[np.floating]) -> NDArray[np.bool_]:
-        """(N,): which of these lidar points (N, 3 or more) the camera sees: `to_image` of `to_camera`, in one product.
+        """(N,): which of these lidar points (N, 3 or more) the camera sees: `to_image` of `to_camera`, in one go.
 
         Compared before the division, so that a point at the camera's very place is no special case.
         """
         camera = self.R0_rect @ self.Tr_velo_to_cam  # (3, 4)
         image = self.P2[:, :3] @ camera
         image[:, 3] += self.P2[:, 3]
-        u, v, depth = image[:, :3] @ points[:, :3].T + image[:, 3:]  # (3, N): pixels times depth
+        x, y, z = points[:, :3].T.astype(np.float64)  # (N,) each
+        # Not a matrix product, which may round otherwise with another number of threads.
+        u, v, depth = (row[0] * x + row[1] * y + row[2] * z + row[3] for row in image)  # (N,): pixels times depth
         inside = (u >= 0) & (v >= 0) & (u < IMAGE_SIZE[0] * depth) & (v < IMAGE_SIZE[1] * depth)
         return np.asarray(inside & (depth >= max(0.0, self.P2[2, 3])))
 
