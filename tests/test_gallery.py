@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import shlex
 import struct
-import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import bad_tasks
 import pytest
 import s3_server
+from tensorboard_events import events_of
 
 import raytrain
 from raytrain import cli
@@ -83,12 +82,7 @@ def kinds(run_dir: str, *wanted: str) -> list[dict[str, Any]]:
 
 def images(folder: Path) -> dict[str, list[tuple[int, int, int, bytes]]]:
     """Tag -> (x, width, height, file) of each image, as tensorboard reads them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tensorboard's own imports
-        accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-        logging.getLogger("tensorboard").setLevel(logging.ERROR)
-        events = accumulator.EventAccumulator(str(folder), size_guidance={"images": 0})
-        events.Reload()
+    events = events_of(folder, "images")
     found = {tag: events.Images(tag) for tag in events.Tags()["images"]}
     return {tag: [(e.step, e.width, e.height, e.encoded_image_string) for e in each] for tag, each in found.items()}
 

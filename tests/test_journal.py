@@ -1,17 +1,16 @@
 import dataclasses
 import json
-import logging
 import math
 import os
 import subprocess
 import sys
 import threading
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tensorboard_events import events_of
 
 from raytrain.errors import StorageError, TaskError
 from raytrain.journal import Journal, JsonlSink, LogSink, TensorBoardSink
@@ -282,12 +281,7 @@ def test_a_line_that_a_kill_tore_is_closed_so_that_later_ones_are_whole(tmp_path
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Tag -> points, as tensorboard reads them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tensorboard's own imports
-        accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-        logging.getLogger("tensorboard").setLevel(logging.ERROR)
-        events = accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0})
-        events.Reload()
+    events = events_of(folder, "scalars")
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 

@@ -2,16 +2,15 @@
 
 import os
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
+from kitti_frames import kitti_mini
 
 from raytrain.tasks.pointpillars.database import Database, Prepare, counts, inside
 from raytrain.tasks.pointpillars.frames import Calibration, Frame, annotations_of, points_in_boxes
 from raytrain.tasks.pointpillars.kitti import KittiSource, difficulty_of, write_frame, write_split
 
-KITTI_MINI = Path(__file__).parents[3] / "shared" / "kitti-mini"
 CLASSES = ["Car", "Pedestrian", "Cyclist"]
 # A camera in the lidar's place: x right, y down, z forward.
 CALIBRATION = Calibration(
@@ -203,10 +202,8 @@ def test_a_folder_that_cannot_be_written_is_no_failure(tmp_path):
     assert same(Database.of(source, CLASSES, Prepare()), database)
 
 
-def test_objects_of_genuine_frames_are_found():
-    if not KITTI_MINI.exists():
-        pytest.skip(f"{KITTI_MINI} is absent: the three genuine KITTI frames are no part of this repository")
-    frames = KittiSource(KITTI_MINI, "train")
+def test_objects_of_genuine_frames_are_found(tmp_path):
+    frames = KittiSource(kitti_mini(tmp_path), "train")
     database = Database.of(Frames([frames.frame(i) for i in range(len(frames))]), CLASSES, Prepare())
     assert database.counts == {"Car": 7, "Pedestrian": 1, "Cyclist": 1}
     numbers = dict(zip(database.labels.tolist(), np.diff(database.ends).tolist(), strict=False))

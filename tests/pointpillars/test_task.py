@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from kitti_frames import kitti_mini
+from pillars_for_tests import CLASS_NAMES, DATA_CONFIG, MODEL, NUM_SCENES, anchors
 
 import raytrain
 from raytrain.cli import main
@@ -19,13 +20,6 @@ from raytrain.records import read_journal
 from raytrain.tasks.pointpillars.frames import boxes_of, points_in_boxes
 from raytrain.tasks.pointpillars.geometry import iou_3d
 from raytrain.tasks.pointpillars.task import PointPillars
-
-TESTS = Path(__file__).parent.parent
-ROOT = TESTS.parent
-sys.path.insert(0, str(TESTS))
-from pillars_for_tests import CLASS_NAMES, DATA_CONFIG, MODEL, NUM_SCENES, anchors  # noqa: E402
-
-KITTI_MINI = ROOT.parent / "shared" / "kitti-mini"
 
 
 def config(folder: Path, name: str, **changes: Any) -> Path:
@@ -116,15 +110,13 @@ def test_what_a_config_lacks_is_said_before_anything_is_trained(
 
 def test_real_frames_are_learnt_until_the_cars_are_found(tmp_path: Path) -> None:
     """Three genuine frames of KITTI; the cars of 000008 with at least 10 points, at 3D IoU 0.7."""
-    if not KITTI_MINI.is_dir():
-        pytest.skip(f"needs three frames of KITTI in {KITTI_MINI}")
     model = copy.deepcopy(MODEL)
     model["VFE"]["NUM_FILTERS"] = [24]
     model["MAP_TO_BEV"]["NUM_BEV_FEATURES"] = 24
     model["BACKBONE_2D"].update(NUM_FILTERS=[24, 32], NUM_UPSAMPLE_FILTERS=[24, 24], LAYER_NUMS=[2, 2])
     model["DENSE_HEAD"]["ANCHOR_GENERATOR_CONFIG"] = [anchors("Car", [3.9, 1.6, 1.56], -1.78, 0.6)]
     data = copy.deepcopy(DATA_CONFIG)
-    data.update(SOURCE="kitti", DATA_PATH=str(KITTI_MINI), POINT_CLOUD_RANGE=[0, -15.36, -3, 40.96, 15.36, 1])
+    data.update(SOURCE="kitti", DATA_PATH=str(kitti_mini(tmp_path)), POINT_CLOUD_RANGE=[0, -15.36, -3, 40.96, 15.36, 1])
     data["DATA_AUGMENTOR"]["AUG_CONFIG_LIST"] = []
     data["DATA_PROCESSOR"][2].update(VOXEL_SIZE=[0.32, 0.32, 4], MAX_NUMBER_OF_VOXELS={"train": 6000, "test": 6000})
     path = config(

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard_events import events_of
 
 from raytrain.records import read_journal
 
@@ -123,12 +123,10 @@ class Run:
         first = int((self.run_dir / ".lock").read_text().split()[1])
         victim = first if rank == 0 else next(pid for pid in pids if pid != first)
         below = {pid for root in pids for pid in family(root)}
-        left = semaphores(below)
         os.kill(victim, signal.SIGKILL)
         self.release()
         said = launched.ended(status)
         gone(below)
-        remove(left)
         return said
 
     def hold(self, step: int) -> None:
@@ -200,27 +198,10 @@ class Launched:
     def kill(self, workers: list[int], workers_too: bool = True) -> None:
         """SIGKILL for it and for its workers; returns when all that they had started is gone, and the workers are."""
         everyone = {pid for root in {self.pid, *workers} for pid in family(root)}
-        left = semaphores(everyone)
         for pid in {self.pid, *workers} if workers_too else {self.pid}:
             os.kill(pid, signal.SIGKILL)
         self.process.wait()
         gone(everyone)
-        remove(left)
-
-
-def remove(files: set[Path]) -> None:
-    """What Ray has kept the dead from removing, when it killed their resource trackers."""
-    for file in files:
-        file.unlink(missing_ok=True)
-
-
-def semaphores(pids: set[int]) -> set[Path]:
-    """Those that the queues of loader workers have in /dev/shm."""
-    lines: list[str] = []
-    for pid in pids:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # one that has ended meanwhile
-            lines += Path(f"/proc/{pid}/maps").read_text().splitlines()
-    return {Path(line.split()[-1]) for line in lines if "/dev/shm/sem." in line}
 
 
 def gone(pids: set[int]) -> None:
@@ -334,6 +315,4 @@ def assert_curves_are_whole(run: Run, steps_per_epoch: int) -> None:
 
 def curve(folder: Path, tag: str) -> list[int]:
     """Where a curve has points, as tensorboard shows it."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    return [event.step for event in events.Scalars(tag)]
+    return [event.step for event in events_of(folder, "scalars").Scalars(tag)]

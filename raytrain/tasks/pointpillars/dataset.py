@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from raytrain.tasks.pointpillars.data_options import DataOptions, Mask
-from raytrain.tasks.pointpillars.frames import Annotations, Calibration, Frame, Source, corners
+from raytrain.tasks.pointpillars.frames import Annotations, Calibration, Frame, Source, corners, wrapped
 from raytrain.tasks.pointpillars.voxels import Voxels
 
 Objects = tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.str_]]  # points (N, 4), boxes (M, 7), names (M,)
@@ -111,7 +111,7 @@ class LidarDataset(Dataset[dict[str, Any]]):
         boxes, names = frame.boxes[labelled], frame.annotations.names[labelled]
         if self.training and self.active is not None:
             points, boxes, names = self.active(points, boxes, names)
-        boxes = np.column_stack([boxes[:, :6], (boxes[:, 6] + np.pi) % (2 * np.pi) - np.pi])
+        boxes = np.column_stack([boxes[:, :6], wrapped(boxes[:, 6])])
         wanted = np.isin(names, self.class_names) & (boxes[:, 3:6] > 0).all(1)  # no anchor encodes an extent of 0
         return points, boxes[wanted], names[wanted]
 

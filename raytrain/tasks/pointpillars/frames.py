@@ -162,8 +162,7 @@ def annotations_of(
     bottom = boxes[:, :3].copy()
     bottom[:, 2] -= boxes[:, 5] / 2
     location = calibration.to_camera(bottom)
-    rotation_y = -boxes[:, 6] - np.pi / 2
-    rotation_y = (rotation_y + np.pi) % (2 * np.pi) - np.pi
+    rotation_y = wrapped(-boxes[:, 6] - np.pi / 2)
     alpha = rotation_y - np.arctan2(location[:, 0], location[:, 2])
     pixels, _ = calibration.to_image(calibration.to_camera(corners(boxes).reshape(-1, 3)))
     pixels = np.clip(pixels.reshape(-1, 8, 2), 0, np.array(IMAGE_SIZE) - 1.0)
@@ -172,13 +171,18 @@ def annotations_of(
         np.asarray(names),
         unknown,
         unknown.copy(),
-        (alpha + np.pi) % (2 * np.pi) - np.pi,
+        wrapped(alpha),
         np.concatenate([pixels.min(1), pixels.max(1)], axis=1) if len(boxes) else np.zeros((0, 4)),
         boxes[:, [3, 5, 4]],
         location,
         rotation_y,
         None if scores is None else np.asarray(scores, dtype=np.float64),
     )
+
+
+def wrapped(angle_rad: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The same angles in [-pi, pi)."""
+    return (angle_rad + np.pi) % (2 * np.pi) - np.pi
 
 
 def corners(boxes: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from raytrain.tasks.pointpillars.frames import wrapped
 from raytrain.tasks.pointpillars.scenes import Solids
 
 Floats = NDArray[np.float64]
@@ -218,7 +219,7 @@ def spans(scan: Scan, solids: Solids) -> tuple[Ints, Ints, Ints, Ints]:
     x = solids.centre[:, :1] + along * cos - across * sin
     y = solids.centre[:, 1:2] + along * sin + across * cos
     middle = np.arctan2(solids.centre[:, 1], solids.centre[:, 0])
-    aside = np.remainder(np.arctan2(y, x) - middle[:, None] + np.pi, 2 * np.pi) - np.pi
+    aside = wrapped(np.arctan2(y, x) - middle[:, None])
     first = np.ceil((middle + aside.min(1) - scan.first_rad) / scan.step_rad)
     last = np.floor((middle + aside.max(1) - scan.first_rad) / scan.step_rad)
     outside = np.maximum(np.abs(to_local(solids, solids.centre)[:, :2]) - reach, 0)

@@ -21,7 +21,7 @@ from raytrain.config import Count, Natural, NonNegative, Positive, Section
 from raytrain.errors import DataError
 from raytrain.overrides import apply_overrides
 from raytrain.tasks.pointpillars.data_options import Number, read_section
-from raytrain.tasks.pointpillars.frames import IMAGE_SIZE, Annotations, Calibration, Frame, boxes_of, corners
+from raytrain.tasks.pointpillars.frames import IMAGE_SIZE, Annotations, Calibration, Frame, boxes_of, corners, wrapped
 from raytrain.tasks.pointpillars.kitti import write_frame, write_split
 from raytrain.tasks.pointpillars.raycast import Scan, View, look, scan_of
 from raytrain.tasks.pointpillars.scenes import (
@@ -161,7 +161,7 @@ def labelled(scene: Scene) -> tuple[Scene, Annotations]:
         names=np.array([str(LABELS[kind]) for kind in scene.kinds], dtype=np.str_),
         truncated=np.zeros(len(location)),
         occluded=np.zeros(len(location)),
-        alpha=two(np.remainder(observed + np.pi, 2 * np.pi) - np.pi),
+        alpha=two(wrapped(observed)),
         bbox=np.zeros((len(location), 4)),
         dimensions=two(scene.boxes[:, [3, 5, 4]]),
         location=location,
