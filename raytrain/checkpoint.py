@@ -1,7 +1,7 @@
 """One checkpoint: a folder with checkpoint.pth and manifest.json, which vouches for it.
 
 The manifest is written last and holds the size and sha256 of every file, and its own
-sha256. What no manifest vouches for is not a checkpoint.
+sha256. What no manifest vouches for is not a checkpoint. What is in checkpoint.pth is payload.py's.
 """
 
 from __future__ import annotations
@@ -12,20 +12,13 @@ import errno
 import hashlib
 import json
 import math
-import pickle
-import re
-import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import IO, Any, cast
-
-import numpy as np
-import torch
+from typing import IO, Any
 
 import raytrain
 from raytrain.errors import CheckpointError, StorageError
 from raytrain.progress import Progress
-from raytrain.storage import CHUNK_BYTES, Storage, open_storage, temporary_name
+from raytrain.storage import CHUNK_BYTES, Storage, temporary_name
 
 PAYLOAD = "checkpoint.pth"
 MANIFEST = "manifest.json"
@@ -85,9 +78,10 @@ class Manifest:
             raise CheckpointError(f"it is not a manifest of raytrain: {error}") from error
 
 
-def write_checkpoint(storage: Storage, name: str, payload: dict[str, Any], manifest: Manifest) -> Manifest:
-    """The manifest of checkpoint `name`, which is on the storage in full when this returns.
+def write_checkpoint(storage: Storage, name: str, data: bytes | memoryview, manifest: Manifest) -> Manifest:
+    """The manifest of checkpoint `name`, which is on the storage in full, and was read back, when this returns.
 
+    data: the bytes of checkpoint.pth
     A checkpoint of that name gives way only to one that is complete and verified beside it: at
     every moment one of the two exists in full, and `recover_checkpoint` finds it after a crash.
     """
@@ -95,9 +89,7 @@ def write_checkpoint(storage: Storage, name: str, payload: dict[str, Any], manif
     # An object store cannot rename, and copying is slow: there a free name is written in place, manifest last.
     stage = temporary_name("writing", name) if storage.is_local or replaces else name
     try:
-        manifest = _write_files(storage, stage, payload, manifest)
-        if replaces:
-            verify_checkpoint(storage, stage)
+        manifest = _write_files(storage, stage, data, manifest)
     except BaseException:
         with contextlib.suppress(StorageError):  # the failure above is the one to tell
             storage.remove_tree(stage)
@@ -143,7 +135,7 @@ def discard_checkpoint(storage: Storage, name: str) -> None:
 def read_manifest(storage: Storage, name: str) -> Manifest:
     """The manifest of checkpoint `name`, after a look at names and sizes only; a CheckpointError says what is wrong."""
     path = storage.path_of(name)
-    with _damage_named(path):
+    with damage_named(path):
         present = storage.list(name)
         if MANIFEST not in present:
             raise CheckpointError(f"{path}: {MANIFEST} is missing, so it was never finished or has been damaged")
@@ -163,10 +155,10 @@ def read_manifest(storage: Storage, name: str) -> Manifest:
 def verify_checkpoint(storage: Storage, name: str) -> Manifest:
     """The manifest of checkpoint `name`, every byte of which has been checked; a CheckpointError says what is wrong."""
     manifest = read_manifest(storage, name)
-    with _damage_named(storage.path_of(name)):
+    with damage_named(storage.path_of(name)):
         for file in manifest.files:
             with storage.open_read(f"{name}/{file}") as stream:
-                _check_sha256(stream, storage.path_of(name), file, manifest)
+                check_sha256(stream, storage.path_of(name), file, manifest)
     return manifest
 
 
@@ -179,123 +171,22 @@ def is_verified(storage: Storage, name: str) -> bool:
     return True
 
 
-def load_payload(storage: Storage, name: str, map_location: Any = "cpu") -> dict[str, Any]:
-    """The payload of checkpoint `name`, read from the very file whose sha256 has just been checked."""
-    manifest = read_manifest(storage, name)
-    with (
-        _damage_named(storage.path_of(name)),
-        storage.local_copy(f"{name}/{PAYLOAD}") as path,
-        path.open("rb") as file,
-    ):
-        _check_sha256(file, storage.path_of(name), PAYLOAD, manifest)
-        file.seek(0)
-        return _load(file, storage.path_of(f"{name}/{PAYLOAD}"), map_location)
-
-
-def load_weights_file(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """The dict in a bare .pth file of ours or of OpenPCDet: model_state, and what else was saved with it.
-
-    A file of ours that still stands beside its manifest is checked against it. No code in the
-    file is ever run; of OpenPCDet's, numpy scalars are let through.
-    """
-    path = Path(path).expanduser().absolute()
-    if path.name == PAYLOAD and (path.parent / MANIFEST).exists():
-        return load_payload(open_storage(str(path.parent.parent)), path.parent.name, map_location)
-    try:
-        with path.open("rb") as file:
-            return _load(file, str(path), map_location)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-class _HashingWriter:
-    """A file for torch.save that knows the size and sha256 of what went through it.
-
-    A failed write is kept for `check`: raised inside torch.save it would be lost behind
-    "PytorchStreamWriter failed writing file", or abort the process.
-    """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.sha256 = hashlib.sha256()
-        self.size_bytes = 0
-        self.failure: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        if self.failure is None:
-            try:
-                self.file.write(data)
-            except OSError as error:
-                self.failure = error
-            self.sha256.update(data)
-            self.size_bytes += len(data)
-        return len(data)
-
-    def flush(self) -> None:
-        """Nothing: Storage.open_write flushes."""
-
-    def check(self) -> None:
-        if self.failure is not None:
-            raise self.failure
-
-
-def _write_files(storage: Storage, folder: str, payload: dict[str, Any], manifest: Manifest) -> Manifest:
+def _write_files(storage: Storage, folder: str, data: bytes | memoryview, manifest: Manifest) -> Manifest:
     """The manifest with its files, all of them written into `folder`, the manifest last."""
     name = f"{folder}/{PAYLOAD}"
-    with storage.open_write(name) as file:
-        writer = _HashingWriter(file)
-        try:
-            torch.save(payload, cast(IO[bytes], writer))
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"the state cannot be saved: {error}") from error
-        writer.check()
-    with storage.open_read(name) as file:
-        refused = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    if refused:
+    storage.write_file(name, data)
+    if not storage.holds(name, data):
         raise CheckpointError(
-            f"the state holds objects of {', '.join(sorted(refused))}, which loading would refuse; "
-            "keep tensors, numbers, strings, lists and dicts in it"
+            f"{storage.path_of(name)}: what was read back is not what was written; the disk or the memory fails. "
+            "Choose another OUTPUT, then run the same command again"
         )
-    facts = {"size_bytes": writer.size_bytes, "sha256": writer.sha256.hexdigest()}
+    facts = {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     manifest = dataclasses.replace(manifest, files={PAYLOAD: facts})
     storage.write_bytes(f"{folder}/{MANIFEST}", manifest.to_json().encode())
     return manifest
 
 
-def _load(file: IO[bytes], path: str, map_location: Any) -> dict[str, Any]:
-    try:
-        with torch.serialization.safe_globals(_numpy_scalars()), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what cannot be read is told below
-            payload = torch.load(file, map_location=map_location, weights_only=True)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # the bytes are anybody's: what reading them raises has no bounds
-        refused = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", str(error))
-        if refused:
-            raise CheckpointError(
-                f"{path}: refused, because loading it would call {refused[1]}; only tensors and plain values are loaded"
-            ) from error
-        said = str(error).rpartition("WeightsUnpickler error:")[2].strip()  # before it: how to load it unsafely
-        what = (said or "it ends too early").splitlines()[0]
-        raise CheckpointError(
-            f"{path}: not a readable checkpoint: {type(error).__name__}: {what}. "
-            "Give a file that torch.save wrote, whole; other pickles could run code and are not loaded"
-        ) from error
-    if not isinstance(payload, dict) or not isinstance(payload.get("model_state"), dict):
-        found = f"the keys {list(payload)[:8]}" if isinstance(payload, dict) else f"a {type(payload).__name__}"
-        raise CheckpointError(f"{path}: it should hold a dict with 'model_state', but holds {found}")
-    return payload
-
-
-def _numpy_scalars() -> list[Any]:
-    """What unpickling a numpy number needs, under the names that numpy 1 and numpy 2 write."""
-    scalar = np.float64(0).__reduce__()[0]
-    names = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]
-    kinds = [np.float64, np.float32, np.float16, np.int64, np.int32, np.bool_]
-    return [*((scalar, name) for name in names), np.dtype, *(type(np.dtype(kind)) for kind in kinds)]
-
-
-def _check_sha256(stream: IO[bytes], path: str, file: str, manifest: Manifest) -> None:
+def check_sha256(stream: IO[bytes], path: str, file: str, manifest: Manifest) -> None:
     sha256 = hashlib.sha256()
     while chunk := stream.read(CHUNK_BYTES):
         sha256.update(chunk)
@@ -304,7 +195,7 @@ def _check_sha256(stream: IO[bytes], path: str, file: str, manifest: Manifest) -
 
 
 @contextlib.contextmanager
-def _damage_named(path: str) -> Iterator[None]:
+def damage_named(path: str) -> Iterator[None]:
     """Turns a bad sector, and a file that goes while it is read, into a CheckpointError.
 
     Other storage errors (no permission, no network) stay what they are: they say nothing

@@ -203,7 +203,11 @@ class Checkpoint(Section):
 
     EVERY_EPOCHS: Count | None = 1
     EVERY_STEPS: Count | None = None
-    EVERY_SECONDS: Positive | None = 300.0
+    EVERY_SECONDS: Literal["auto"] | Positive | None = (
+        "auto"  # auto: as often as OVERHEAD allows, once a minute at most
+    )
+    OVERHEAD: Annotated[Positive, Field(lt=1)] = 0.01  # share of the time that saving may take
+    SNAPSHOT_EVERY: Literal["auto"] | Count | None = "auto"  # steps between states in memory; auto: as OVERHEAD allows
     KEEP_LAST: Count = 5
     METRIC: str | None = None  # of the task's score
     MODE: Literal["max", "min"] = "max"

@@ -12,6 +12,7 @@ from typing import Any
 
 from raytrain.cluster import Mailbox, attempt
 from raytrain.records import Record
+from raytrain.saves import Pending
 from raytrain.storage import joined
 
 POST_S = 0.2  # how often rank 0 posts to the driver and asks whether it shall stop
@@ -37,8 +38,8 @@ class Control:
     def stop_wished(self) -> bool:
         return False
 
-    def saved(self, name: str | None, metrics: dict[str, float]) -> None:
-        """Collective. A checkpoint was written (`name` on rank 0, None elsewhere), with its metrics if it has some."""
+    def saved(self, save: Pending | None, metrics: dict[str, float]) -> None:
+        """Collective. A checkpoint is on its way (`save` on rank 0, None elsewhere), perhaps with metrics."""
 
     def write(self, record: Record) -> None: ...
 
@@ -77,7 +78,7 @@ class RayControl(Control):
         self._number, self._sent = 0, 0
         self._stop = threading.Event()
         self._ending = threading.Event()
-        self._reports: queue.Queue[tuple[str | None, dict[str, float]] | None] = queue.Queue()
+        self._reports: queue.Queue[tuple[Pending | None, dict[str, float]] | None] = queue.Queue()
         self._threads = [threading.Thread(target=self._report, name="raytrain-report", daemon=True)]
         if rank == 0:
             self._threads.append(threading.Thread(target=self._post, name="raytrain-post", daemon=True))
@@ -96,8 +97,8 @@ class RayControl(Control):
             else:
                 self._posted = [*self._posted, numbered][-RECENT:]
 
-    def saved(self, name: str | None, metrics: dict[str, float]) -> None:
-        self._reports.put((name, metrics))
+    def saved(self, save: Pending | None, metrics: dict[str, float]) -> None:
+        self._reports.put((save, metrics))
 
     def failed(self, failure: dict[str, Any]) -> None:
         """Tell the driver why this rank ends."""
@@ -134,8 +135,8 @@ class RayControl(Control):
         from ray.train import Checkpoint, CheckpointUploadMode
 
         while (report := self._reports.get()) is not None:
-            name, metrics = report
-            checkpoint = None
+            save, metrics = report
+            checkpoint, name = None, save.wait() if save is not None else None
             if name is not None:
                 path = joined(self._run_uri, "ckpt", name)
                 checkpoint = Checkpoint(path) if "://" in path else Checkpoint.from_directory(path)

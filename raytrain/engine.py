@@ -95,6 +95,7 @@ class Engine:
             self.stepper = FlatStepper(groups, options, layout, self.exchange.sums, names)
         else:
             self.stepper = TorchStepper(groups, options, self.precision.scaler, gradients)
+        self.fence: torch.cuda.Event | None = None  # what reads the parameters beside the computation
         self.loss_sum: torch.Tensor | None = None
         self._flags: tuple[list[bool], tuple[bool, ...]] | None = None
         self._flags_here = torch.empty(0)
@@ -164,6 +165,9 @@ class Engine:
                 granted = tuple(others)
                 if some_moved and self.world.device.type == "cpu":  # a GPU would learn of it too late
                     copy_fitting(firsts, self.world.broadcast_object(moved))
+        if self.fence is not None:
+            torch.cuda.current_stream().wait_event(self.fence)
+            self.fence = None
         norm = self.stepper.step(used, lr, momentum, self.grad_norm_clip)
         return Stepped(loss, norm, granted)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from raytrain.board import started_at
 from raytrain.errors import PreflightError, TrainingError
 from raytrain.firsts import LINE, copy_fitting, fits, num_bytes, room_in, rounded
 from raytrain.world import World
@@ -295,15 +296,6 @@ def libatomic_fence() -> Callable[[], None] | None:
     except (OSError, AttributeError):
         return None
     return lambda: fence(sequentially_consistent)
-
-
-def started_at(pid: int) -> str | None:
-    """When that process was started (in clock ticks since boot); None if it is dead, or only not yet buried."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else fields[18]  # field 22 of proc(5)
 
 
 def num_cpus() -> int:

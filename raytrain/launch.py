@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from raytrain import cluster
+from raytrain import board, cluster
 from raytrain.cluster import Cluster, Mailbox
 from raytrain.config import Config, load_config, with_overrides
 from raytrain.control import LocalControl
@@ -31,6 +31,7 @@ from raytrain.world import World
 Show = Callable[[Record], None]
 
 POLL_S = 0.2  # how often records are fetched from the workers
+BEREAVED_S = 15.0  # so long workers of a run that has failed may take to die
 NOTICE_S = 10.0  # how often a run that waits for resources says so
 DIED = (
     "The worker process died without a word. Most often the machine ran out of memory and the system killed it\n"
@@ -113,6 +114,7 @@ def launch(
     finally:
         if display is not None:
             display.close()
+        board.take_over(start.run_dir, BEREAVED_S)  # if it failed: the last state it had is saved
     return result_of(start, status)
 
 

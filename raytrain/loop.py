@@ -20,8 +20,8 @@ from raytrain.errors import TaskError, TrainingError
 from raytrain.feed import BatchKey, Feed, Step
 from raytrain.journal import Journal
 from raytrain.randomness import seed_all
-from raytrain.state import RunState, manifest_of, payload_of
-from raytrain.store import Store
+from raytrain.saves import Pending, Saves
+from raytrain.state import RunState
 from raytrain.task import ModelReturn, Task, move_to
 
 
@@ -30,37 +30,39 @@ class Control(Protocol):
 
     def stop_wished(self) -> bool: ...
     def now(self) -> float: ...
-    def saved(self, name: str | None, metrics: dict[str, float]) -> None: ...
+    def saved(self, save: Pending | None, metrics: dict[str, float]) -> None: ...
 
 
-def train_model(run: RunState, task: Task, feed: Feed, store: Store, journal: Journal, control: Control) -> bool:
+def train_model(run: RunState, task: Task, feed: Feed, saves: Saves, journal: Journal, control: Control) -> bool:
     """Collective. Train until all epochs are done; False if stopped before, with the state saved."""
     feed.start(run.progress, evaluate_first=run.unevaluated is not None)
     if run.unevaluated is not None:  # the run ended between saving an epoch and evaluating it
-        finish_evaluation(run, task, feed, store, journal, control, run.unevaluated)
-    while not run.plan.finished(run.progress):
-        stopped = not train_one_epoch(run, task, feed, store, journal, control)
+        finish_evaluation(run, task, feed, saves, journal, control, run.unevaluated)
+        control.saved(Pending.of_old(run.progress), run.metrics)
+    stopped = False
+    while not stopped and not run.plan.finished(run.progress):
+        stopped = not train_one_epoch(run, task, feed, saves, journal, control)
         evaluates = feed.evaluate_after(run.progress.epoch)
         finished = run.plan.finished(run.progress)
-        name = None
-        saves = stopped or evaluates or finished or store.progress_due(run.progress, epoch_done=True)
-        if saves:  # before the evaluation: whatever happens in there, the epoch is not trained again
-            name = save_checkpoint(run, store, journal, control, metrics=None if evaluates else {})
+        save = None
+        due = stopped or evaluates or finished or saves.store.progress_due(run.progress, epoch_done=True)
+        if due:  # before the evaluation: whatever happens in there, the epoch is not trained again
+            save = save_checkpoint(run, saves, journal, control, metrics=None if evaluates else {})
         if evaluates and not stopped:
-            finish_evaluation(run, task, feed, store, journal, control, name)
-        elif saves:
-            control.saved(name, {})
-        if stopped:
-            return False
-    return True
+            finish_evaluation(run, task, feed, saves, journal, control, save.name if save else None)
+        if due:
+            control.saved(save, run.metrics if evaluates and not stopped else {})
+    saves.settle()
+    tell_saved(saves, journal)
+    return not stopped
 
 
-def train_one_epoch(run: RunState, task: Task, feed: Feed, store: Store, journal: Journal, control: Control) -> bool:
+def train_one_epoch(run: RunState, task: Task, feed: Feed, saves: Saves, journal: Journal, control: Control) -> bool:
     """Collective. Train what is left of this epoch; False if stopped on the way."""
     run.model.train()
 
     def wishes() -> tuple[bool, bool]:
-        return control.stop_wished(), run.world.is_first and store.time_due(control.now())
+        return control.stop_wished(), run.world.is_first and saves.time_due(control.now())
 
     step_start = time.perf_counter()
     for step in feed.epoch_steps(run.progress):
@@ -85,11 +87,14 @@ def train_one_epoch(run: RunState, task: Task, feed: Feed, store: Store, journal
                 step_s=step_end - step_start,
             )
         step_start = step_end
+        saves.after_step(run)
+        tell_saved(saves, journal)
         stop_granted, save_granted = stepped.wishes
         if stop_granted:
             return False
-        if run.progress.epoch == began.epoch and (save_granted or store.progress_due(run.progress, epoch_done=False)):
-            control.saved(save_checkpoint(run, store, journal, control), {})
+        due = save_granted or saves.store.progress_due(run.progress, epoch_done=False)
+        if due and run.progress.epoch == began.epoch:
+            control.saved(save_checkpoint(run, saves, journal, control, may_be_replaced=True), {})
             step_start = time.perf_counter()
     return True
 
@@ -176,7 +181,7 @@ def evaluate(run: RunState, task: Task, feed: Feed) -> tuple[dict[str, float], l
 
 
 def finish_evaluation(
-    run: RunState, task: Task, feed: Feed, store: Store, journal: Journal, control: Control, name: str | None
+    run: RunState, task: Task, feed: Feed, saves: Saves, journal: Journal, control: Control, name: str | None
 ) -> None:
     """Collective. Evaluate, and write the metrics to the journal and to checkpoint `name`."""
     started = time.perf_counter()
@@ -184,7 +189,7 @@ def finish_evaluation(
     if run.plan.finished(run.progress):  # those of earlier epochs would take up memory while training goes on
         run.predictions = predictions
     write_notes(run, task, journal)
-    better = store.is_better(metrics, run.best)
+    better = saves.store.is_better(metrics, run.best)
     if better:
         run.best = {"epoch": run.progress.epoch, "step": run.progress.step, "metrics": metrics}
     run.metrics, run.unevaluated = metrics, None
@@ -197,13 +202,12 @@ def finish_evaluation(
         samples=len(feed.datasets["val"]),
         seconds=time.perf_counter() - started,
     )
-    metric = store.policy.METRIC
+    metric = saves.policy.METRIC
     if metric is not None and not math.isfinite(metrics[metric]):
         told = f"{metric} is {metrics[metric]} after epoch {run.progress.epoch}, so that epoch is none of the best ones"
         journal.write("event", event="warning", message=f"{told} (CHECKPOINT.METRIC)")
     if run.world.is_first and name is not None:
-        store.add_metrics(name, metrics)
-    control.saved(name, metrics)
+        saves.add_metrics(name, metrics)
 
 
 def write_notes(run: RunState, task: Task, journal: Journal) -> None:
@@ -212,16 +216,20 @@ def write_notes(run: RunState, task: Task, journal: Journal) -> None:
 
 
 def save_checkpoint(
-    run: RunState, store: Store, journal: Journal, control: Control, metrics: dict[str, float | None] | None = None
-) -> str | None:
-    """Rank 0 writes the run's state; a state with NaN in it is refused, so the last good one stays the newest.
+    run: RunState,
+    saves: Saves,
+    journal: Journal,
+    control: Control,
+    metrics: dict[str, float | None] | None = None,
+    may_be_replaced: bool = False,
+) -> Pending | None:
+    """Rank 0 begins to save the run's state; one with NaN in it is refused, so the last good one stays the newest.
 
     metrics: none, {}, where no evaluation is to follow;  None where it is owed, or the epoch is not over
+    may_be_replaced: by a newer one, should it still wait to be written then
     """
     if not run.world.is_first:
         return None
-    started = time.perf_counter()
-    payload = payload_of(run)
     # Parameters only: a buffer may hold infinities on purpose, as attention masks do.
     bad = [name for name, param in run.model.named_parameters() if not bool(param.isfinite().all())]
     if bad:
@@ -231,15 +239,20 @@ def save_checkpoint(
             "Lower OPTIMIZATION.LR or GRAD_NORM_CLIP, or look at the loss in journal.jsonl"
         )
     journal.flush()  # the steps that no resume from this checkpoint takes again
-    name = store.save(payload, manifest_of(run, metrics), control.now()).name
-    journal.write(
-        "checkpoint",
-        name=name,
-        epoch=run.progress.epoch,
-        step=run.progress.step,
-        save_s=time.perf_counter() - started,
-    )
-    return name
+    return saves.save(run, metrics, control.now(), may_be_replaced)
+
+
+def tell_saved(saves: Saves, journal: Journal) -> None:
+    """The journal tells of each checkpoint once it is on the storage."""
+    for save in saves.finished():
+        journal.write(
+            "checkpoint",
+            name=save.name,
+            epoch=save.progress.epoch,
+            step=save.progress.step,
+            stall_s=save.stall_s,
+            save_s=save.save_s,
+        )
 
 
 def loss_of(returned: ModelReturn, task: Task) -> torch.Tensor:

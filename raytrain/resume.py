@@ -6,9 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from raytrain.checkpoint import MANIFEST, PAYLOAD, Manifest, load_payload, load_weights_file, verify_checkpoint
+from raytrain.checkpoint import MANIFEST, PAYLOAD, Manifest, verify_checkpoint
 from raytrain.config import config_diff
 from raytrain.errors import CheckpointError, ResumeError
+from raytrain.payload import load_payload, load_weights_file
 from raytrain.progress import Plan
 from raytrain.records import read_journal
 from raytrain.runfolder import JOURNAL
@@ -30,6 +31,7 @@ FIXED = {
 FREE = (
     *("OUTPUT", "TAG", "EXTRA_TAG", "EXP_GROUP_PATH"),
     *("SCALE.NUM_WORKERS", "SCALE.MAX_FAILURES", "EVAL.PICTURES", "LOG."),
+    *("CHECKPOINT.EVERY_SECONDS", "CHECKPOINT.OVERHEAD", "CHECKPOINT.SNAPSHOT_EVERY"),
 )
 
 
@@ -39,12 +41,14 @@ class Origin:
 
     path:   for people;   name: its name in this run's own store, None if it lies elsewhere
     notes:  what a user should know: what was passed over, which keys differ
+    is_memory: whether it is no checkpoint but what the keeper holds
     """
 
     path: str
     name: str | None
     manifest: Manifest | None
     notes: list[str]
+    is_memory: bool = False
 
 
 def choose(store: Store, start: str) -> Origin | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import secrets
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from raytrain import board
 from raytrain.config import Config, with_overrides
 from raytrain.errors import ConfigError, ResumeError
 from raytrain.progress import Progress
@@ -85,7 +87,14 @@ class Start:
             arguments=options.arguments,
             cwd=str(Path.cwd()),
             search_path=tuple(str(Path(path).absolute()) for path in sys.path),
+            driver=driver(),
         )
+
+
+def driver() -> tuple[Any, ...]:
+    """What keeps a run going: this process, or the torchrun that has started it. Host, pid, start of the process."""
+    pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+    return board.host(), pid, board.started_at(pid)
 
 
 def find_start(cfg: Config, options: Options) -> Start:
@@ -100,6 +109,7 @@ def find_start(cfg: Config, options: Options) -> Start:
     if options.dashboard and (options.address is not None or cfg.SCALE.NUM_WORKERS == 0):
         raise ConfigError("--dashboard is Ray's, of a cluster that is started for the run; this run starts none")
     run_dir = run_dir_of(cfg)
+    board.take_over(run_dir, patience_s=0)  # what an earlier launch still holds in memory is to be found as well
     storage = open_storage(run_dir)
     storage.makedirs("ckpt")
     storage.write_bytes(f"ckpt/{PROBE}", b"")  # a full or read-only disk is found now, not at the first checkpoint

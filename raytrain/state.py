@@ -9,11 +9,12 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from raytrain import __version__
-from raytrain.checkpoint import Manifest, load_weights_file
+from raytrain.checkpoint import Manifest
 from raytrain.compilation import Compilation, open_compilation
 from raytrain.delivery import channels_last
 from raytrain.engine import Engine
 from raytrain.errors import CheckpointError, TaskError
+from raytrain.payload import load_weights_file
 from raytrain.progress import Plan, Progress
 from raytrain.randomness import seed_all
 from raytrain.schedule import Schedule, build_schedule
@@ -118,11 +119,11 @@ def manifest_of(run: RunState, metrics: dict[str, float | None] | None) -> Manif
 
 
 def payload_of(run: RunState) -> dict[str, Any]:
-    """What checkpoint.pth holds: OpenPCDet's keys, and under `raytrain` what they lack."""
+    """What checkpoint.pth holds: OpenPCDet's keys, and under `raytrain` what they lack. Tensors are the living ones."""
     return {
         "epoch": run.progress.epoch,
         "it": run.progress.step,
-        "model_state": {name: owned(value) for name, value in run.model.state_dict().items()},
+        "model_state": dict(run.model.state_dict()),
         "optimizer_state": run.engine.optimizer_state(),
         "version": f"raytrain+{__version__}",
         "raytrain": {
@@ -134,13 +135,6 @@ def payload_of(run: RunState) -> dict[str, Any]:
             "seed": run.seed,
         },
     }
-
-
-def owned(value: Any) -> Any:
-    """`value`; a tensor that is part of a larger memory as a copy, since torch.save writes the whole of it."""
-    if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() > value.numel() * value.element_size():
-        return value.clone()
-    return value
 
 
 def restore(run: RunState, payload: dict[str, Any], where: str) -> None:

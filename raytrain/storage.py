@@ -57,6 +57,10 @@ class Storage(Protocol):
     def open_write(self, name: str) -> AbstractContextManager[IO[bytes]]:
         """A new file, on the disk when the context ends. Not atomic: for files that something else vouches for."""
 
+    def write_file(self, name: str, data: bytes | memoryview) -> None: ...
+
+    def holds(self, name: str, data: bytes | memoryview) -> bool: ...
+
     def read_bytes(self, name: str) -> bytes: ...
 
     def write_bytes(self, name: str, data: bytes) -> None:
@@ -107,7 +111,17 @@ def parent_and_name(path: str) -> tuple[str, str]:
     return (parent or "/") + mark + options, name
 
 
-class LocalStorage:
+class _Files:
+    def write_file(self, name: str, data: bytes | memoryview) -> None:
+        with self.open_write(name) as file:  # type: ignore[attr-defined]
+            file.write(data)
+
+    def holds(self, name: str, data: bytes | memoryview) -> bool:
+        with self.open_read(name) as file:  # type: ignore[attr-defined]
+            return bool(file.read() == data)
+
+
+class LocalStorage(_Files):
     """A folder on a disk of this machine, or one that is mounted (NFS, FUSE)."""
 
     is_local = True
@@ -221,7 +235,7 @@ class LocalStorage:
             _sync_folder(path.parent)
 
 
-class ArrowStorage:
+class ArrowStorage(_Files):
     """A folder of a pyarrow file system. Puts are whole; renames are copies followed by deletes."""
 
     is_local = False

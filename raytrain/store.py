@@ -12,7 +12,6 @@ from typing import Any, Protocol
 from raytrain.checkpoint import (
     Manifest,
     discard_checkpoint,
-    load_payload,
     read_manifest,
     recover_checkpoint,
     verify_checkpoint,
@@ -32,7 +31,9 @@ class CheckpointPolicy(Protocol):
 
     EVERY_EPOCHS: int | None
     EVERY_STEPS: int | None
-    EVERY_SECONDS: float | None
+    EVERY_SECONDS: Any  # seconds, "auto" or None
+    OVERHEAD: float
+    SNAPSHOT_EVERY: Any  # steps, "auto" or None
     KEEP_LAST: int
     KEEP_BEST: int
     METRIC: str | None
@@ -64,11 +65,6 @@ class Store:
         self.storage = storage
         self.policy = policy
         self.launch = launch
-        self._last_save_s: float | None = None
-
-    def due(self, progress: Progress, *, epoch_done: bool, now: float) -> bool:
-        """True if a checkpoint is due at `progress`; `now` in seconds."""
-        return self.time_due(now) or self.progress_due(progress, epoch_done=epoch_done)
 
     def progress_due(self, progress: Progress, *, epoch_done: bool) -> bool:
         """True if EVERY_EPOCHS or EVERY_STEPS asks for a checkpoint: the same on every rank."""
@@ -77,30 +73,23 @@ class Store:
             return True
         return steps is not None and progress.step % steps == 0
 
-    def time_due(self, now: float) -> bool:
-        """True if EVERY_SECONDS have passed since the last save, or since the first call. Ask on rank 0 only."""
-        if self._last_save_s is None:
-            self._last_save_s = now
-        return self.policy.EVERY_SECONDS is not None and now - self._last_save_s >= self.policy.EVERY_SECONDS
-
-    def save(self, payload: dict[str, Any], manifest: Manifest, now: float) -> Saved:
-        """The checkpoint of `payload`, written and read back; then what the policy does not keep is removed.
+    def save(self, data: bytes | memoryview, manifest: Manifest, now: float) -> Saved:
+        """The checkpoint whose checkpoint.pth is `data`, written and read back; then what is not kept goes.
 
         now: unix seconds. `launch` and `created` of the manifest are filled in here.
         """
         created = datetime.datetime.fromtimestamp(now, datetime.timezone.utc).isoformat(timespec="seconds")
         name = checkpoint_name(manifest.progress)
         manifest = dataclasses.replace(manifest, launch=self.launch, created=created)
-        write_checkpoint(self.storage, f"{FOLDER}/{name}", payload, manifest)
-        self._last_save_s = now
-        saved = self.verified(name)
+        manifest = write_checkpoint(self.storage, f"{FOLDER}/{name}", data, manifest)
+        saved = Saved(name, self.storage.path_of(f"{FOLDER}/{name}"), manifest)
         self._remove_all_but(saved)
         return saved
 
     def add_metrics(self, name: str, metrics: dict[str, float]) -> None:
         """Checkpoint `name` holds the metrics of its evaluation; then what the policy now does not keep is removed."""
-        write_metrics(self.storage, f"{FOLDER}/{name}", metrics)
-        self._remove_all_but(self.verified(name))
+        manifest = write_metrics(self.storage, f"{FOLDER}/{name}", metrics)
+        self._remove_all_but(Saved(name, self.storage.path_of(f"{FOLDER}/{name}"), manifest))
 
     def is_better(self, metrics: dict[str, float], best: dict[str, Any] | None) -> bool:
         """True if `metrics` beat those of `best` by METRIC and MODE; NaN beats nothing."""
@@ -117,10 +106,6 @@ class Store:
         sign = 1 if self.policy.MODE == "max" else -1
         before = best["metrics"].get(metric) if best else None  # None too if METRIC was another then
         return before is None or sign * metrics[metric] > sign * before
-
-    def load(self, name: str, map_location: Any = "cpu") -> dict[str, Any]:
-        """The payload of checkpoint `name`, verified as it is read."""
-        return load_payload(self.storage, f"{FOLDER}/{name}", map_location)
 
     def verified(self, name: str) -> Saved:
         """Checkpoint `name`, every byte of it checked; a CheckpointError says what is wrong."""

@@ -33,7 +33,8 @@ from raytrain.randomness import seed_all
 from raytrain.records import header_lines, model_lines
 from raytrain.resume import Origin, bring, choose, compare
 from raytrain.runfolder import RunFolder
-from raytrain.state import RunState, build_run, load_pretrained
+from raytrain.saves import Kept, Saves, join_keeper
+from raytrain.state import RunState, build_run, load_pretrained, restore
 from raytrain.store import Store, checkpoint_name
 from raytrain.task import Task, make_task
 from raytrain.world import World
@@ -46,6 +47,7 @@ class Job:
     start: "auto" (newest verified checkpoint of the run folder, else step 0), "fresh", or the path
            of a checkpoint. The latter two hold until this launch has saved: when Ray starts the
            workers again, they go on from there.
+    driver: host, process and its start, of what keeps the run going: once it is dead nobody starts workers again
     cwd, search_path: of the driver (sys.path); workers take them over, so that a task file and
            relative paths mean the same there, on a cluster that was started elsewhere too
     """
@@ -61,6 +63,7 @@ class Job:
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     cwd: str = ""
     search_path: tuple[str, ...] = ()
+    driver: tuple[Any, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +94,17 @@ def run_job(job: Job, world: World, control: Control) -> Outcome:
         folder = RunFolder(job.run_uri)
         stack.callback(folder.close)
         store = Store(folder.storage, cfg.CHECKPOINT, job.launch)
+        control.begin("Joining the process that keeps the run's state")
+        kept, keeps = join_keeper(job.run_uri, job.launch, world)
+        if kept is not None:
+            stack.callback(kept.close)
+        control.place = lambda: place_of(run, feed)
         if world.is_first:
             stack.enter_context(folder.locked())
             store.clean_leftovers()
-        origin, notes = bring_to_start(run, store, job)
+        saves = Saves(store, kept if keeps else None)
+        origin, notes = bring_to_start(run, store, job, kept)
+        saves.describe(run, job.driver)
         if run.engine.why_ddp is not None:
             notes.append(f"ENGINE ddp, parameter by parameter, instead of flat buffers: {run.engine.why_ddp}")
         if run.unevaluated is not None and not feed.evaluate_after(run.progress.epoch):
@@ -102,17 +112,19 @@ def run_job(job: Job, world: World, control: Control) -> Outcome:
         journal = open_journal(folder, run, job, control, origin, notes)
         stack.callback(journal.close)
         stack.callback(feed.close)
-        if world.broadcast_object(ends_elsewhere(run, store, origin)):
+        if world.broadcast_object(owes_checkpoint(run, store, origin)):
             evaluates = feed.evaluate_after(run.progress.epoch)
-            loop.save_checkpoint(run, store, journal, control, metrics=None if evaluates else {})
+            loop.save_checkpoint(run, saves, journal, control, metrics=None if evaluates else {})
             run.unevaluated = checkpoint_name(run.progress) if evaluates else None
         began = time.monotonic()
-        done = loop.train_model(run, task, feed, store, journal, control)
+        done = loop.train_model(run, task, feed, saves, journal, control)
         status, seconds = "finished" if done else "stopped", time.monotonic() - began
         if world.is_first:
             draws = task.has_pictures() and cfg.EVAL.PICTURES > 0 and done and run.predictions
             pictures = draw_pictures(folder, run, task, feed.datasets["val"], journal) if draws else None
             write_end(journal, run, store, status, seconds, pictures)
+        if keeps:
+            saves.end()
         return Outcome(status, run.progress, run.metrics, run.best)
 
 
@@ -187,12 +199,15 @@ def evaluation_epochs(cfg: Config, datasets: dict[str, Any]) -> Callable[[int], 
     return lambda epoch: "val" in datasets and (epoch == last or (every is not None and epoch % every == 0))
 
 
-def bring_to_start(run: RunState, store: Store, job: Job) -> tuple[Origin | None, list[str]]:
+def bring_to_start(run: RunState, store: Store, job: Job, kept: Kept | None) -> tuple[Origin | None, list[str]]:
     """Collective. Bring `run` to where it goes on; rank 0 chooses. Returns the origin, and what a user should know."""
     origin = None
     if run.world.is_first:
         origin = choose(store, job.start)
     origin = run.world.broadcast_object(origin)
+    remembered = bring_from_memory(run, kept, origin)
+    if remembered is not None:
+        return remembered, []
     if origin is None:
         if job.pretrained is None:
             return None, []
@@ -218,9 +233,29 @@ def bring_to_start(run: RunState, store: Store, job: Job) -> tuple[Origin | None
     return origin, notes
 
 
-def ends_elsewhere(run: RunState, store: Store, origin: Origin | None) -> bool:
-    """True if the run starts from a finished run's checkpoint, of which its own folder holds nothing yet."""
-    if origin is None or origin.name is not None or not run.plan.finished(run.progress):
+def bring_from_memory(run: RunState, kept: Kept | None, origin: Origin | None) -> Origin | None:
+    """Collective. Bring `run` to the newest state that is kept in memory, if that is newer than `origin`; else None."""
+    offers = run.world.all_objects(kept.newest if kept else None)
+    newest = max((offer for offer in offers if offer is not None), default=None)
+    stored = origin.manifest.progress if origin and origin.manifest else None
+    if newest is None or (stored is not None and (newest.epoch, newest.cursor) <= (stored.epoch, stored.cursor)):
+        return None
+    payload: Any = kept.load() if kept and offers[run.world.rank] == newest else None
+    if any(offer != newest for offer in offers):  # some are on a host that has it not
+        payload = run.world.broadcast_object(payload, offers.index(newest))
+    path = f"the memory of its host, step {newest.step}"
+    restore(run, payload, path)
+    return Origin(path, None, None, [], is_memory=True)
+
+
+def owes_checkpoint(run: RunState, store: Store, origin: Origin | None) -> bool:
+    """True if the run starts at the end of an epoch whose checkpoint its own folder does not hold yet.
+
+    From a finished run's checkpoint elsewhere, or from memory that was all that was left.
+    """
+    if origin is None or origin.name is not None or run.progress.cursor > 0:
+        return False
+    if not origin.is_memory and not run.plan.finished(run.progress):
         return False
     return checkpoint_name(run.progress) not in [entry.name for entry in store.listed()]
 

@@ -62,12 +62,12 @@ class World:
         if self.size > 1:
             dist.broadcast(tensor, src=0)
 
-    def broadcast_object(self, value: Any) -> Any:
-        """Collective. Rank 0's `value`, on every rank."""
+    def broadcast_object(self, value: Any, source: int = 0) -> Any:
+        """Collective. The `value` of one rank, on every rank."""
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.objects)
+        dist.broadcast_object_list(box, src=source, group=self.objects)
         return box[0]
 
     def all_objects(self, value: Any) -> list[Any]:

@@ -18,13 +18,12 @@ import raytrain
 from raytrain.checkpoint import (
     Manifest,
     is_verified,
-    load_payload,
-    load_weights_file,
     read_manifest,
     verify_checkpoint,
     write_checkpoint,
 )
 from raytrain.errors import CheckpointError, StorageError
+from raytrain.payload import dumps, load_payload, load_weights_file
 from raytrain.progress import Progress
 from raytrain.storage import ArrowStorage, LocalStorage, Storage, open_storage
 
@@ -57,7 +56,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 
 def test_a_checkpoint_comes_back_bit_for_bit(storage: Storage) -> None:
-    written = write_checkpoint(storage, "ckpt/one", payload(), manifest(accuracy=0.75))
+    written = write_checkpoint(storage, "ckpt/one", dumps(payload()), manifest(accuracy=0.75))
     assert storage.list("ckpt") == ["one"]
     assert storage.list("ckpt/one") == ["checkpoint.pth", "manifest.json"]
     found = verify_checkpoint(storage, "ckpt/one")
@@ -73,15 +72,15 @@ def test_a_checkpoint_comes_back_bit_for_bit(storage: Storage) -> None:
 
 
 def test_a_checkpoint_of_the_same_name_takes_the_place_of_the_old_one(storage: Storage) -> None:
-    write_checkpoint(storage, "ckpt/one", payload(), manifest(7))
-    write_checkpoint(storage, "ckpt/one", payload(8), manifest(8))
+    write_checkpoint(storage, "ckpt/one", dumps(payload()), manifest(7))
+    write_checkpoint(storage, "ckpt/one", dumps(payload(8)), manifest(8))
     assert verify_checkpoint(storage, "ckpt/one").progress.step == 8
     assert load_payload(storage, "ckpt/one")["it"] == 8
     assert storage.list("ckpt") == ["one"]
 
 
 def test_plain_torch_loads_it_with_weights_only(tmp_path: Path) -> None:
-    write_checkpoint(LocalStorage(tmp_path), "one", payload(), manifest())
+    write_checkpoint(LocalStorage(tmp_path), "one", dumps(payload()), manifest())
     assert torch.load(tmp_path / "one/checkpoint.pth", weights_only=True)["it"] == 7
 
 
@@ -158,7 +157,7 @@ DAMAGE = [
 @pytest.mark.parametrize(("damage", "message"), DAMAGE, ids=[damage.__name__ for damage, _ in DAMAGE])
 def test_damage_is_named(tmp_path: Path, damage: Any, message: str) -> None:
     storage = LocalStorage(tmp_path)
-    write_checkpoint(storage, "one", payload(), manifest())
+    write_checkpoint(storage, "one", dumps(payload()), manifest())
     damage(tmp_path / "one")
     with pytest.raises(CheckpointError, match=rf"{tmp_path}/one: {message}"):
         verify_checkpoint(storage, "one")
@@ -168,7 +167,7 @@ def test_damage_is_named(tmp_path: Path, damage: Any, message: str) -> None:
 
 def test_any_flipped_bit_is_found_or_harmless(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
-    write_checkpoint(storage, "one", payload(), manifest(accuracy=0.5))
+    write_checkpoint(storage, "one", dumps(payload()), manifest(accuracy=0.5))
     whole = read_manifest(storage, "one")
     chosen = random.Random(0)
     for file in ("checkpoint.pth", "manifest.json"):
@@ -200,7 +199,7 @@ def test_a_bad_sector_is_damage_of_this_checkpoint(tmp_path: Path) -> None:
 
 def test_files_that_no_manifest_lists_are_ignored(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
-    write_checkpoint(storage, "one", payload(), manifest())
+    write_checkpoint(storage, "one", dumps(payload()), manifest())
     (tmp_path / "one/notes.txt").write_text("mine")
     assert is_verified(storage, "one")
 
@@ -216,12 +215,12 @@ def test_a_manifest_that_lists_no_payload_vouches_for_nothing(tmp_path: Path) ->
 def test_a_full_disk_leaves_what_was_there_and_nothing_else(tmp_path: Path, replaces: bool) -> None:
     storage = open_storage(str(tmp_path))
     if replaces:
-        write_checkpoint(storage, "one", payload(), manifest())
+        write_checkpoint(storage, "one", dumps(payload()), manifest())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(StorageError, match=r"checkpoint.pth: cannot write: File too large. Free some space"):
-            write_checkpoint(storage, "one", payload(8, width=500), manifest(8))
+            write_checkpoint(storage, "one", dumps(payload(8, width=500)), manifest(8))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert storage.list("") == (["one"] if replaces else [])
@@ -235,7 +234,7 @@ def test_state_that_could_not_be_loaded_again_is_refused_when_saving(storage: St
         (lambda: 1, "the state cannot be saved"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            write_checkpoint(storage, "one", {**payload(), "raytrain": {"mine": bad}}, manifest())
+            write_checkpoint(storage, "one", dumps({**payload(), "raytrain": {"mine": bad}}), manifest())
     assert storage.list("") == []
 
 
@@ -313,7 +312,7 @@ def test_a_weights_file_without_model_state_says_what_it_holds(tmp_path: Path) -
 
 
 def test_our_own_file_given_by_its_path_is_still_checked_against_its_manifest(tmp_path: Path) -> None:
-    write_checkpoint(LocalStorage(tmp_path), "one", payload(), manifest())
+    write_checkpoint(LocalStorage(tmp_path), "one", dumps(payload()), manifest())
     assert load_weights_file(tmp_path / "one/checkpoint.pth")["it"] == 7
     flipped(tmp_path / "one")
     with pytest.raises(CheckpointError, match="its sha256 is not what the manifest says"):

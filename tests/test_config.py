@@ -69,7 +69,7 @@ def test_what_the_file_leaves_out_has_its_default(tmp_path):
     )
     assert cfg.OPTIMIZATION.GRAD_NORM_CLIP == 10 and cfg.OPTIMIZATION.OPTIMIZER == "adam_onecycle"
     assert cfg.SCALE.NUM_WORKERS is None and cfg.SCALE.USE_GPU == "auto"
-    assert (cfg.CHECKPOINT.EVERY_SECONDS, cfg.LOADER.WORKERS, cfg.EVAL.EVERY, cfg.LOG.EVERY) == (300, 2, 1, 10)
+    assert (cfg.CHECKPOINT.EVERY_SECONDS, cfg.LOADER.WORKERS, cfg.EVAL.EVERY, cfg.LOG.EVERY) == ("auto", 2, 1, 10)
     assert cfg.MODEL == {} and cfg.CLASS_NAMES == []
 
 
@@ -253,7 +253,7 @@ WRONG_VALUES = {
     "SCALE: {VIRTUAL_WORKERS: 10000000000}": "SCALE.VIRTUAL_WORKERS is 10000000000, but it must be a whole number >= 1",
     "LOADER: {PREFETCH: 1000000}": "LOADER.PREFETCH is 1000000, but it must be a whole number >= 1 and <= 1024",
     "SCALE: {MAX_FAILURES: -2}": "SCALE.MAX_FAILURES is -2, but it must be a whole number >= -1",
-    "CHECKPOINT: {EVERY_SECONDS: 0}": "CHECKPOINT.EVERY_SECONDS is 0, but it must be a number > 0 or null",
+    "CHECKPOINT: {EVERY_SECONDS: 0}": "CHECKPOINT.EVERY_SECONDS is 0, but it must be auto or a number > 0 or null",
     "CHECKPOINT: {MODE: best}": 'CHECKPOINT.MODE is "best", but it must be one of max, min',
     "CHECKPOINT: {KEEP_LAST: 0}": "CHECKPOINT.KEEP_LAST is 0, but it must be a whole number >= 1",
     "CHECKPOINT: {KEEP_BEST: 2}": "CHECKPOINT.KEEP_BEST is 2, but nothing says which are best; set CHECKPOINT.METRIC",

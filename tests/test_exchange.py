@@ -17,9 +17,10 @@ from processes import Pair
 from torch import nn
 
 from raytrain import exchange
+from raytrain.board import started_at
 from raytrain.engine import Engine
 from raytrain.errors import PreflightError, TrainingError
-from raytrain.exchange import Exchange, SharedMemory, open_exchange, started_at
+from raytrain.exchange import Exchange, SharedMemory, open_exchange
 from raytrain.world import World
 
 SIZES = {torch.float32: 5000, torch.float64: 3, torch.bfloat16: 7}

@@ -15,13 +15,14 @@ from tasks_for_units import TOY
 
 import raytrain
 from raytrain import loop
-from raytrain.checkpoint import load_weights_file
 from raytrain.config import Config
 from raytrain.control import Control
 from raytrain.errors import TaskError, TrainingError
 from raytrain.feed import Feed
 from raytrain.launch import Result
+from raytrain.payload import load_weights_file
 from raytrain.records import read_journal
+from raytrain.saves import Pending
 from raytrain.start import Options, find_start
 from raytrain.state import build_run
 from raytrain.task import load_task_class
@@ -212,8 +213,8 @@ class Watched(Control):
     def now(self) -> float:
         return 1_800_000_000.0 + 10 * self.place().get("step", 0)
 
-    def saved(self, name: str | None, metrics: dict[str, float]) -> None:
-        self.told.append((name, metrics))
+    def saved(self, save: Pending | None, metrics: dict[str, float]) -> None:
+        self.told.append((save, metrics))
 
 
 def run_until(
@@ -272,15 +273,17 @@ def test_checkpoints_come_by_steps_by_seconds_and_by_epochs(tmp_path: Path) -> N
 
     assert saved({}) == [24]  # the end, always
     assert saved({"EVERY_EPOCHS": 1}) == [12, 24]
-    assert saved({"EVERY_STEPS": 7}) == [7, 14, 21, 24]
+    assert {7, 24} <= set(saved({"EVERY_STEPS": 7})) <= {7, 14, 21, 24}  # one that waits gives way to a newer one
     assert saved({"EVERY_SECONDS": 75.0}) == [9, 18, 24]  # 10 s a step, and the clock starts with the first
 
 
 def test_the_outside_is_told_of_each_checkpoint_once_its_metrics_are_known(tmp_path: Path) -> None:
-    cfg = config(tmp_path, "PredictingTask", {}, CHECKPOINT={"EVERY_STEPS": 8}, EVAL={"EVERY": 2})
+    cfg = config(
+        tmp_path, "PredictingTask", {}, CHECKPOINT={"EVERY_STEPS": 8, "EVERY_SECONDS": None}, EVAL={"EVERY": 2}
+    )
     control = Watched()
     run_until(cfg, control=control)
-    names = [name for name, _ in control.told]
+    names = [save.name for save, _ in control.told]
     assert names == ["checkpoint_step_8", "checkpoint_epoch_1", "checkpoint_step_16", "checkpoint_epoch_2"]
     assert [bool(metrics) for _, metrics in control.told] == [False, False, False, True]
 
@@ -290,8 +293,8 @@ def test_weights_that_are_not_finite_are_not_saved_and_the_last_good_ones_stay(t
     with pytest.raises(TrainingError, match=r"no longer finite.*last good checkpoint is untouched"):
         train(cfg)
     run_dir = tmp_path / cfg.TAG / cfg.EXTRA_TAG
-    assert [p.name for p in (run_dir / "ckpt").iterdir()] == ["checkpoint_epoch_1"]
-    assert all(v.isfinite().all() for v in saved_state(str(run_dir / "ckpt" / "checkpoint_epoch_1")).values())
+    for name in ("checkpoint_epoch_1", "checkpoint_step_13"):  # the latter was in memory
+        assert all(v.isfinite().all() for v in saved_state(str(run_dir / "ckpt" / name)).values())
 
 
 # What a task gives

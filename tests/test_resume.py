@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import raytrain
-from raytrain.checkpoint import Manifest, load_weights_file
+from raytrain.checkpoint import Manifest
 from raytrain.config import Config, with_overrides
 from raytrain.errors import CheckpointError, ResumeError
 from raytrain.launch import Result
+from raytrain.payload import load_weights_file
 from raytrain.progress import Plan, Progress
 from raytrain.records import read_journal
 from raytrain.resume import FIXED, FREE, Origin, check_plan, choose, compare, is_complete, origin_at

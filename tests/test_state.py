@@ -12,9 +12,9 @@ import torch
 from processes import Pair
 from torch import nn
 
-from raytrain.checkpoint import load_weights_file
 from raytrain.config import Config, with_overrides
 from raytrain.errors import CheckpointError, ConfigError, TaskError
+from raytrain.payload import load_weights_file
 from raytrain.progress import Plan, Progress
 from raytrain.state import (
     RunState,

@@ -15,6 +15,7 @@ ORDER = [
     "errors",
     "failure",
     "progress",
+    "board",
     "yamltree",
     "schema",
     "overrides",
@@ -31,10 +32,12 @@ ORDER = [
     "sync_bn",
     "storage",
     "checkpoint",
+    "payload",
     "store",
     "records",
     "journal",
     "runfolder",
+    "keeper",
     "display",
     "task",
     "world",
@@ -47,6 +50,7 @@ ORDER = [
     "engine",
     "compilation",
     "state",
+    "saves",
     "loop",
     "resume",
     "signals",
@@ -66,7 +70,8 @@ ORDER = [
 ]
 RAY_AT = {"own_cluster", "cluster", "control", "worker", "ahead", "lean", "launch", "tune"}
 CONFIG = {"yamltree", "schema", "overrides", "tree", "config"}
-WITHOUT_TORCH = {*CONFIG, "errors", "progress", "schedule", "storage", "records", "display"}
+STORED = {"storage", "checkpoint", "store", "board", "keeper"}
+WITHOUT_TORCH = {*CONFIG, *STORED, "errors", "progress", "schedule", "records", "display"}
 FROM_THE_START = {"errors", "progress", "config", "task", "loop", "worker", "launch", "cluster", "cli"}
 
 MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"}

@@ -18,9 +18,9 @@ import s3_server
 
 import raytrain
 from raytrain import launch
-from raytrain.checkpoint import load_weights_file
 from raytrain.config import Config
 from raytrain.errors import TrainingError
+from raytrain.payload import load_weights_file
 from raytrain.records import Record, read_journal
 from raytrain.start import Options
 from raytrain.storage import open_storage

@@ -1,0 +1,230 @@
+"""What workers and the keeper of their host share: memory, and a line to talk over.
+
+The memory has no name in any folder (memfd): it is gone with the last process that has it. The line is a
+socket in the kernel's own namespace; only processes of the same user are answered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import socket
+import struct
+import subprocess
+import sys
+from multiprocessing import reduction
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import raytrain
+from raytrain.progress import Progress
+
+SLOTS = 4  # newest, in flight, waiting, and the one that is filled
+PAGE = 4096
+BOARD_BYTES = 64 * 1024
+WORD = 8
+LINE = 8  # words in a cache line
+FIRST_SLOT = LINE  # word number; the first line counts what the keeper has answered
+START_S = 10.0
+
+
+def is_possible() -> bool:
+    """Whether this system has what a keeper needs: Linux does."""
+    return hasattr(os, "memfd_create") and sys.platform == "linux"
+
+
+class Board:
+    """A few numbers that workers and keeper see as soon as they are written.
+
+    answers: how many answers the keeper has sent; who waits for one looks here, not at the socket
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self._words = memoryview(mmap.mmap(descriptor, BOARD_BYTES)).cast("q")
+
+    @classmethod
+    def made(cls) -> Board:
+        descriptor = os.memfd_create("raytrain-board")
+        os.ftruncate(descriptor, BOARD_BYTES)
+        return cls(descriptor)
+
+    @property
+    def answers(self) -> int:
+        return self._words[0]
+
+    def answered(self) -> None:
+        self._words[0] += 1
+
+    def begin(self, slot: int) -> None:
+        """From now on nothing in this slot counts."""
+        self._words[FIRST_SLOT + slot * LINE] = 0
+
+    def commit(self, slot: int, progress: Progress, size_bytes: int) -> None:
+        """The slot holds a whole checkpoint.pth, and is the newest one."""
+        at = FIRST_SLOT + slot * LINE
+        newest = max(self._words[FIRST_SLOT + s * LINE] for s in range(SLOTS))
+        for offset, value in enumerate((progress.epoch, progress.cursor, progress.step, size_bytes), start=1):
+            self._words[at + offset] = value
+        self._words[at] = newest + 1
+
+    def newest(self) -> int | None:
+        """The slot that was committed last; None if none is whole."""
+        turn, slot = max((self._words[FIRST_SLOT + s * LINE], s) for s in range(SLOTS))
+        return slot if turn else None
+
+    def progress(self, slot: int) -> Progress:
+        at = FIRST_SLOT + slot * LINE
+        return Progress(*self._words[at + 1 : at + 4])
+
+    def size_bytes(self, slot: int) -> int:
+        return self._words[FIRST_SLOT + slot * LINE + 4]
+
+    def forget(self) -> None:
+        """No slot is whole any more."""
+        for slot in range(SLOTS):
+            self.begin(slot)
+
+
+class Slots:
+    """SLOTS pieces of shared memory, each with room for `slot_bytes` of a checkpoint.pth, at whole pages."""
+
+    def __init__(self, descriptor: int, slot_bytes: int) -> None:
+        self.descriptor, self.slot_bytes = descriptor, slot_bytes
+        self.memory = mmap.mmap(descriptor, SLOTS * slot_bytes)
+
+    @classmethod
+    def made(cls, size_bytes: int) -> Slots:
+        """With some room to grow; memory is taken when it is first written."""
+        slot_bytes = -(-(size_bytes + size_bytes // 16) // PAGE) * PAGE
+        descriptor = os.memfd_create("raytrain-slots")
+        os.ftruncate(descriptor, SLOTS * slot_bytes)
+        return cls(descriptor, slot_bytes)
+
+    def fault_in(self) -> None:
+        """Take the memory of the first two from the system before anyone waits for it."""
+        with contextlib.suppress(OSError):
+            os.posix_fallocate(self.descriptor, 0, 2 * self.slot_bytes)
+
+    def view(self, slot: int, size_bytes: int) -> memoryview:
+        start = slot * self.slot_bytes
+        return memoryview(self.memory)[start : start + size_bytes]
+
+
+class Line:
+    """One end of the talk between a worker and the keeper: dicts as JSON, and file descriptors."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._connection = Connection(sock.detach())
+
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
+    def say(self, **message: Any) -> None:
+        """OSError if the other end is gone."""
+        self._connection.send_bytes(json.dumps(message).encode())
+
+    def hear(self) -> dict[str, Any]:
+        """The next message; EOFError or OSError if the other end is gone."""
+        heard: dict[str, Any] = json.loads(self._connection.recv_bytes())
+        return heard
+
+    def hears(self, timeout_s: float = 0.0) -> bool:
+        """Whether a message, or the end, is there."""
+        return self._connection.poll(timeout_s)
+
+    def give(self, descriptor: int) -> None:
+        reduction.send_handle(self._connection, descriptor, None)
+
+    def take(self) -> int:
+        return int(reduction.recv_handle(self._connection))
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def host() -> str:
+    """Tells machines, and containers that do not see each other's processes, apart."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    if not boot.exists():
+        return socket.gethostname()
+    return f"{boot.read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
+
+
+def started_at(pid: int) -> str | None:
+    """When that process was started (in clock ticks since boot); None if it is dead, or only not yet buried."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else fields[18]  # field 22 of proc(5)
+
+
+def address_of(run_uri: str) -> str:
+    """Where the keeper of a run folder listens on this host."""
+    return f"\0raytrain-{os.getuid()}-{hashlib.sha256(run_uri.encode()).hexdigest()[:24]}"
+
+
+def connected(run_uri: str) -> Line | None:
+    """A line to this run folder's keeper on this host; None if there is none."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.connect(address_of(run_uri))
+    except OSError:
+        sock.close()
+        return None
+    if not is_own(sock):
+        sock.close()
+        return None
+    return Line(sock)
+
+
+def is_own(sock: socket.socket) -> bool:
+    """Whether the process at the other end is this user's."""
+    _, user, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return bool(user == os.getuid())
+
+
+def started(run_uri: str, launch: str) -> Line:
+    """A line to the keeper of this run folder, which is started if there is none."""
+    line = connected(run_uri)
+    if line is None:
+        # It leaves this process's family at once: Ray ends the children of its workers with them.
+        package = str(Path(raytrain.__file__).parent.parent)
+        path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+        command = [sys.executable, "-m", "raytrain.keeper", run_uri, launch]
+        with subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONPATH": path},
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        ) as process:
+            _, told = process.communicate(timeout=START_S)
+        line = connected(run_uri)
+        if line is None:
+            raise OSError(f"the keeper of {run_uri} did not start: {told.decode(errors='replace').strip()[-2000:]}")
+    return line
+
+
+def take_over(run_uri: str, patience_s: float) -> None:
+    """Nobody keeps this run folder on this host any more: the newest state that was kept is in its checkpoints.
+
+    Returns without that if workers still train there after patience_s.
+    """
+    line = connected(run_uri) if is_possible() else None
+    if line is None:
+        return
+    try:
+        line.say(op="take_over", patience_s=patience_s)
+        line.hear()  # that workers train there, or the end
+    except (EOFError, OSError):
+        return
+    finally:
+        line.close()

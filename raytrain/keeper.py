@@ -1,0 +1,286 @@
+"""The keeper of a run on one host: a small process that outlives workers and driver.
+
+It holds the newest states of the run in memory, writes those to the run's checkpoints that are to be saved, and when
+all that trained is gone, the newest one. Workers that are started again go on from what it holds. No torch: it starts
+in a tenth of a second, and a state is the bytes of a checkpoint.pth to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from multiprocessing.connection import wait
+from types import SimpleNamespace
+from typing import Any
+
+from raytrain.board import Board, Line, Slots, address_of, host, is_own, started_at
+from raytrain.checkpoint import Manifest
+from raytrain.errors import RaytrainError
+from raytrain.progress import Progress
+from raytrain.runfolder import locked
+from raytrain.storage import open_storage
+from raytrain.store import Store
+
+TICK_S = 0.25
+GRACE_S = 30.0  # so long workers may be away while their driver lives, or lives where it cannot be seen
+LOCK_S = 40.0
+
+
+@dataclasses.dataclass
+class Order:
+    """What a worker wants written: the state in a slot, or the metrics of a checkpoint."""
+
+    line: Line
+    number: int
+    slot: int | None
+    manifest: dict[str, Any]
+    name: str = ""
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    may_be_replaced: bool = False
+
+
+class Keeper:
+    """Listens to the workers of one launch on this host."""
+
+    def __init__(self, listener: socket.socket, run_uri: str, launch: str) -> None:
+        self.listener, self.run_uri, self.launch = listener, run_uri, launch
+        self.board = Board.made()
+        self.slots: Slots | None = None
+        self.lines: list[Line] = []
+        self.telling = threading.Lock()
+        self.workers: set[Line] = set()
+        self.about: dict[str, Any] = {}
+        self.writer = Writer(self)
+        self.alone_since = time.monotonic()
+        self.takers: list[tuple[Line, float]] = []
+
+    def live(self) -> None:
+        """Until the run has ended, or all that took part in it is gone."""
+        while True:
+            for ready in wait([self.listener, *self.lines], TICK_S):  # type: ignore[list-item]
+                if ready is self.listener:
+                    self.accept()
+                elif isinstance(ready, Line) and self.answer(ready):
+                    return
+            if self.workers or not self.writer.is_idle:
+                self.alone_since = time.monotonic()
+            if self.is_left():
+                return
+            for line, until in self.takers:
+                if time.monotonic() > until:
+                    self.tell(line, busy=True)
+            self.takers = [taker for taker in self.takers if time.monotonic() <= taker[1]]
+
+    def is_left(self) -> bool:
+        """Whether nobody is to come any more. Then the newest state has been written."""
+        if self.workers:
+            return False
+        if not self.takers and not self.driver_is_dead() and time.monotonic() - self.alone_since < GRACE_S:
+            return False
+        self.writer.close()
+        self.flush()
+        return True
+
+    def driver_is_dead(self) -> bool:
+        driver = self.about.get("driver") or [None]
+        return driver[0] == host() and started_at(driver[1]) != driver[2]
+
+    def accept(self) -> None:
+        sock, _ = self.listener.accept()
+        if is_own(sock):
+            self.lines.append(Line(sock))
+        else:
+            sock.close()
+
+    def answer(self, line: Line) -> bool:
+        """Does what one message asks for; True if it was the last."""
+        try:
+            message = line.hear()
+            return bool(getattr(self, f"on_{message.pop('op')}")(line, **message))
+        except (EOFError, OSError):
+            self.drop(line)
+            return False
+
+    def drop(self, line: Line) -> None:
+        self.workers.discard(line)
+        self.takers = [taker for taker in self.takers if taker[0] is not line]
+        if line in self.lines:
+            self.lines.remove(line)
+            line.close()
+
+    def tell(self, line: Line, **answer: Any) -> None:
+        with self.telling, contextlib.suppress(OSError):  # it has died: then nobody wants to know
+            line.say(**answer)
+            self.board.answered()
+
+    def on_hello(self, line: Line, launch: str) -> None:
+        """A worker of this launch, or one of another: that has to take over."""
+        if launch != self.launch:
+            self.tell(line, other=self.launch)
+            return
+        self.workers.add(line)
+        slots = self.slots
+        self.tell(line, slot_bytes=slots.slot_bytes if slots else 0, about=self.about)
+        line.give(self.board.descriptor)
+        if slots:
+            line.give(slots.descriptor)
+
+    def on_about(self, line: Line, **about: Any) -> None:
+        """What is to be known to write a state that nobody asked to be saved: manifest, policy, driver."""
+        self.about = about
+
+    def on_slots(self, line: Line, slot_bytes: int) -> None:
+        """Larger memory, in place of what there was."""
+        self.slots = Slots(line.take(), slot_bytes)
+        threading.Thread(target=self.slots.fault_in, daemon=True).start()
+
+    def on_save(self, line: Line, **order: Any) -> None:
+        self.writer.take(Order(line, **order))
+
+    def on_metrics(self, line: Line, **order: Any) -> None:
+        self.writer.take(Order(line, manifest={}, **order))
+
+    def on_take_over(self, line: Line, patience_s: float) -> None:
+        self.takers.append((line, time.monotonic() + patience_s))
+
+    def on_end(self, line: Line) -> bool:
+        """The run is over and saved: nothing in here is needed any more."""
+        self.writer.close()
+        return True
+
+    def flush(self) -> None:
+        """The newest state is in the run's checkpoints, unless those have a newer one, or another launch runs."""
+        slot = self.board.newest()
+        if self.slots is None or slot is None or not self.about:
+            return
+        progress = self.board.progress(slot)
+        if self.writer.newest is not None and progress <= self.writer.newest:
+            return
+        store = self.store()
+        if store.storage.is_local and not store.storage.exists("ckpt"):
+            return  # somebody has removed the run
+        with locked(store.storage, LOCK_S):
+            if any(e.manifest and self.is_overtaken_by(e.manifest, progress) for e in store.listed()):
+                return
+            self.save(store, slot, self.about["manifest"])
+
+    def is_overtaken_by(self, manifest: Manifest, progress: Progress) -> bool:
+        theirs, own = manifest.progress, (progress.epoch, progress.cursor)
+        later = manifest.launch != self.launch and manifest.launch > self.launch  # they begin with the time
+        return later or (theirs.epoch, theirs.cursor) >= own
+
+    def store(self) -> Store:
+        return Store(open_storage(self.run_uri), SimpleNamespace(**self.about["policy"]), self.launch)
+
+    def save(self, store: Store, slot: int, manifest: dict[str, Any]) -> str:
+        assert self.slots is not None
+        data = self.slots.view(slot, self.board.size_bytes(slot))
+        return store.save(data, Manifest(self.board.progress(slot), **manifest), time.time()).name
+
+
+class Writer:
+    """A thread that carries out orders, one after another.
+
+    newest: the progress of what it has saved last
+    """
+
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
+        self._orders: queue.Queue[Order | None] = queue.Queue()
+        self._lock = threading.Lock()
+        self._replaced: set[int] = set()
+        self._waiting: Order | None = None
+        self.is_idle = True
+        self.newest: Progress | None = None
+        self._thread = threading.Thread(target=self._write_all, name="raytrain-writer", daemon=True)
+        self._thread.start()
+
+    def take(self, order: Order) -> None:
+        """Carries it out after those before; a save that waits gives way to a newer one if it may."""
+        with self._lock:
+            waiting = self._waiting
+            if waiting is not None and waiting.may_be_replaced and order.slot is not None:
+                self._replaced.add(waiting.number)
+                self._keeper.tell(waiting.line, number=waiting.number, replaced=True)
+            if order.slot is not None:
+                self._waiting = order
+            self.is_idle = False
+            self._orders.put(order)
+
+    def close(self) -> None:
+        """Returns once all orders are carried out."""
+        self._orders.put(None)
+        self._thread.join()
+
+    def _write_all(self) -> None:
+        while (order := self._orders.get()) is not None:
+            with self._lock:
+                if self._waiting is order:
+                    self._waiting = None
+                replaced = order.number in self._replaced
+                self._replaced.discard(order.number)
+            if not replaced:
+                self._keeper.tell(order.line, number=order.number, **self._outcome(order))
+            with self._lock:
+                self.is_idle = self._orders.empty()
+
+    def _outcome(self, order: Order) -> dict[str, Any]:
+        began, began_cpu = time.monotonic(), time.thread_time()
+        try:
+            self._write(order)
+        except Exception as error:
+            told = str(error) if isinstance(error, RaytrainError) else traceback.format_exc()
+            return {"error": told, "kind": type(error).__name__}
+        return {"seconds": time.monotonic() - began, "cpu_s": time.thread_time() - began_cpu}
+
+    def _write(self, order: Order) -> None:
+        store = self._keeper.store()
+        if order.slot is None:
+            store.add_metrics(order.name, order.metrics)
+            return
+        progress = self._keeper.board.progress(order.slot)
+        self._keeper.save(store, order.slot, order.manifest)
+        self.newest = progress
+
+
+def main(run_uri: str, launch: str) -> None:
+    """Listens, leaves the family of its starter, and keeps."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(address_of(run_uri))
+    except OSError:
+        return  # there is one already
+    listener.listen(64)
+    if os.fork():
+        os._exit(0)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # it ends when there is nothing to keep
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 2)
+    with contextlib.suppress(OSError):
+        os.nice(5)
+    keeper = Keeper(listener, run_uri, launch)
+    try:
+        keeper.live()
+    except BaseException:
+        note(run_uri, traceback.format_exc())
+        raise
+
+
+def note(run_uri: str, text: str) -> None:
+    """For whoever looks for what became of the newest state."""
+    with contextlib.suppress(Exception):
+        storage = open_storage(run_uri)
+        storage.write_bytes("logs/keeper.log", f"{time.strftime('%F %T')}\n{text}".encode())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
