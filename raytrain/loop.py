@@ -6,6 +6,7 @@ in one process, and on a cluster. Whatever changes a weight is in train_step.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 import time
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from raytrain.engine import Stepped
-from raytrain.errors import TaskError, TrainingError
+from raytrain.errors import RaytrainError, TaskError, TrainingError
 from raytrain.feed import BatchKey, Feed, Step
 from raytrain.journal import Journal
 from raytrain.randomness import seed_all
@@ -34,7 +35,19 @@ class Control(Protocol):
 
 
 def train_model(run: RunState, task: Task, feed: Feed, saves: Saves, journal: Journal, control: Control) -> bool:
-    """Collective. Train until all epochs are done; False if stopped before, with the state saved."""
+    """Collective. Train until all epochs are done; False if stopped before. All that was begun to be saved is saved."""
+    try:
+        done = train_epochs(run, task, feed, saves, journal, control)
+    except BaseException:
+        with contextlib.suppress(RaytrainError):  # the failure above is the one to tell
+            tell_saved(saves, journal, wait=True)
+        raise
+    tell_saved(saves, journal, wait=True)
+    return done
+
+
+def train_epochs(run: RunState, task: Task, feed: Feed, saves: Saves, journal: Journal, control: Control) -> bool:
+    """Collective. Train and evaluate what is left of the run; False if stopped on the way."""
     feed.start(run.progress, evaluate_first=run.unevaluated is not None)
     if run.unevaluated is not None:  # the run ended between saving an epoch and evaluating it
         finish_evaluation(run, task, feed, saves, journal, control, run.unevaluated)
@@ -52,8 +65,6 @@ def train_model(run: RunState, task: Task, feed: Feed, saves: Saves, journal: Jo
             finish_evaluation(run, task, feed, saves, journal, control, save.name if save else None)
         if due:
             control.saved(save, run.metrics if evaluates and not stopped else {})
-    saves.settle()
-    tell_saved(saves, journal)
     return not stopped
 
 
@@ -242,8 +253,10 @@ def save_checkpoint(
     return saves.save(run, metrics, control.now(), may_be_replaced)
 
 
-def tell_saved(saves: Saves, journal: Journal) -> None:
-    """The journal tells of each checkpoint once it is on the storage."""
+def tell_saved(saves: Saves, journal: Journal, wait: bool = False) -> None:
+    """The journal tells of each checkpoint once it is on the storage; with `wait`, of all that are on their way."""
+    if wait:
+        saves.settle()
     for save in saves.finished():
         journal.write(
             "checkpoint",

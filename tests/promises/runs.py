@@ -36,7 +36,8 @@ CONFIG: dict[str, Any] = {
     "SCALE": {"USE_GPU": False},
     "LOADER": {"WORKERS": 0},
     # Mid-epoch checkpoints, also where the epoch has 6 steps (2 virtual workers) or 11 (one).
-    "CHECKPOINT": {"EVERY_STEPS": 4, "KEEP_LAST": 3, "KEEP_BEST": 1, "METRIC": "accuracy"},
+    # What memory keeps beside them is tried by the tests that turn it on.
+    "CHECKPOINT": {"EVERY_STEPS": 4, "KEEP_LAST": 3, "KEEP_BEST": 1, "METRIC": "accuracy", "SNAPSHOT_EVERY": None},
     "LOG": {"EVERY": 1},
 }
 # Plain SGD in powers of two: the ledger of tasks_for_tests.Exact then counts exactly.
