@@ -50,6 +50,7 @@ ORDER = [
     "engine",
     "compilation",
     "state",
+    "memory",
     "saves",
     "loop",
     "resume",
