@@ -78,11 +78,25 @@ class Manifest:
             }
             if PAYLOAD not in fields["files"]:
                 raise CheckpointError(f"it does not list {PAYLOAD}")
-            return Manifest(**fields)
+            return _typed(Manifest(**fields))
         except KeyError as error:
             raise CheckpointError(f"it lacks {error}") from error
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"it is not a manifest of raytrain: {error}") from error
+
+
+def _typed(manifest: Manifest) -> Manifest:
+    """`manifest`, whose sha256 anybody can make, with all of its fields of the types that the rest relies on."""
+    numbers = [*dataclasses.astuple(manifest.progress), *(f["size_bytes"] for f in manifest.files.values())]
+    if not all(type(value) is int and value >= 0 for value in (*numbers, manifest.seed)):
+        raise CheckpointError("its progress, sizes and seed should be whole numbers")
+    if not all(type(value) in (int, float, type(None)) for value in (manifest.metrics or {}).values()):
+        raise CheckpointError("its metrics should be numbers")
+    if not (isinstance(manifest.config, dict) and isinstance(manifest.world, dict)):
+        raise CheckpointError("its config and world should be mappings")
+    if not all(isinstance(text, str) for text in (manifest.launch, manifest.created, manifest.version)):
+        raise CheckpointError("its launch, created and version should be texts")
+    return manifest
 
 
 def write_checkpoint(storage: Storage, name: str, payload: dict[str, Any], manifest: Manifest) -> Manifest:

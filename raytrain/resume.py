@@ -14,7 +14,7 @@ from raytrain.records import read_journal
 from raytrain.runfolder import JOURNAL
 from raytrain.state import RunState, restore, restore_heritage
 from raytrain.storage import Storage, open_storage, parent_and_name
-from raytrain.store import FOLDER, Store, newest_verified
+from raytrain.store import FOLDER, NAME, Store, newest_verified
 
 # Going on with another value of these would feed wrong samples, or the same ones twice.
 FIXED = {
@@ -78,7 +78,8 @@ def vanished(store: Store) -> list[tuple[str, str]]:
         return []
     lines = storage.read_bytes(JOURNAL).decode("utf-8", errors="replace").split("\n")
     told = read_journal(line for line in lines if '"checkpoint"' in line or '"run"' in line)
-    names = [record["name"] for record in told if record["kind"] == "checkpoint"]
+    names = [str(record.get("name")) for record in told if record["kind"] == "checkpoint"]
+    names = [name for name in names if NAME.fullmatch(name)]  # what else it may say names no checkpoint of this run
     if not names or storage.exists(f"{FOLDER}/{names[-1]}"):
         return []
     path = storage.path_of(f"{FOLDER}/{names[-1]}")

@@ -49,6 +49,7 @@ ORDER = [
     "state",
     "loop",
     "resume",
+    "listing",
     "signals",
     "own_cluster",
     "cluster",
@@ -66,7 +67,7 @@ ORDER = [
 ]
 RAY_AT = {"own_cluster", "cluster", "control", "worker", "ahead", "lean", "launch", "tune"}
 CONFIG = {"yamltree", "schema", "overrides", "tree", "config"}
-WITHOUT_TORCH = {*CONFIG, "errors", "progress", "schedule", "storage", "records", "display"}
+WITHOUT_TORCH = {*CONFIG, "errors", "progress", "schedule", "storage", "records", "display", "listing"}
 FROM_THE_START = {"errors", "progress", "config", "task", "loop", "worker", "launch", "cluster", "cli"}
 
 MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"}
