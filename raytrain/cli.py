@@ -363,14 +363,17 @@ def run_checkpoints(args: argparse.Namespace) -> int:
     cfg = load(args) if args.cfg_file is not None else None
     from rich.console import Console
 
-    from raytrain.listing import listing
+    from raytrain.listing import check_run_folder, rendered, shown_on, survey
     from raytrain.start import run_dir_of
     from raytrain.storage import open_storage
 
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, LISTING_COLUMNS)
-    found = listing(open_storage(run_dir_of(cfg) if cfg else args.run_dir), console, time.time(), cfg, args.verify)
+    storage = open_storage(run_dir_of(cfg) if cfg else args.run_dir)
+    check_run_folder(storage, of_config=cfg is not None)
+    found = survey(storage, cfg, args.verify, shown_on(console))
+    say(rendered(found, console, time.time()))
     return EXIT_FINISHED if found.usable and not (args.verify and found.damaged) else EXIT_FAILED
 
 

@@ -7,19 +7,19 @@ import datetime
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from raytrain.checkpoint import Manifest, is_verified, read_manifest
+from raytrain.checkpoint import Manifest, is_verified, verify_checkpoint
 from raytrain.config import Checkpoint
 from raytrain.errors import CheckpointError, PreflightError
 from raytrain.records import number
-from raytrain.resume import Origin, choose, is_complete
+from raytrain.resume import Origin, is_complete, newest_to_trust, origin_of
 from raytrain.runfolder import JOURNAL
 from raytrain.storage import Storage, parse_temporary
-from raytrain.store import FOLDER, SUPERSEDED, Listed, Store, verified
+from raytrain.store import FOLDER, SUPERSEDED, Listed, Store, listed, verified
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-ATTEMPTS = 5  # to see a folder in which nothing comes or goes meanwhile; a run that trains does so in seconds
+ATTEMPTS = 9  # to see a folder in which nothing that is told of goes meanwhile; a run that trains removes old ones
 TAKEN = "resume takes this"
 NEITHER = "Give a run folder (OUTPUT/<group>/<name of the YAML>/<extra_tag>), or the config of the run with --cfg_file"
 
@@ -79,15 +79,13 @@ def survey(storage: Storage, cfg: Any = None, every_byte: bool = False, watch: W
     """
     states: dict[str, str] = {}
     for _ in range(ATTEMPTS):
-        names = storage.list(FOLDER)
-        store = Store(storage, Checkpoint(), "")
-        entries = store.listed()
-        store.policy = cfg.CHECKPOINT if cfg is not None else policy_of(entries)
+        entries = listed(storage)
+        store = Store(storage, cfg.CHECKPOINT if cfg is not None else policy_of(entries), "")
         if every_byte:
             unread = [entry for entry in entries if entry.manifest is not None and entry.name not in states]
             states |= {entry.name: state_of(storage, entry) for entry in watch(unread)}
         found = _survey(store, entries, states, cfg)
-        if storage.list(FOLDER) == names:
+        if all(storage.exists(f"{FOLDER}/{row.name}") for row in (found.damaged if found.usable else found.rows)):
             break
     return found
 
@@ -119,8 +117,10 @@ def damaged(storage: Storage, name: str, why: str) -> str:
 def _survey(store: Store, entries: list[Listed], states: dict[str, str], cfg: Any) -> Survey:
     storage, refusal = store.storage, ""
     left, recovered = leftovers(storage)
+    taken, passed_over = newest_to_trust(store)
+    states = states | {name: damaged(storage, name, why) for name, why in passed_over}
     try:
-        origin = choose(store, "auto")
+        origin = origin_of(taken, passed_over)
     except CheckpointError as error:
         origin, refusal = None, str(error)
     if recovered and (origin is None or origin.manifest is None or recovered[1] > origin.manifest.progress):
@@ -131,8 +131,11 @@ def _survey(store: Store, entries: list[Listed], states: dict[str, str], cfg: An
         says = ["nothing can be trusted: " + refusal]
     else:
         says = origin_says(origin, cfg)
+    for name in storage.list(FOLDER):  # said once in a line is enough
+        says = [line.replace(f"{storage.path_of(f'{FOLDER}/{name}')}: ", f"{name}: ") for line in says]
+        says = [line.replace(f"{name}: {name}: ", f"{name}: ") for line in says]
     if origin is not None and origin.name is not None:
-        states = {**states, origin.name: "ok"}
+        states = states | {origin.name: "ok"}
     rows = rows_of(store, entries, states, origin.name if origin else None)
     return Survey(rows, [*says, *left, *superseded(storage)], not refusal, store.policy.METRIC)
 
@@ -189,12 +192,16 @@ def leftovers(storage: Storage) -> tuple[list[str], tuple[str, Any] | None]:
         path = f"{FOLDER}/{name}"
         if left.writer_lives:
             lines.append(f"{left.name} is being saved now ({name})")
-        elif is_verified(storage, path) and not is_verified(storage, f"{FOLDER}/{left.name}"):
-            lines.append(f"leftover: {name} holds the whole of {left.name}; the next start puts it in its place")
-            found = (left.name, read_manifest(storage, path).progress)
-            recovered = max(recovered or found, found, key=lambda pair: pair[1])
+            continue
+        try:
+            found = (left.name, verify_checkpoint(storage, path).progress)
+        except CheckpointError:
+            found = None
+        if found is None or is_verified(storage, f"{FOLDER}/{left.name}"):
+            lines.append(f"leftover: {name}, of a save that no process here is at; the next start removes it")
         else:
-            lines.append(f"leftover: {name}, of a writer that died in mid-save; the next start removes it")
+            lines.append(f"leftover: {name} holds the whole of {left.name}; the next start puts it in its place")
+            recovered = max(recovered or found, found, key=lambda pair: pair[1])
     return lines, recovered
 
 
@@ -277,15 +284,19 @@ def clean(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def listing(storage: Storage, console: Console, now: float, cfg: Any = None, every_byte: bool = False) -> Survey:
-    """The survey, printed; what is read in full is shown on a terminal as it goes."""
+def rendered(found: Survey, console: Console, now: float) -> str:
+    """The survey as text, in colours where the console has them. now: unix seconds."""
+    with console.capture() as captured:
+        for part in report(found, now):
+            console.print(part, soft_wrap=not console.is_terminal)
+    return captured.get().rstrip("\n")
+
+
+def shown_on(console: Console) -> Watch:
+    """A `watch` that shows on a terminal how far the reading is."""
     from rich.progress import track
 
     def watch(entries: list[Listed]) -> Iterable[Listed]:
         return track(entries, "reading", console=console, transient=True, disable=not console.is_terminal)
 
-    check_run_folder(storage, of_config=cfg is not None)
-    found = survey(storage, cfg, every_byte, watch)
-    for part in report(found, now):
-        console.print(part, soft_wrap=not console.is_terminal)
-    return found
+    return watch
