@@ -58,6 +58,7 @@ ORDER = [
     "ahead",
     "start",
     "lean",
+    "meeting",
     "launch",
     "torchrun",
     "evaluation",
@@ -65,7 +66,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
-RAY_AT = {"own_cluster", "cluster", "control", "worker", "ahead", "lean", "launch", "tune"}
+RAY_AT = {"own_cluster", "cluster", "control", "worker", "ahead", "lean", "meeting", "launch", "tune"}
 CONFIG = {"yamltree", "schema", "overrides", "tree", "config"}
 WITHOUT_TORCH = {*CONFIG, "errors", "progress", "schedule", "storage", "records", "display", "listing"}
 FROM_THE_START = {"errors", "progress", "config", "task", "loop", "worker", "launch", "cluster", "cli"}
