@@ -94,6 +94,10 @@ def has_a_list_for_a_config(tree: dict[str, Any]) -> None:
     tree["config"] = [1]
 
 
+def has_a_config_with_what_is_no_json(tree: dict[str, Any]) -> None:
+    tree["config"] = {"LR": float("nan")}
+
+
 def has_metrics_that_are_none(tree: dict[str, Any]) -> None:
     tree["metrics"] = {"accuracy": {"os.system": "ls"}}
 
@@ -101,7 +105,7 @@ def has_metrics_that_are_none(tree: dict[str, Any]) -> None:
 EVIL = [
     *(names_a_file_outside, names_an_absolute_file, names_a_file_with_a_nul, is_at_no_epoch, is_at_an_endless_step),
     *(is_at_a_step_too_large_to_reckon_with, is_at_a_text, is_before_the_start, is_deep, has_a_list_for_a_config),
-    has_metrics_that_are_none,
+    *(has_a_config_with_what_is_no_json, has_metrics_that_are_none),
 ]
 
 
