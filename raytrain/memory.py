@@ -18,6 +18,7 @@ from raytrain.progress import Progress
 from raytrain.state import RunState, payload_of
 from raytrain.world import World
 
+WITHOUT = "no memory beside this process for the run's state, so training waits for each checkpoint to be written"
 TAKE_OVER_S = 35.0  # so long the workers of an earlier launch may take to die
 
 
@@ -88,19 +89,29 @@ class Kept:
         self.line.close()
 
 
-def join_keeper(run_uri: str, launch: str, world: World) -> Kept | None:
-    """Collective. This process's side of its host's keeper; None where the system has no such memory.
+def join_keeper(run_uri: str, launch: str, world: World) -> tuple[Kept | None, list[str]]:
+    """Collective. This process's side of its host's keeper, and what a user should know.
 
-    States are copied by rank 0, and by the first rank of one other host: that has the same state, so nothing travels.
+    None where the system has no such memory, or gives none. States are copied by rank 0, and by the first rank of one
+    other host: that has the same state, so nothing travels.
     """
     hosts = world.all_objects(board.host() if board.is_possible() else None)
     if None in hosts:
-        return None
+        return None, []
     firsts = [hosts.index(host) for host in hosts]
     leads = firsts[world.rank] == world.rank
-    kept = Kept(run_uri, launch, leads, world.rank in sorted(set(firsts))[:2]) if leads else None
-    world.all_objects(None)  # the first of each host has started its keeper
-    return kept or Kept(run_uri, launch, leads=False, keeps=False)
+    kept, refusal = None, ""
+    if leads:
+        try:
+            kept = Kept(run_uri, launch, leads, world.rank in sorted(set(firsts))[:2])
+        except (OSError, EOFError) as error:
+            refusal = str(error) or "its process ended"
+    refusals = [told for told in world.all_objects(refusal) if told]  # from here on each host's keeper stands
+    if refusals:
+        if kept is not None:
+            kept.end()
+        return None, [f"{WITHOUT}: {refusals[0]}"]
+    return kept or Kept(run_uri, launch, leads=False, keeps=False), []
 
 
 class Memory:

@@ -15,7 +15,7 @@ from typing import Any
 
 from raytrain.checkpoint import Manifest
 from raytrain.errors import CheckpointError, StorageError
-from raytrain.memory import Kept, Memory, TooSmall
+from raytrain.memory import WITHOUT, Kept, Memory, TooSmall
 from raytrain.payload import dumps
 from raytrain.progress import Progress
 from raytrain.state import RunState, manifest_of, payload_of
@@ -128,7 +128,11 @@ class Saves:
         if slot is None or run.progress.cursor == 0:  # an epoch's end has more to it than the state: save() keeps it
             return False
         began = time.perf_counter()
-        first = self._put(run, slot)
+        try:
+            first = self._put(run, slot)
+        except OSError as error:
+            self._do_without(run, error)
+            return False
         self._memory.settle(wait=False)
         self._pace.took(time.perf_counter() - began, first)
         return True
@@ -153,18 +157,14 @@ class Saves:
         save = Pending(run.progress, may_be_replaced)
         self._saved_at = now
         manifest = manifest_of(run, metrics)
-        if self._memory is None:
+        slot = self._filled(run) if self._memory is not None else None
+        if slot is None:
             self.store.save(dumps(payload_of(run)), manifest, now)
             save.stall_s = time.perf_counter() - began
             self._record(save, save.stall_s, 0.0)
-            return save
-        self._memory.settle(wait=True)
-        while self._is_full() or (slot := self._memory.free_slot(self._used())) is None:
-            self._hear(wait=True)
-        self._put(run, slot)
-        self._memory.settle(wait=True)
-        self._order(save, slot, op="save", manifest=fields_of(manifest), may_be_replaced=may_be_replaced)
-        save.stall_s = time.perf_counter() - began
+        else:
+            self._order(save, slot, op="save", manifest=fields_of(manifest), may_be_replaced=may_be_replaced)
+            save.stall_s = time.perf_counter() - began
         return save
 
     def add_metrics(self, name: str, metrics: dict[str, float]) -> None:
@@ -178,6 +178,26 @@ class Saves:
         """Returns when nothing is left to be written; raises what went wrong."""
         while self._orders:
             self._hear(wait=True)
+
+    def _filled(self, run: RunState) -> int | None:
+        """A slot with the run's state, once there is a free one; None if there is no memory for it."""
+        assert self._memory is not None
+        self._memory.settle(wait=True)
+        while self._is_full() or (slot := self._memory.free_slot(self._used())) is None:
+            self._hear(wait=True)
+        try:
+            self._put(run, slot)
+        except OSError as error:
+            self._do_without(run, error)
+            return None
+        self._memory.settle(wait=True)
+        return slot
+
+    def _do_without(self, run: RunState, error: OSError) -> None:
+        """No state is kept in memory from here on: the system gives none."""
+        self.settle()
+        self._kept = self._memory = None
+        run.notes.append(f"{WITHOUT}: {error.strerror or error}")
 
     def _put(self, run: RunState, slot: int) -> bool:
         """Copies the run's state; whether it was the first of its shape there."""

@@ -96,7 +96,8 @@ def run_job(job: Job, world: World, control: Control) -> Outcome:
         stack.callback(folder.close)
         store = Store(folder.storage, cfg.CHECKPOINT, job.launch)
         control.begin("Joining the process that keeps the run's state")
-        kept = join_keeper(job.run_uri, job.launch, world)
+        kept, told = join_keeper(job.run_uri, job.launch, world)
+        run.notes.extend(told)
         if kept is not None:
             stack.callback(kept.close)
         control.place = lambda: place_of(run, feed)

@@ -17,6 +17,7 @@ from raytrain.cli import main
 from raytrain.config import Checkpoint
 from raytrain.errors import CheckpointError
 from raytrain.listing import Survey, age, size, survey
+from raytrain.payload import dumps
 from raytrain.progress import Progress
 from raytrain.resume import choose
 from raytrain.storage import LocalStorage, Storage, open_storage
@@ -41,7 +42,7 @@ def save(storage: Storage, epoch: int, cursor: int = 0, launch: str = "first", *
     progress = Progress(epoch, cursor, epoch * 23 + cursor // 64)
     manifest = Manifest(progress, CONFIG, {"num_samples": 1438}, 0, metrics or None)
     payload = {"epoch": epoch, "it": progress.step, "model_state": {"w": torch.ones(8)}, "optimizer_state": {}}
-    return Store(storage, Checkpoint(KEEP_LAST=9), launch).save(payload, manifest, NOW).name
+    return Store(storage, Checkpoint(KEEP_LAST=9), launch).save(dumps(payload), manifest, NOW).name
 
 
 def damage(storage: Storage, name: str) -> None:
@@ -200,7 +201,7 @@ def test_a_run_that_saves_and_tidies_up_meanwhile_disturbs_nothing(tmp_path: Pat
         while not stop.is_set():
             epoch += 1
             manifest = Manifest(Progress(epoch, 0, epoch), CONFIG, {"num_samples": 1438}, 0)
-            store.save({"epoch": epoch, "it": epoch, "model_state": {"w": torch.ones(8)}}, manifest, NOW)
+            store.save(dumps({"epoch": epoch, "it": epoch, "model_state": {"w": torch.ones(8)}}), manifest, NOW)
 
     thread = threading.Thread(target=train)
     thread.start()

@@ -20,6 +20,7 @@ from raytrain.config import Checkpoint, load_config
 from raytrain.errors import CheckpointError, ConfigError, RaytrainError, TaskError
 from raytrain.gallery import pictures_of
 from raytrain.listing import survey
+from raytrain.payload import dumps
 from raytrain.progress import Progress
 from raytrain.records import read_journal
 from raytrain.resume import choose
@@ -41,7 +42,7 @@ def run(tmp_path: Path) -> Store:
 
 def with_checkpoint(store: Store, epoch: int) -> Store:
     payload = {"epoch": epoch, "it": epoch, "model_state": {"w": torch.ones(4)}}
-    store.save(payload, Manifest(Progress(epoch, 0, epoch), {}, {}, 0), now=1.8e9)
+    store.save(dumps(payload), Manifest(Progress(epoch, 0, epoch), {}, {}, 0), now=1.8e9)
     return store
 
 
