@@ -106,7 +106,7 @@ def in_process(words: list[str]) -> int:
 
 
 def as_process(words: list[str]) -> tuple[int, str, str]:
-    env = {**os.environ, "PYTHONPATH": str(HERE), "COLUMNS": "200"}
+    env = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "COLUMNS": "200"}
     command = [sys.executable, "-m", "raytrain", *words]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     return done.returncode, done.stdout, done.stderr

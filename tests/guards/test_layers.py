@@ -29,6 +29,8 @@ ORDER = [
     "flat",
     "precision",
     "sync_bn",
+    "direct",
+    "patience",
     "storage",
     "checkpoint",
     "store",
@@ -66,7 +68,7 @@ ORDER = [
 ]
 RAY_AT = {"own_cluster", "cluster", "control", "worker", "ahead", "lean", "launch", "tune"}
 CONFIG = {"yamltree", "schema", "overrides", "tree", "config"}
-WITHOUT_TORCH = {*CONFIG, "errors", "progress", "schedule", "storage", "records", "display"}
+WITHOUT_TORCH = {*CONFIG, "errors", "progress", "schedule", "direct", "patience", "storage", "records", "display"}
 FROM_THE_START = {"errors", "progress", "config", "task", "loop", "worker", "launch", "cluster", "cli"}
 
 MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"}
