@@ -31,7 +31,7 @@ from raytrain.patience import PATIENCE_S, explained, patient, patiently
 CHUNK_BYTES = 1 << 20
 READ_BYTES = 8 << 20  # one request to an object store
 UPLOAD_BYTES = 64 << 20  # so much of a file is on its way to an object store, in several parts at once
-REQUEST_TRIES, REQUEST_S = 3, 10  # by pyarrow itself; its defaults hold a call to a server that hangs for 100 s (S3)
+REQUEST_TRIES, REQUEST_S = 2, 3  # by pyarrow itself; its defaults are 31 tries, 99 s of a server that hangs
 
 Bytes = bytes | memoryview | mmap.mmap
 Parts = Callable[[], Iterable[bytes | memoryview]]  # of a file, in order, as often as it has to be written
@@ -114,13 +114,14 @@ def open_storage(uri_or_path: str, patience_s: float = PATIENCE_S) -> Storage:
 
 def _filesystem(uri: str) -> tuple[Any, str]:
     """pyarrow's file system for `uri`, and the path in it. It tries a request a few times: what is beyond is ours."""
+    from pyarrow import ArrowException
     from pyarrow.fs import AwsStandardS3RetryStrategy, FileSystem
 
     try:
         filesystem, root = FileSystem.from_uri(uri)
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, ArrowException) as error:
         raise ConfigError(
-            f"{uri}: pyarrow cannot open this: {error}. Use a local path or a URI such as s3://bucket/folder"
+            f"{uri}: pyarrow cannot open this: {str(error).splitlines()[0]}. Use a local path or a URI such as s3://bucket/folder"
         ) from error
     own: dict[str, Any] = {}
     if filesystem.type_name == "s3":  # a small file in one request instead of three; failures come with close

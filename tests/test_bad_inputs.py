@@ -12,12 +12,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import s3_server
 import torch
 import yaml
+from s3_server import Server
 
 from raytrain.cli import main
 
@@ -166,6 +169,32 @@ def another_models_weights(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def output_to(folder: Path, uri: Callable[[Server], str]) -> Iterator[None]:
+    """OUTPUT is on a server of S3."""
+    with s3_server.serving() as server, (folder / "run.yaml").open("a") as file:
+        file.write(f"OUTPUT: {uri(server)}\n")
+        file.close()
+        yield
+
+
+def with_another_key(server: Server) -> str:
+    """Only one user is let in, who has another key."""
+    uri = server.uri("bucket/runs")
+    server.let_in_one_user()
+    return uri
+
+
+def with_another_secret(server: Server) -> str:
+    server.let_in_one_user()
+    server.secret = "a secret"
+    return server.uri("bucket/runs")
+
+
+def of_no_bucket(server: Server) -> str:
+    return server.uri("bukket/runs")
+
+
+@contextmanager
 def full_disk(folder: Path) -> Iterator[None]:
     """No file can grow past 12 kB: to a program that is a full disk under another name."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -184,4 +213,7 @@ BEFORE = {
     "pickle bomb": pickle_bomb,
     "another model's weights": another_models_weights,
     "full disk": full_disk,
+    "others' bucket": partial(output_to, uri=with_another_key),
+    "another secret": partial(output_to, uri=with_another_secret),
+    "no bucket": partial(output_to, uri=of_no_bucket),
 }
