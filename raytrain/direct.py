@@ -24,7 +24,7 @@ def direct(path: Path, flags: int) -> Iterator[int]:
     try:
         handle = os.open(path, flags | O_DIRECT, 0o666)
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
         handle = os.open(path, flags & ~os.O_EXCL, 0o666)  # some make the file before they refuse
     try:

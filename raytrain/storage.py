@@ -121,7 +121,8 @@ def _filesystem(uri: str) -> tuple[Any, str]:
         filesystem, root = FileSystem.from_uri(uri)
     except (ValueError, ArrowException) as error:
         raise ConfigError(
-            f"{uri}: pyarrow cannot open this: {str(error).splitlines()[0]}. Use a local path or a URI such as s3://bucket/folder"
+            f"{uri}: pyarrow cannot open this: {str(error).splitlines()[0]}. "
+            "Use a local path or a URI such as s3://bucket/folder"
         ) from error
     own: dict[str, Any] = {}
     if filesystem.type_name == "s3":  # a small file in one request instead of three; failures come with close

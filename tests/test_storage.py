@@ -11,6 +11,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -263,6 +264,25 @@ def test_a_long_download_goes_on_where_it_broke_off(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_bytes() == data
     assert proxy.spoilt == ["reset"] * 4
     assert requests == 8  # one to look at it, three to read it in parts of 8 MiB, and four in vain
+
+
+def test_a_file_whose_writer_is_killed_in_mid_upload_is_the_old_one() -> None:
+    code = (
+        "import sys; from raytrain.storage import open_storage;"
+        "open_storage(sys.argv[1]).write_bytes('x', bytes(30 << 20))"
+    )
+    with s3_server.serving() as server:
+        storage = open_storage(server.uri("bucket/run"))
+        storage.write_bytes("x", b"old")
+        with server.spoilt(lambda number: "hang" if number >= 3 else None) as proxy:  # the second of three parts
+            command = [sys.executable, "-c", code, server.uri("bucket/run", proxy.port)]
+            with subprocess.Popen(command) as writer:
+                while not proxy.spoilt:
+                    assert writer.poll() is None
+                    time.sleep(0.01)
+                writer.kill()
+        assert storage.read_bytes("x") == b"old"
+        assert storage.list("") == ["x"]
 
 
 def test_secrets_are_not_shown() -> None:
