@@ -19,7 +19,7 @@ from raytrain.store import Store
 from raytrain.worker import Job
 
 PROBE = ".writable"
-PATIENCE_S = 3.0  # whoever has just typed the command shall learn at once that the storage does not answer
+ANSWER_S = 3.0  # whoever has just typed the command shall learn at once that the storage does not answer
 LEFTOVERS = ("journal.jsonl", "tensorboard", "eval", "logs", "config.yaml", "environment.json")
 
 
@@ -103,7 +103,7 @@ def find_start(cfg: Config, options: Options) -> Start:
     if options.dashboard and (options.address is not None or cfg.SCALE.NUM_WORKERS == 0):
         raise ConfigError("--dashboard is Ray's, of a cluster that is started for the run; this run starts none")
     run_dir = run_dir_of(cfg)
-    check_writable(open_storage(run_dir, PATIENCE_S))
+    check_writable(open_storage(run_dir, ANSWER_S))
     storage = open_storage(run_dir)
     store = Store(storage, cfg.CHECKPOINT, f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}")
     origin = None
