@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from raytrain.checkpoint import Manifest, is_verified, verify_checkpoint
 from raytrain.config import Checkpoint
-from raytrain.errors import CheckpointError, PreflightError
+from raytrain.errors import CheckpointError, PreflightError, masked
 from raytrain.records import number
 from raytrain.resume import Origin, is_complete, newest_to_trust, origin_of
 from raytrain.runfolder import JOURNAL
@@ -66,7 +66,7 @@ def check_run_folder(storage: Storage, of_config: bool = False) -> None:
         raise PreflightError(f"{path}: this lies within a run folder. Give the folder that holds {FOLDER}/")
     inside = [name for name in storage.list("") if storage.exists(f"{name}/{FOLDER}")]
     if inside:
-        raise PreflightError(f"{path}: this holds several runs. Give one of them: {storage.path_of(inside[0])}")
+        raise PreflightError(f"{path}: this holds several runs. Give one of them: {masked(storage.path_of(inside[0]))}")
     raise PreflightError(f"{path}: this is no run folder. {NEITHER}")
 
 
@@ -111,7 +111,7 @@ def state_of(storage: Storage, entry: Listed) -> str:
 
 
 def damaged(storage: Storage, name: str, why: str) -> str:
-    return f"damaged: {why.removeprefix(storage.path_of(f'{FOLDER}/{name}') + ': ')}"
+    return f"damaged: {why.removeprefix(masked(storage.path_of(f'{FOLDER}/{name}')) + ': ')}"
 
 
 def _survey(store: Store, entries: list[Listed], states: dict[str, str], cfg: Any) -> Survey:
@@ -132,7 +132,7 @@ def _survey(store: Store, entries: list[Listed], states: dict[str, str], cfg: An
     else:
         says = origin_says(origin, cfg)
     for name in storage.list(FOLDER):  # said once in a line is enough
-        says = [line.replace(f"{storage.path_of(f'{FOLDER}/{name}')}: ", f"{name}: ") for line in says]
+        says = [line.replace(f"{masked(storage.path_of(f'{FOLDER}/{name}'))}: ", f"{name}: ") for line in says]
         says = [line.replace(f"{name}: {name}: ", f"{name}: ") for line in says]
     if origin is not None and origin.name is not None:
         states = states | {origin.name: "ok"}

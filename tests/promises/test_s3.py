@@ -44,9 +44,10 @@ def test_a_killed_run_goes_on_with_the_environments_credentials_to_the_same_bits
     run.killed_at(14, *flags)
     run.run(*flags)
     assert_same_bits(payload(uri, tmp_path), undisturbed_here.payload())
-    kept = {f"bucket/output/run/default/ckpt/{name}" for name in undisturbed_here.names()}
-    files = {f"{name}/{file}" for name in kept for file in ("checkpoint.pth", "manifest.json")}
-    assert {name for name in server.objects if "/ckpt/" in name} == files
+    left = sorted(name.rpartition("/ckpt/")[2] for name in server.objects if "/ckpt/" in name)
+    kept = {name.partition("/")[0] for name in left}
+    assert left == sorted(f"{name}/{file}" for name in kept for file in ("checkpoint.pth", "manifest.json"))
+    assert 3 <= len(kept) <= 4 and f"checkpoint_epoch_{EPOCHS}" in kept  # KEEP_LAST, and the best one
 
 
 def test_a_damaged_object_is_named_and_passed_over_and_no_secret_is_written_down(
@@ -76,8 +77,8 @@ def test_a_run_ends_with_the_same_bits_on_a_network_that_fails_again_and_again(
 ) -> None:
     """In one stretch so many requests go wrong that pyarrow by itself gives up."""
     run = Run(tmp_path)
-    singly = {40: "lost", 80: "reset", 120: "hang", 160: "lost", 240: "reset", 280: "lost", 320: "lost"}
-    faults = {**singly, **dict.fromkeys(range(200, 206), "slow down")}
+    singly = {20: "lost", 45: "reset", 70: "hang", 95: "lost", 140: "reset", 160: "lost"}
+    faults = {**singly, **dict.fromkeys(range(110, 116), "slow down")}
     with server.spoilt(faults.get) as proxy:
         uri = server.uri("bucket/output", proxy.port)
         assert main(run.words("--num_workers", "0", "--output", uri)) == 0
