@@ -8,14 +8,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
 from raytrain.errors import TaskError
 from raytrain.exchange import Collective, Exchange, open_exchange
-from raytrain.firsts import copy_fitting, is_writable
+from raytrain.firsts import copy_fitting, fits, is_writable
 from raytrain.flat import FlatStepper, Layout, collect, why_not_flat
+from raytrain.guard import KINDS, LATE_STEPS, Guard, Late, Trouble, put_back
 from raytrain.optim import options_of, stepped_groups
 from raytrain.overlap import SEGMENT_BYTES, Overlap
 from raytrain.precision import Precision
@@ -32,11 +34,14 @@ class Stepped:
     loss:      mean over all micro-batches of all virtual workers
     grad_norm: L2 over the stepped parameters, before clipping
     wishes:    for each wish of `Engine.step`, whether some rank had it
+    trouble:   the step that changed nothing since its numbers were bad, if one is known now: this one, on a GPU
+               the one of two steps ago
     """
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
     wishes: tuple[bool, ...]
+    trouble: Trouble | None
 
 
 class Engine:
@@ -44,7 +49,8 @@ class Engine:
 
     Each step the gradients are copied into one flat buffer per dtype and summed over the processes.
     The loss, the ranks' wishes (stop, save) and which parameters were used ride in its tail, so
-    agreeing on them costs no collective of its own.
+    agreeing on them costs no collective of its own. A step whose loss or gradient is not finite, or a
+    spike, changes nothing: no weight, moment, step count or buffer (guard.py).
 
     why_ddp: if OPTIMIZATION.ENGINE is auto and flat buffers cannot hold the model, what keeps it out
     """
@@ -64,6 +70,8 @@ class Engine:
         groups, options = stepped_groups(model, optim_cfg), options_of(optim_cfg)
         self.params = [p for group in groups for p in group]
         self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self._met = set(self.trainable)
+        self._names = {p: name for name, p in model.named_parameters()}
         self.why_ddp = None
         if optim_cfg.ENGINE != "ddp":
             self.why_ddp = why_not_flat(model, self.params, scaled=self.precision.scaler.is_enabled())
@@ -91,16 +99,19 @@ class Engine:
             self.overlap = Overlap(model, self.params, layout, self._views, self.exchange, segment_bytes)
         self.stepper: FlatStepper | TorchStepper
         if flat and self.exchange is not None:
-            names = {p: name for name, p in model.named_parameters()}
-            self.stepper = FlatStepper(groups, options, layout, self.exchange.sums, names)
+            self.stepper = FlatStepper(groups, options, layout, self.exchange.sums, self._names)
         else:
-            self.stepper = TorchStepper(groups, options, self.precision.scaler, gradients)
+            fused = world.device.type == "cuda" and all(p.is_floating_point() for p in self.params)
+            self.stepper = TorchStepper(groups, options, self.precision.scaler, gradients, fused)
+        self.guard = Guard(optim_cfg, world.device, scaled=self.precision.scaler.is_enabled())
         self.loss_sum: torch.Tensor | None = None
         self._flags: tuple[list[bool], tuple[bool, ...]] | None = None
         self._flags_here = torch.empty(0)
         self._kept: dict[Any, torch.Tensor] = {}
         self._first_done = False
-        self._late_wishes: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+        self._late_wishes = Late()
+        self.late = world.device.type != "cpu"  # whether reading a verdict at once would wait for the device
+        self._late_verdicts = Late(self.guard.unread.tolist())
 
     def zero_grad(self) -> None:
         """Forget the gradients of every parameter, stepped or not (the heritage forgets some not, D6)."""
@@ -108,7 +119,7 @@ class Engine:
             param.grad = None
         self.loss_sum = None
         self._first_done = False
-        self._kept = self._copied_buffers() if len(self.world.block) > 1 else {}
+        self._keep_buffers()
 
     @contextmanager
     def virtual_worker(self) -> Iterator[None]:
@@ -164,17 +175,75 @@ class Engine:
                 granted = tuple(others)
                 if some_moved and self.world.device.type == "cpu":  # a GPU would learn of it too late
                     copy_fitting(firsts, self.world.broadcast_object(moved))
-        norm = self.stepper.step(used, lr, momentum, self.grad_norm_clip)
-        return Stepped(loss, norm, granted)
+        norm = self.stepper.norm(used)
+        step = partial(self.stepper.step, lr, momentum, norm, self.grad_norm_clip)
+        trouble = (self._step_if_good_late if self.late else self._step_if_good)(step, loss, norm)
+        return Stepped(loss, norm, granted, trouble)
+
+    def _step_if_good(self, step: partial[None], loss: torch.Tensor, norm: torch.Tensor) -> Trouble | None:
+        """Where the verdict can be read at once."""
+        assert self.loss_sum is not None
+        verdict = self.guard.read(loss, norm)
+        if not verdict:
+            step()
+            return None
+        copy_fitting(self._buffers(), self._kept)
+        bad = [p for p, g in zip(self.params, self.stepper.gradients_here(), strict=True) if not is_finite(g)]
+        loss_here, names = self.loss_sum.item(), [self._names[p] for p in bad]
+        return Trouble(KINDS[verdict], 0, int(self.guard.in_a_row), loss.item(), norm.item(), loss_here, names)
+
+    def _step_if_good_late(self, step: partial[None], loss: torch.Tensor, norm: torch.Tensor) -> Trouble | None:
+        """Where reading would wait for the device: that acts on the verdict, the host hears of it two steps later."""
+        assert self.loss_sum is not None
+        verdict = self.guard.judge(loss, norm)
+        bad = (verdict > 0).float()
+        step(bad)
+        put_back(self._buffers(), self._kept, bad)
+        told = torch.stack([x.float() for x in (verdict, self.guard.in_a_row, loss, norm, self.loss_sum)])
+        if self.guard.rollback_every is not None:  # a run that is resumed in between must hear of it too
+            self.guard.unread.copy_(torch.cat([self.guard.unread[1:], told[None]]))
+        heard = self._late_verdicts.swap(told)
+        if heard is None or not heard[0]:
+            return None
+        kind, in_a_row, summed, of_norm, here = heard
+        return Trouble(KINDS[int(kind)], LATE_STEPS, int(in_a_row), summed, of_norm, here, [])
 
     @property
     def arithmetic(self) -> dict[str, str]:
         """What decides the rounding of a step besides config and hardware, for the checkpoint's fingerprint."""
         return {"engine": self.stepper.kind, "reduction": self.exchange.kind if self.exchange else Exchange.kind}
 
-    def optimizer_state(self) -> dict[str, Any]:
-        """In torch's form, parameter by parameter, whatever steps them."""
-        return self.stepper.state_dict()
+    def optimizer_state(self, live: bool = False) -> dict[str, Any]:
+        """In torch's form, parameter by parameter, whatever steps them; order and structure do not depend on `live`.
+
+        live: the tensors are (views of) the memory that steps change, nothing is copied
+        """
+        return self.stepper.state_dict(live)
+
+    def living(self) -> dict[str, torch.Tensor]:
+        """All that a step changes, where it lies: weights, moments, step counts and buffers, by name."""
+        found = {f"params.{i}": p.detach() for i, p in enumerate(self.params)}
+        for i, entry in self.optimizer_state(live=True)["state"].items():
+            found |= {f"moments.{i}.{name}": value for name, value in entry.items() if torch.is_tensor(value)}
+        return found | {f"buffers.{i}.{name}": buffer for (i, name), buffer in self._buffers().items()}
+
+    @torch.no_grad()
+    def roll_back(self) -> int:
+        """Return to the guard's anchor; the steps that had been taken there."""
+        self.guard.roll_back(self.living())
+        self.stepper.regroup()
+        return int(self.guard.anchor_step)
+
+    def load_guard(self, state: dict[str, Any]) -> None:
+        """What a checkpoint holds of the guard; an older one holds nothing."""
+        self.guard.load(state, self.living())
+        self._late_verdicts = Late(self.guard.unread.tolist())
+
+    def strangers(self) -> list[str]:
+        """Names of trainable parameters that no step changes: they came, or were unfrozen, since it was last asked."""
+        found = {p: name for name, p in self.model.named_parameters() if p.requires_grad and p not in self._met}
+        self._met |= found.keys()
+        return list(found.values())
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Takes the moments over; CheckpointError, and nothing changes, if they are not of this model and optimizer."""
@@ -205,15 +274,16 @@ class Engine:
 
     def _wishes_of_late(self, summed: torch.Tensor) -> tuple[bool, ...]:
         """The wishes of all ranks two steps ago: those have arrived without waiting."""
-        host = summed.to("cpu", non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._late_wishes.append((host, event))
-        if len(self._late_wishes) < 3:
-            return (False,) * len(summed)
-        host, event = self._late_wishes.pop(0)
-        event.synchronize()
-        return tuple(count > 0 for count in host.tolist())
+        counts = self._late_wishes.swap(summed) or [0.0] * len(summed)
+        return tuple(count > 0 for count in counts)
+
+    def _keep_buffers(self) -> None:
+        """As they are now, into the memory of the last step's where they fit."""
+        buffers = self._buffers()
+        if self._kept.keys() != buffers.keys() or not all(fits(b, self._kept[key]) for key, b in buffers.items()):
+            self._kept = {key: torch.empty_like(b) for key, b in buffers.items()}
+        with torch.no_grad():
+            copy_fitting(self._kept, buffers)
 
     def _buffers(self) -> dict[tuple[int, str], torch.Tensor]:
         """By module and name; looked up each time, as a module may put another tensor in a buffer's place."""
@@ -228,3 +298,11 @@ class Engine:
 
     def _copied_buffers(self) -> dict[tuple[int, str], torch.Tensor]:
         return {key: buffer.clone() for key, buffer in self._buffers().items()}
+
+
+def is_finite(gradient: torch.Tensor | None) -> bool:
+    """True if there is no NaN and no infinity in it. Waits for its device."""
+    if gradient is None:
+        return True
+    values = gradient if gradient.layout is torch.strided else gradient.to_dense()
+    return bool(values.isfinite().all())

@@ -9,19 +9,21 @@ from __future__ import annotations
 import math
 import numbers
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
-from raytrain.engine import Stepped
+from raytrain.engine import Stepped, is_finite
 from raytrain.errors import TaskError, TrainingError
 from raytrain.feed import BatchKey, Feed, Step
+from raytrain.guard import LATE_STEPS, SAMPLES_SHOWN, SHOWN, Trouble, culprits, described
 from raytrain.journal import Journal
 from raytrain.randomness import seed_all
 from raytrain.state import RunState, manifest_of, payload_of
-from raytrain.store import Store
+from raytrain.store import Store, checkpoint_name
 from raytrain.task import ModelReturn, Task, move_to
 
 
@@ -62,10 +64,13 @@ def train_one_epoch(run: RunState, task: Task, feed: Feed, store: Store, journal
     def wishes() -> tuple[bool, bool]:
         return control.stop_wished(), run.world.is_first and store.time_due(control.now())
 
+    run.notes += untrained(run)
+    taken: deque[Step] = deque(maxlen=LATE_STEPS + 1)
     step_start = time.perf_counter()
     for step in feed.epoch_steps(run.progress):
         began = run.progress
         stepped, returns = train_step(run, task, feed, step, wishes)
+        taken.append(step)
         write_notes(run, task, journal)
         run.progress = run.plan.advanced(began, step.consumed)
         step_end, data_s = time.perf_counter(), feed.take_wait_s()
@@ -84,6 +89,11 @@ def train_one_epoch(run: RunState, task: Task, feed: Feed, store: Store, journal
                 data_s=data_s,
                 step_s=step_end - step_start,
             )
+        if stepped.trouble is not None:
+            told = answer(run, journal, stepped.trouble, suspects(stepped.trouble, taken, returns))
+            if run.engine.guard.ends_run(stepped.trouble):
+                run.progress = began if run.engine.guard.stands_before(stepped.trouble) else run.progress
+                end_badly(run, store, journal, control, told)
         step_start = step_end
         stop_granted, save_granted = stepped.wishes
         if stop_granted:
@@ -103,6 +113,8 @@ def train_step(
     """
     at = run.progress.step
     returns = []
+    if run.engine.guard.anchor_due(at):
+        run.engine.guard.drop_anchor(at, run.engine.living())
     run.engine.zero_grad()
     last = max(step.micro_batches), len(step.micro_batches[max(step.micro_batches)]) - 1
     for v, keys in step.micro_batches.items():
@@ -119,6 +131,79 @@ def train_step(
                 returns.append(returned)
     stepped = run.engine.step(run.schedule.lr(at), run.schedule.momentum(at), wishes())
     return stepped, returns
+
+
+def suspects(trouble: Trouble, taken: Sequence[Step], returns: Sequence[ModelReturn]) -> list[int]:
+    """Ids of this rank's samples of a bad step: of its micro-batches whose loss is not finite, else of all.
+
+    taken: the steps up to now;  returns: of the last one
+    """
+    if trouble.ago >= len(taken):  # it was taken in another epoch, or before the run was resumed
+        return []
+    keys = [key for of_worker in taken[-1 - trouble.ago].micro_batches.values() for key in of_worker]
+    bad = []
+    if trouble.ago == 0:
+        bad = [key for key, each in zip(keys, returns, strict=True) if not is_finite(each.loss.detach())]
+    return [sample for key in bad or keys for sample in key.ids]
+
+
+def answer(run: RunState, journal: Journal, trouble: Trouble, samples: list[int]) -> str:
+    """Collective. Tell of a bad step, which has changed nothing, and roll back if that is asked for; what was told.
+
+    samples: ids of those on this rank that it may come from
+    """
+    guard, step = run.engine.guard, run.progress.step - trouble.ago
+    everyone = run.world.all_objects((trouble, samples))
+    ranks = culprits([each for each, _ in everyone])
+    parameters = list(dict.fromkeys(name for rank in ranks for name in everyone[rank][0].parameters))
+    ids = [sample for rank in ranks for sample in everyone[rank][1]]
+    told = f"{described(step, trouble, ranks, parameters, ids)}: it changed nothing"
+    if guard.actions[trouble.kind] == "rollback":
+        told += f", and the run went back to the weights of step {run.engine.roll_back()}"
+    if trouble.in_a_row > 1:
+        told += f"; {trouble.in_a_row} such steps in a row"
+    journal.write(
+        "event",
+        event=trouble.kind,
+        step=step,
+        ranks=ranks,
+        parameters=parameters[:SHOWN],
+        samples=ids[:SAMPLES_SHOWN],
+        action=guard.actions[trouble.kind],
+        in_a_row=trouble.in_a_row,
+        loss=trouble.loss,
+        grad_norm=trouble.grad_norm,
+        message=told,
+    )
+    return told
+
+
+def end_badly(run: RunState, store: Store, journal: Journal, control: Control, told: str) -> NoReturn:
+    """Collective. Save the state, in which no bad step has left anything, and raise what ends the run."""
+    name = checkpoint_name(run.progress)
+    trained = run.progress.step > 0 and int(run.engine.guard.in_a_row) < run.plan.total_steps
+    if run.world.broadcast_object(
+        trained and run.world.is_first and name not in [each.name for each in store.listed()]
+    ):
+        control.saved(save_checkpoint(run, store, journal, control), {})
+    run.world.all_objects(None)  # whoever ends first takes the others along, and rank 0 has to save
+    kept = f"{name} holds the state, which is good" if trained else "not one step was good, so nothing was saved"
+    raise TrainingError(
+        f"{told}. This ends the run (OPTIMIZATION.NONFINITE, NONFINITE_LIMIT, SPIKE); {kept}. Look at these samples "
+        "and at the loss in journal.jsonl; lower OPTIMIZATION.LR or GRAD_NORM_CLIP, or train without USE_AMP. "
+        "The same command goes on"
+    )
+
+
+def untrained(run: RunState) -> list[str]:
+    """A line for the user if the model has got trainable parameters that no step changes."""
+    names = run.engine.strangers()
+    if not names:
+        return []
+    return [
+        f"not trained, since they came or were unfrozen after training began: {', '.join(names[:5])}"
+        f"{', ...' if names[5:] else ''}. Make them, trainable, in build_model"
+    ]
 
 
 def rehearse(run: RunState, task: Task, batch: Any) -> None:

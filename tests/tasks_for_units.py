@@ -162,6 +162,19 @@ class NanTask(PointsTask):
         return ModelReturn(super().model_func(model, batch).loss * (float("nan") if bad else 1.0))
 
 
+class PoisonedTask(PointsTask):
+    """Its model writes a NaN into its own weights in step MODEL.STEP."""
+
+    steps = 0
+
+    def model_func(self, model: nn.Module, batch: Any) -> ModelReturn:
+        self.steps += 1
+        if self.steps == self.cfg.MODEL.STEP:
+            with torch.no_grad():
+                model[4].bias.fill_(float("nan"))
+        return super().model_func(model, batch)
+
+
 class DiesInEvaluation(PredictingTask):
     """Rank 1 is killed while it evaluates, as by the system when memory runs out."""
 

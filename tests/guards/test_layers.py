@@ -42,6 +42,7 @@ ORDER = [
     "delivery",
     "feed",
     "firsts",
+    "guard",
     "exchange",
     "overlap",
     "engine",
