@@ -188,8 +188,8 @@ class Engine:
             step()
             return None
         copy_fitting(self._buffers(), self._kept)
-        bad = [p for p, g in zip(self.params, self.stepper.gradients_here(), strict=True) if not is_finite(g)]
-        loss_here, names = self.loss_sum.item(), [self._names[p] for p in bad]
+        bad = {p for p, g in zip(self.params, self.stepper.gradients_here(), strict=True) if not is_finite(g)}
+        loss_here, names = self.loss_sum.item(), [name for p, name in self._names.items() if p in bad]
         return Trouble(KINDS[verdict], 0, int(self.guard.in_a_row), loss.item(), norm.item(), loss_here, names)
 
     def _step_if_good_late(self, step: partial[None], loss: torch.Tensor, norm: torch.Tensor) -> Trouble | None:

@@ -100,10 +100,11 @@ class FlatStepper:
             param.data = view
         self._addresses = [p.data_ptr() for p in self.params]
         self._counts = torch.zeros(len(self.params), device=device)  # steps that each parameter has taken
-        self._held = [False] * len(self.params)  # whether it has moments: from its first step on, bad or good
+        self._held = [False] * len(self.params)  # whether it has moments: from its first step on
         self._lr, self._momentum = options.lr, None if options.is_adam else options.momentum
         self._runs: list[Run] = []
         self._used: Sequence[bool] | None = None
+        self._joins = False  # whether parameters take their first step perhaps
 
     def norm(self, used: Sequence[bool]) -> torch.Tensor:
         """The L2 norm of the gradients that `step` will take: a scalar on the device, without a host sync.
@@ -126,6 +127,9 @@ class FlatStepper:
         bad: torch.Tensor | None = None,
     ) -> None:
         """Clips by `norm` and steps. bad: a f32 scalar on the device; if it is 1, nothing changes, to the bit."""
+        if self._joins and self._used is not None:
+            self._held = [held or now for held, now in zip(self._held, self._used, strict=True)]
+            self._joins = False
         self._lr, self._momentum = lr, self._momentum if momentum is None else momentum
         divisor = None if max_norm is None else ((norm + 1e-6) / max_norm).clamp(min=1.0)
         taken = 1.0 if bad is None else 1 - bad
@@ -207,8 +211,7 @@ class FlatStepper:
 
     def _regroup(self, used: Sequence[bool]) -> None:
         """Cut the buffers into runs of neighbours that take this step and have taken as many before."""
-        self._used = list(used)
-        self._held = [held or now for held, now in zip(self._held, used, strict=True)]
+        self._used, self._joins = list(used), True
         taken = self._counts.tolist()
         spans: list[list[int]] = []
         for position, place in enumerate(self.layout.places):

@@ -105,11 +105,17 @@ class Guard:
         window.copy_(torch.where(left_out, window, torch.cat([window[:, 1:], latest[:, None]], dim=1)))
         return verdict
 
-    def ends_run(self, trouble: Trouble) -> bool:
-        return self.actions[trouble.kind] == "stop" or trouble.in_a_row >= self.limit
+    def why_end(self, trouble: Trouble) -> str | None:
+        """What ends the run with this step; None if it goes on."""
+        key = "NONFINITE" if trouble.kind == "nonfinite" else "SPIKE.ACTION"
+        if self.actions[trouble.kind] == "stop":
+            return f"OPTIMIZATION.{key} is stop, so the run ends here"
+        if trouble.in_a_row >= self.limit:
+            return f"The run ends: {self.limit} such steps in a row are too many (OPTIMIZATION.NONFINITE_LIMIT)"
+        return None
 
-    def stands_before(self, trouble: Trouble) -> bool:
-        """Whether the run can end as if that step had not been begun, so that it is taken again when it goes on."""
+    def takes_again(self, trouble: Trouble) -> bool:
+        """Whether a run that ends with this step ends before it, and begins with it when it goes on."""
         return self.actions[trouble.kind] == "stop" and trouble.ago == 0
 
     def anchor_due(self, step: int) -> bool:

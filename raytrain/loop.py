@@ -91,9 +91,10 @@ def train_one_epoch(run: RunState, task: Task, feed: Feed, store: Store, journal
             )
         if stepped.trouble is not None:
             told = answer(run, journal, stepped.trouble, suspects(stepped.trouble, taken, returns))
-            if run.engine.guard.ends_run(stepped.trouble):
-                run.progress = began if run.engine.guard.stands_before(stepped.trouble) else run.progress
-                end_badly(run, store, journal, control, told)
+            reason = run.engine.guard.why_end(stepped.trouble)
+            if reason is not None:
+                run.progress = began if run.engine.guard.takes_again(stepped.trouble) else run.progress
+                end_badly(run, store, journal, control, f"{told}. {reason}")
         step_start = step_end
         stop_granted, save_granted = stepped.wishes
         if stop_granted:
@@ -179,19 +180,20 @@ def answer(run: RunState, journal: Journal, trouble: Trouble, samples: list[int]
 
 
 def end_badly(run: RunState, store: Store, journal: Journal, control: Control, told: str) -> NoReturn:
-    """Collective. Save the state, in which no bad step has left anything, and raise what ends the run."""
+    """Collective. Save the state, in which no bad step has left anything, and raise what ends the run.
+
+    told: what happened, and why that ends it
+    """
     name = checkpoint_name(run.progress)
     trained = run.progress.step > 0 and int(run.engine.guard.in_a_row) < run.plan.total_steps
-    if run.world.broadcast_object(
-        trained and run.world.is_first and name not in [each.name for each in store.listed()]
-    ):
+    missing = trained and run.world.is_first and name not in [entry.name for entry in store.listed()]
+    if run.world.broadcast_object(missing):
         control.saved(save_checkpoint(run, store, journal, control), {})
     run.world.all_objects(None)  # whoever ends first takes the others along, and rank 0 has to save
-    kept = f"{name} holds the state, which is good" if trained else "not one step was good, so nothing was saved"
+    kept = f"{name} holds the state, which is good" if trained else "not one step was good, so nothing is lost"
     raise TrainingError(
-        f"{told}. This ends the run (OPTIMIZATION.NONFINITE, NONFINITE_LIMIT, SPIKE); {kept}. Look at these samples "
-        "and at the loss in journal.jsonl; lower OPTIMIZATION.LR or GRAD_NORM_CLIP, or train without USE_AMP. "
-        "The same command goes on"
+        f"{told}; {kept}. Look at these samples and at the loss in journal.jsonl; lower OPTIMIZATION.LR or "
+        "GRAD_NORM_CLIP, or leave out USE_AMP. The same command goes on"
     )
 
 
