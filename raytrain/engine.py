@@ -6,6 +6,7 @@ The loop hands losses in and gets a step out; how gradients travel is this modul
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,9 +16,9 @@ import torch
 
 from raytrain.errors import TaskError
 from raytrain.exchange import Collective, Exchange, open_exchange
-from raytrain.firsts import copy_fitting, fits, is_writable
+from raytrain.firsts import copy_fitting, is_writable
 from raytrain.flat import FlatStepper, Layout, collect, why_not_flat
-from raytrain.guard import KINDS, LATE_STEPS, Guard, Late, Trouble, put_back
+from raytrain.guard import KINDS, LATE_STEPS, Guard, Late, Snapshot, Trouble, put_back
 from raytrain.optim import options_of, stepped_groups
 from raytrain.overlap import SEGMENT_BYTES, Overlap
 from raytrain.precision import Precision
@@ -79,6 +80,7 @@ class Engine:
                 raise TaskError(f"OPTIMIZATION.ENGINE is flat, but {self.why_ddp}; set it to auto or ddp")
         flat = optim_cfg.ENGINE != "ddp" and self.why_ddp is None
         self._buffer_dicts = [module._buffers for module in model.modules()]
+        self._found: tuple[list[Any], list[int], dict[tuple[int, str], torch.Tensor]] = ([], [], {})
         layout = Layout(self.params)
         self._tail_dtype = torch.float64 if torch.float64 in layout.sizes else torch.float32
         self._tail_start = layout.sizes.get(self._tail_dtype, 0)
@@ -107,7 +109,7 @@ class Engine:
         self.loss_sum: torch.Tensor | None = None
         self._flags: tuple[list[bool], tuple[bool, ...]] | None = None
         self._flags_here = torch.empty(0)
-        self._kept: dict[Any, torch.Tensor] = {}
+        self._kept = Snapshot({})
         self._first_done = False
         self._late_wishes = Late()
         self.late = world.device.type != "cpu"  # whether reading a verdict at once would wait for the device
@@ -119,7 +121,10 @@ class Engine:
             param.grad = None
         self.loss_sum = None
         self._first_done = False
-        self._keep_buffers()
+        buffers = self._buffers()
+        if self._kept.of is not buffers:
+            self._kept = Snapshot(buffers)
+        self._kept.take()
 
     @contextmanager
     def virtual_worker(self) -> Iterator[None]:
@@ -134,7 +139,7 @@ class Engine:
             yield
             return
         firsts = self._copied_buffers()
-        copy_fitting(self._buffers(), self._kept)
+        copy_fitting(self._buffers(), self._kept.values)
         try:
             yield
         finally:
@@ -187,7 +192,7 @@ class Engine:
         if not verdict:
             step()
             return None
-        copy_fitting(self._buffers(), self._kept)
+        copy_fitting(self._buffers(), self._kept.values)
         bad = {p for p, g in zip(self.params, self.stepper.gradients_here(), strict=True) if not is_finite(g)}
         loss_here, names = self.loss_sum.item(), [name for p, name in self._names.items() if p in bad]
         return Trouble(KINDS[verdict], 0, int(self.guard.in_a_row), loss.item(), norm.item(), loss_here, names)
@@ -198,7 +203,7 @@ class Engine:
         verdict = self.guard.judge(loss, norm)
         bad = (verdict > 0).float()
         step(bad)
-        put_back(self._buffers(), self._kept, bad)
+        put_back(self._buffers(), self._kept.values, bad)
         told = torch.stack([x.float() for x in (verdict, self.guard.in_a_row, loss, norm, self.loss_sum)])
         if self.guard.rollback_every is not None:  # a run that is resumed in between must hear of it too
             self.guard.unread.copy_(torch.cat([self.guard.unread[1:], told[None]]))
@@ -277,23 +282,26 @@ class Engine:
         counts = self._late_wishes.swap(summed) or [0.0] * len(summed)
         return tuple(count > 0 for count in counts)
 
-    def _keep_buffers(self) -> None:
-        """As they are now, into the memory of the last step's where they fit."""
-        buffers = self._buffers()
-        if self._kept.keys() != buffers.keys() or not all(fits(b, self._kept[key]) for key, b in buffers.items()):
-            self._kept = {key: torch.empty_like(b) for key, b in buffers.items()}
-        with torch.no_grad():
-            copy_fitting(self._kept, buffers)
-
     def _buffers(self) -> dict[tuple[int, str], torch.Tensor]:
-        """By module and name; looked up each time, as a module may put another tensor in a buffer's place."""
-        found: dict[tuple[int, str], torch.Tensor] = {}
+        """By module and name; looked up each time, as a module may put another tensor, or memory, in a buffer's place.
+
+        While none does, the same dict.
+        """
+        if not any(self._buffer_dicts):
+            return self._found[2]
+        buffers = [buffer for buffers in self._buffer_dicts for buffer in buffers.values() if buffer is not None]
+        addresses = [buffer.data_ptr() if buffer.layout is torch.strided else 0 for buffer in buffers]
+        before, addresses_before, found = self._found
+        if addresses == addresses_before and all(map(operator.is_, buffers, before)):
+            return found
+        found = {}
         seen: set[int] = set()
-        for index, buffers in enumerate(self._buffer_dicts):
-            for name, buffer in buffers.items():
+        for index, named in enumerate(self._buffer_dicts):
+            for name, buffer in named.items():
                 if buffer is not None and id(buffer) not in seen and buffer.numel() and is_writable(buffer):
                     seen.add(id(buffer))
                     found[index, name] = buffer.detach()
+        self._found = buffers, addresses, found
         return found
 
     def _copied_buffers(self) -> dict[tuple[int, str], torch.Tensor]:

@@ -66,6 +66,7 @@ class Guard:
         self.rollback_every = optim_cfg.ROLLBACK_EVERY if "rollback" in self.actions.values() else None
         self.scaled = scaled
         self.in_a_row = torch.zeros((), device=device)
+        self._calm = False  # whether in_a_row is known to be 0
         self.unread = torch.zeros(LATE_STEPS, 5, device=device)  # verdicts of the last steps, where they come late
         self.window: torch.Tensor | None = None
         if spike is not None:  # loss and norm of the last good steps, newest last; NaN: there were not so many yet
@@ -81,8 +82,9 @@ class Guard:
         finite = math.isfinite(loss.item()) and (self.scaled or math.isfinite(norm.item()))
         if not finite:
             self.in_a_row.add_(1)
-        elif self.in_a_row:
+        elif not self._calm:
             self.in_a_row.zero_()
+        self._calm = finite
         return int(not finite)
 
     def judge(self, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
@@ -147,6 +149,7 @@ class Guard:
 
     def load(self, state: Mapping[str, Any], living: Mapping[str, torch.Tensor]) -> None:
         """Take over what fits of a `state`; an anchor of another model than `living` is not."""
+        self._calm = False
         own = {name: tensor for name, tensor in self.state().items() if name != "anchor"}
         copy_fitting(own, {name: state[name].to(tensor.device) for name, tensor in own.items() if name in state})
         anchor = {name: tensor.to(self.in_a_row.device) for name, tensor in state.get("anchor", {}).items()}
@@ -175,6 +178,34 @@ class Late:
         if event is not None and not event.query():
             event.synchronize()
         return list(host.tolist() if isinstance(host, torch.Tensor) else host)
+
+
+class Snapshot:
+    """Copies of tensors `of`, taken anew by `take`: small ones together, since a copy of each costs 2 us.
+
+    values: by the keys of `of`, as they were taken last
+    """
+
+    def __init__(self, of: Mapping[Any, torch.Tensor]) -> None:
+        self.of = of
+        self.values: dict[Any, torch.Tensor] = {}
+        self._together: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
+        small = {key: tensor for key, tensor in of.items() if tensor.is_contiguous()}
+        for dtype in {tensor.dtype for tensor in small.values()}:
+            parts = {key: tensor.view(-1) for key, tensor in small.items() if tensor.dtype is dtype}
+            memory = torch.cat(list(parts.values()))
+            views = memory.split([part.numel() for part in parts.values()])
+            self.values |= {key: view.view(of[key].shape) for key, view in zip(parts, views, strict=True)}
+            self._together.append((memory, list(parts.values())))
+        self._alone = {key: tensor for key, tensor in of.items() if key not in small}
+        self.values |= {key: tensor.clone() for key, tensor in self._alone.items()}
+
+    @torch.no_grad()
+    def take(self) -> None:
+        for memory, parts in self._together:
+            torch.cat(parts, out=memory)
+        for key, tensor in self._alone.items():
+            self.values[key].copy_(tensor)
 
 
 def put_back(tensors: Mapping[Any, torch.Tensor], before: Mapping[Any, torch.Tensor], bad: torch.Tensor) -> None:

@@ -32,8 +32,9 @@ def nothing_left_in_tmp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         patched.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
         yield
     shutil.rmtree(folder, ignore_errors=True)
+    left = set(semaphores()) - before  # before one looks who has them: other sessions make new ones meanwhile
     mapped = "".join(maps_of(process) for process in Path("/proc").glob("[0-9]*"))
-    for semaphore in set(semaphores()) - before:
+    for semaphore in left:
         if str(semaphore) not in mapped:
             semaphore.unlink(missing_ok=True)
 
