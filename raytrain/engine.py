@@ -80,7 +80,7 @@ class Engine:
                 raise TaskError(f"OPTIMIZATION.ENGINE is flat, but {self.why_ddp}; set it to auto or ddp")
         flat = optim_cfg.ENGINE != "ddp" and self.why_ddp is None
         self._buffer_dicts = [module._buffers for module in model.modules()]
-        self._found: tuple[list[Any], list[int], dict[tuple[int, str], torch.Tensor]] = ([], [], {})
+        self._found: tuple[list[Any], list[Any], dict[tuple[int, str], torch.Tensor]] = ([], [], {})
         layout = Layout(self.params)
         self._tail_dtype = torch.float64 if torch.float64 in layout.sizes else torch.float32
         self._tail_start = layout.sizes.get(self._tail_dtype, 0)
@@ -290,9 +290,9 @@ class Engine:
         if not any(self._buffer_dicts):
             return self._found[2]
         buffers = [buffer for buffers in self._buffer_dicts for buffer in buffers.values() if buffer is not None]
-        addresses = [buffer.data_ptr() if buffer.layout is torch.strided else 0 for buffer in buffers]
-        before, addresses_before, found = self._found
-        if addresses == addresses_before and all(map(operator.is_, buffers, before)):
+        places = [(b.data_ptr() if b.layout is torch.strided else 0, b.shape) for b in buffers]
+        before, places_before, found = self._found
+        if places == places_before and all(map(operator.is_, buffers, before)):
             return found
         found = {}
         seen: set[int] = set()
@@ -301,7 +301,7 @@ class Engine:
                 if buffer is not None and id(buffer) not in seen and buffer.numel() and is_writable(buffer):
                     seen.add(id(buffer))
                     found[index, name] = buffer.detach()
-        self._found = buffers, addresses, found
+        self._found = buffers, places, found
         return found
 
     def _copied_buffers(self) -> dict[tuple[int, str], torch.Tensor]:

@@ -55,7 +55,10 @@ def engine_of(kind: str, world: World | None = None, reduction: str = "auto", **
     """kind: flat, ddp, or ddp on fused kernels as on a GPU; `late` after it: as where reading waits for the device."""
     torch.manual_seed(0)
     cfg = SimpleNamespace(**{**OPTIM, "ENGINE": kind.split()[0], **changes})
-    engine = Engine(Net(), cfg, world or World(virtual_workers=2), reduction)
+    device = torch.device("cuda" if "cuda" in kind else "cpu")
+    engine = Engine(Net().to(device), cfg, world or World(virtual_workers=2, device=device), reduction)
+    if device.type == "cuda":
+        return engine
     if "fused" in kind:
         groups = stepped_groups(engine.model, cfg)
         engine.stepper = TorchStepper(groups, options_of(cfg), engine.precision.scaler, None, fused=True)
@@ -73,6 +76,7 @@ def take(engine: Engine, step: int, spoil: float = 1.0, branch: bool = True) -> 
     for v in engine.world.block:
         x = inputs(step, v)
         x[0, 0] *= spoil if v == 1 else 1.0
+        x = x.to(engine.world.device)
         with engine.virtual_worker():
             engine.backward(engine.model(x, branch), 1 / engine.world.virtual_workers)
     return engine.step(0.05, 0.9, ())
@@ -85,11 +89,13 @@ def everything(engine: Engine) -> dict[str, torch.Tensor]:
 def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """Moments that one of them does not have yet are zero, which is what they begin with."""
     for name in {**found, **expected}:
-        both = [side.get(name, torch.zeros(())) for side in (found, expected)]
+        both = [side.get(name, torch.zeros(())).cpu() for side in (found, expected)]
         assert torch.equal(*both) or (name.startswith("moments.") and not any(tensor.any() for tensor in both)), name
 
 
-ENGINES = pytest.mark.parametrize("kind", ["flat", "flat late", "ddp", "ddp fused late"])
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+ON_A_GPU = [pytest.param(f"{kind} cuda", marks=needs_gpu) for kind in ("flat", "ddp")]
+ENGINES = pytest.mark.parametrize("kind", ["flat", "flat late", "ddp", "ddp fused late", *ON_A_GPU])
 
 
 @ENGINES
@@ -117,7 +123,8 @@ def test_a_bad_first_step_is_no_first_step(kind: str, optimizer: str) -> None:
 
 
 def test_the_host_hears_of_it_at_once_or_where_that_would_wait_two_steps_later() -> None:
-    for kind, ago in (("flat", 0), ("flat late", 2)):
+    kinds = {"flat": 0, "flat late": 2} | ({"flat cuda": 2, "ddp cuda": 2} if torch.cuda.is_available() else {})
+    for kind, ago in kinds.items():
         engine = engine_of(kind)
         told = [take(engine, step, NAN if step in (2, 3) else 1.0).trouble for step in range(7)]
         found = {step: trouble for step, trouble in enumerate(told) if trouble is not None}
@@ -196,7 +203,7 @@ def test_spikes_do_not_become_the_usual_and_a_median_of_zero_has_none() -> None:
     assert verdicts(guard_of(), [0.0] * 5 + [9.0] * 2) == [0] * 7
 
 
-@pytest.mark.parametrize("kind", ["flat", "flat late"])
+@pytest.mark.parametrize("kind", ["flat", "flat late", *ON_A_GPU])
 def test_a_spike_leaves_no_trace_either(kind: str) -> None:
     spike = SimpleNamespace(FACTOR=4.0, WINDOW=3, ACTION="skip")
     engine = engine_of(kind, SPIKE=spike)
@@ -213,7 +220,7 @@ def test_a_spike_leaves_no_trace_either(kind: str) -> None:
 # Going back
 
 
-@pytest.mark.parametrize("kind", ["flat", "ddp", "flat late"])
+@pytest.mark.parametrize("kind", ["flat", "ddp", "flat late", *ON_A_GPU])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_after_a_rollback_a_run_is_the_one_that_stood_there(kind: str, optimizer: str) -> None:
     """Also if moments that it has now did not exist there."""
