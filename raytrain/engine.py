@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -111,6 +112,7 @@ class Engine:
         self._flags_here = torch.empty(0)
         self._kept = Snapshot({})
         self._first_done = False
+        self._late_rows: deque[list[torch.Tensor]] = deque(maxlen=LATE_STEPS + 1)
         self._late_wishes = Late()
         self.late = world.device.type != "cpu"  # whether reading a verdict at once would wait for the device
         self._late_verdicts = Late(self.guard.unread.tolist())
@@ -193,9 +195,9 @@ class Engine:
             step()
             return None
         copy_fitting(self._buffers(), self._kept.values)
-        bad = {p for p, g in zip(self.params, self.stepper.gradients_here(), strict=True) if not is_finite(g)}
-        loss_here, names = self.loss_sum.item(), [name for p, name in self._names.items() if p in bad]
-        return Trouble(KINDS[verdict], 0, int(self.guard.in_a_row), loss.item(), norm.item(), loss_here, names)
+        bad = [p for p, g in zip(self.params, self.stepper.gradients_here(), strict=True) if not is_finite(g)]
+        numbers = int(self.guard.in_a_row), loss.item(), norm.item(), self.loss_sum.item()
+        return Trouble(KINDS[verdict], 0, *numbers, self._names_of(bad))
 
     def _step_if_good_late(self, step: partial[None], loss: torch.Tensor, norm: torch.Tensor) -> Trouble | None:
         """Where reading would wait for the device: that acts on the verdict, the host hears of it two steps later."""
@@ -208,10 +210,17 @@ class Engine:
         if self.guard.rollback_every is not None:  # a run that is resumed in between must hear of it too
             self.guard.unread.copy_(torch.cat([self.guard.unread[1:], told[None]]))
         heard = self._late_verdicts.swap(told)
+        self._late_rows.append(self.stepper.row_norms)
         if heard is None or not heard[0]:
             return None
         kind, in_a_row, summed, of_norm, here = heard
-        return Trouble(KINDS[int(kind)], LATE_STEPS, int(in_a_row), summed, of_norm, here, [])
+        near = self.stepper.in_bad_rows(self._late_rows[0]) if len(self._late_rows) > LATE_STEPS else []
+        return Trouble(KINDS[int(kind)], LATE_STEPS, int(in_a_row), summed, of_norm, here, self._names_of(near))
+
+    def _names_of(self, params: Sequence[torch.nn.Parameter]) -> list[str]:
+        """In the order of the model."""
+        wanted = set(params)
+        return [name for p, name in self._names.items() if p in wanted]
 
     @property
     def arithmetic(self) -> dict[str, str]:
@@ -243,6 +252,7 @@ class Engine:
         """What a checkpoint holds of the guard; an older one holds nothing."""
         self.guard.load(state, self.living())
         self._late_verdicts = Late(self.guard.unread.tolist())
+        self._late_rows.clear()
 
     def strangers(self) -> list[str]:
         """Names of trainable parameters that no step changes: they came, or were unfrozen, since it was last asked."""
@@ -287,7 +297,7 @@ class Engine:
 
         While none does, the same dict.
         """
-        if not any(self._buffer_dicts):
+        if not (self._found[2] or any(self._buffer_dicts)):
             return self._found[2]
         buffers = [buffer for buffers in self._buffer_dicts for buffer in buffers.values() if buffer is not None]
         places = [(b.data_ptr() if b.layout is torch.strided else 0, b.shape) for b in buffers]

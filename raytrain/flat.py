@@ -104,6 +104,7 @@ class FlatStepper:
         self._lr, self._momentum = options.lr, None if options.is_adam else options.momentum
         self._runs: list[Run] = []
         self._used: Sequence[bool] | None = None
+        self.row_norms: list[torch.Tensor] = []  # by dtype: (rows,), of the newest step
         self._joins = False  # whether parameters take their first step perhaps
 
     def norm(self, used: Sequence[bool]) -> torch.Tensor:
@@ -115,7 +116,8 @@ class FlatStepper:
             self._take_back()
         if used != self._used:
             self._regroup(used)
-        norms = [torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=1)) for rows in self._rows]
+        self.row_norms = [torch.linalg.vector_norm(rows, dim=1) for rows in self._rows]
+        norms = [torch.linalg.vector_norm(of_rows) for of_rows in self.row_norms]
         return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([n.double() for n in norms]))
 
     def step(
@@ -135,6 +137,12 @@ class FlatStepper:
         taken = 1.0 if bad is None else 1 - bad
         for run in self._runs:
             self._step_run(run, divisor, taken, bad)
+
+    def in_bad_rows(self, row_norms: Sequence[torch.Tensor]) -> list[nn.Parameter]:
+        """Those of which a part lies in a row of the gradient whose norm is not finite. Waits for the device."""
+        bad = dict(zip(self._gradients, ((~norms.isfinite()).tolist() for norms in row_norms), strict=True))
+        places = zip(self.params, self.layout.places, strict=True)
+        return [p for p, place in places if any(bad[place.dtype][place.start // ROW : -(-place.stop // ROW)])]
 
     def gradients_here(self) -> list[torch.Tensor | None]:
         """Of each parameter, what this process computed, before it was summed and clipped."""

@@ -18,8 +18,6 @@ from raytrain.firsts import copy_fitting, fits
 
 KINDS = ("", "nonfinite", "spike")  # verdicts, in the order of their numbers; 0: nothing is wrong
 LATE_STEPS = 2  # after these, what a GPU computed has arrived on the host
-SHOWN = 5  # parameters of an event
-SAMPLES_SHOWN = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +29,8 @@ class Trouble:
     in_a_row:        so many such steps, this one included
     loss, grad_norm: of the step, over all ranks
     loss_here:       this rank's part of the loss
-    parameters:      names of those whose gradient is not finite on this rank; none are known where ago > 0
+    parameters:      names of those whose gradient is not finite: on this rank, or if ago > 0 in the sum over all
+                     (there those too that lie within 4096 numbers of one that is not)
     """
 
     kind: str
@@ -45,7 +44,7 @@ class Trouble:
     @property
     def here(self) -> bool:
         """Whether numbers of this very rank are not finite."""
-        return bool(self.parameters) or not math.isfinite(self.loss_here)
+        return (self.ago == 0 and bool(self.parameters)) or not math.isfinite(self.loss_here)
 
 
 class Guard:
@@ -217,28 +216,3 @@ def put_back(tensors: Mapping[Any, torch.Tensor], before: Mapping[Any, torch.Ten
         parts = torch.where(bad > 0, was, now).split([tensors[key].numel() for key in keys])
         shaped = [part.view(tensors[key].shape) for key, part in zip(keys, parts, strict=True)]
         torch._foreach_copy_([tensors[key] for key in keys], shaped)
-
-
-def culprits(told: Sequence[Trouble]) -> list[int]:
-    """The ranks that a bad step comes from, by what each rank tells of it; all, where it shows in the sum alone."""
-    if told[0].kind == "spike":
-        return [max(range(len(told)), key=lambda rank: told[rank].loss_here)]
-    return [rank for rank, trouble in enumerate(told) if trouble.here] or list(range(len(told)))
-
-
-def described(step: int, trouble: Trouble, ranks: Sequence[int], parameters: Sequence[str], ids: Sequence[int]) -> str:
-    """A bad step, in words."""
-    if trouble.kind == "spike":
-        what = f"the loss is {trouble.loss:.4g} and the gradient's norm {trouble.grad_norm:.4g}, far above the usual"
-    elif math.isfinite(trouble.loss):
-        what = f"the gradient's norm is {trouble.grad_norm}"
-    else:
-        what = f"the loss is {trouble.loss}"
-    where = [f"rank {', '.join(map(str, ranks))}"]
-    if parameters:
-        where.append(f"first in the gradient of {', '.join(parameters[:SHOWN])}{', ...' if parameters[SHOWN:] else ''}")
-    if ids:
-        left = len(ids) - SAMPLES_SHOWN
-        more = f" and {left} more" if left > 0 else ""
-        where.append(f"samples {', '.join(map(str, ids[:SAMPLES_SHOWN]))}{more}")
-    return f"step {step}: {what} ({'; '.join(where)})"

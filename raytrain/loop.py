@@ -16,15 +16,16 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from raytrain.engine import Stepped, is_finite
+from raytrain.engine import Stepped
 from raytrain.errors import TaskError, TrainingError
 from raytrain.feed import BatchKey, Feed, Step
-from raytrain.guard import LATE_STEPS, SAMPLES_SHOWN, SHOWN, Trouble, culprits, described
+from raytrain.guard import LATE_STEPS
 from raytrain.journal import Journal
 from raytrain.randomness import seed_all
 from raytrain.state import RunState, manifest_of, payload_of
 from raytrain.store import Store, checkpoint_name
 from raytrain.task import ModelReturn, Task, move_to
+from raytrain.trouble import answer, suspects
 
 
 class Control(Protocol):
@@ -132,51 +133,6 @@ def train_step(
                 returns.append(returned)
     stepped = run.engine.step(run.schedule.lr(at), run.schedule.momentum(at), wishes())
     return stepped, returns
-
-
-def suspects(trouble: Trouble, taken: Sequence[Step], returns: Sequence[ModelReturn]) -> list[int]:
-    """Ids of this rank's samples of a bad step: of its micro-batches whose loss is not finite, else of all.
-
-    taken: the steps up to now;  returns: of the last one
-    """
-    if trouble.ago >= len(taken):  # it was taken in another epoch, or before the run was resumed
-        return []
-    keys = [key for of_worker in taken[-1 - trouble.ago].micro_batches.values() for key in of_worker]
-    bad = []
-    if trouble.ago == 0:
-        bad = [key for key, each in zip(keys, returns, strict=True) if not is_finite(each.loss.detach())]
-    return [sample for key in bad or keys for sample in key.ids]
-
-
-def answer(run: RunState, journal: Journal, trouble: Trouble, samples: list[int]) -> str:
-    """Collective. Tell of a bad step, which has changed nothing, and roll back if that is asked for; what was told.
-
-    samples: ids of those on this rank that it may come from
-    """
-    guard, step = run.engine.guard, run.progress.step - trouble.ago
-    everyone = run.world.all_objects((trouble, samples))
-    ranks = culprits([each for each, _ in everyone])
-    parameters = list(dict.fromkeys(name for rank in ranks for name in everyone[rank][0].parameters))
-    ids = [sample for rank in ranks for sample in everyone[rank][1]]
-    told = f"{described(step, trouble, ranks, parameters, ids)}: it changed nothing"
-    if guard.actions[trouble.kind] == "rollback":
-        told += f", and the run went back to the weights of step {run.engine.roll_back()}"
-    if trouble.in_a_row > 1:
-        told += f"; {trouble.in_a_row} such steps in a row"
-    journal.write(
-        "event",
-        event=trouble.kind,
-        step=step,
-        ranks=ranks,
-        parameters=parameters[:SHOWN],
-        samples=ids[:SAMPLES_SHOWN],
-        action=guard.actions[trouble.kind],
-        in_a_row=trouble.in_a_row,
-        loss=trouble.loss,
-        grad_norm=trouble.grad_norm,
-        message=told,
-    )
-    return told
 
 
 def end_badly(run: RunState, store: Store, journal: Journal, control: Control, told: str) -> NoReturn:

@@ -33,6 +33,7 @@ class TorchStepper:
         self.params = [p for group in groups for p in group]
         self._scaler, self._gradients, self._fused = scaler, gradients, fused
         self._here: list[torch.Tensor | None] = []
+        self.row_norms: list[torch.Tensor] = []
         self._start_momentum()
 
     def norm(self, used: Sequence[bool]) -> torch.Tensor:
@@ -71,6 +72,10 @@ class TorchStepper:
         if self._fused:  # what GradScaler hands to a fused optimizer
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # type: ignore[attr-defined]
         self.optimizer.step()
+
+    def in_bad_rows(self, row_norms: Sequence[torch.Tensor]) -> list[nn.Parameter]:
+        """Nothing is known of rows here."""
+        return []
 
     def gradients_here(self) -> list[torch.Tensor | None]:
         """Of each parameter, what this process computed, before it was summed and clipped."""

@@ -48,6 +48,7 @@ ORDER = [
     "engine",
     "compilation",
     "state",
+    "trouble",
     "loop",
     "resume",
     "signals",
