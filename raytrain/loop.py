@@ -91,11 +91,10 @@ def train_one_epoch(run: RunState, task: Task, feed: Feed, store: Store, journal
                 step_s=step_end - step_start,
             )
         if stepped.trouble is not None:
-            told = answer(run, journal, stepped.trouble, suspects(stepped.trouble, taken, returns))
-            reason = run.engine.guard.why_end(stepped.trouble)
-            if reason is not None:
+            why_end = answer(run, journal, stepped.trouble, suspects(stepped.trouble, taken, returns))
+            if why_end is not None:
                 run.progress = began if run.engine.guard.takes_again(stepped.trouble) else run.progress
-                end_badly(run, store, journal, control, f"{told}. {reason}")
+                end_badly(run, store, journal, control, why_end)
         step_start = step_end
         stop_granted, save_granted = stepped.wishes
         if stop_granted:
@@ -135,11 +134,8 @@ def train_step(
     return stepped, returns
 
 
-def end_badly(run: RunState, store: Store, journal: Journal, control: Control, told: str) -> NoReturn:
-    """Collective. Save the state, in which no bad step has left anything, and raise what ends the run.
-
-    told: what happened, and why that ends it
-    """
+def end_badly(run: RunState, store: Store, journal: Journal, control: Control, why_end: str) -> NoReturn:
+    """Collective. Save the state, in which no bad step has left anything, and raise what ends the run."""
     name = checkpoint_name(run.progress)
     trained = run.progress.step > 0 and int(run.engine.guard.in_a_row) < run.plan.total_steps
     missing = trained and run.world.is_first and name not in [entry.name for entry in store.listed()]
@@ -148,7 +144,7 @@ def end_badly(run: RunState, store: Store, journal: Journal, control: Control, t
     run.world.all_objects(None)  # whoever ends first takes the others along, and rank 0 has to save
     kept = f"{name} holds the state, which is good" if trained else "not one step was good, so nothing is lost"
     raise TrainingError(
-        f"{told}; {kept}. Look at these samples and at the loss in journal.jsonl; lower OPTIMIZATION.LR or "
+        f"{why_end}; {kept}. Look at these samples and at the loss in journal.jsonl; lower OPTIMIZATION.LR or "
         "GRAD_NORM_CLIP, or leave out USE_AMP. The same command goes on"
     )
 

@@ -30,8 +30,10 @@ def suspects(trouble: Trouble, taken: Sequence[Step], returns: Sequence[ModelRet
     return [sample for key in bad or keys for sample in key.ids]
 
 
-def answer(run: RunState, journal: Journal, trouble: Trouble, samples: list[int]) -> str:
-    """Collective. Tell of a bad step, which has changed nothing, and roll back if that is asked for; what was told.
+def answer(run: RunState, journal: Journal, trouble: Trouble, samples: list[int]) -> str | None:
+    """Collective. Tell of a bad step, which has changed nothing, and roll back if that is asked for.
+
+    Returns what happened and why that ends the run, None if it goes on.
 
     samples: ids of those on this rank that it may come from
     """
@@ -58,7 +60,8 @@ def answer(run: RunState, journal: Journal, trouble: Trouble, samples: list[int]
         grad_norm=trouble.grad_norm,
         message=told,
     )
-    return told
+    reason = guard.why_end(trouble)
+    return None if reason is None else f"{told}. {reason}"
 
 
 def culprits(told: Sequence[Trouble]) -> list[int]:
