@@ -16,7 +16,8 @@ import torch
 
 from raytrain.firsts import copy_fitting, fits
 
-KINDS = ("", "nonfinite", "spike")  # verdicts, in the order of their numbers; 0: nothing is wrong
+KINDS = ("", "spike", "nonfinite")  # verdicts, in the order of their numbers; 0: nothing is wrong
+SPIKE, NONFINITE = 1, 2
 LATE_STEPS = 2  # after these, what a GPU computed has arrived on the host
 
 
@@ -70,7 +71,7 @@ class Guard:
         self.window: torch.Tensor | None = None
         if spike is not None:  # loss and norm of the last good steps, newest last; NaN: there were not so many yet
             self.factor = float(spike.FACTOR)
-            self.window = torch.full((2, spike.WINDOW), math.nan, dtype=torch.float64, device=device)
+            self.window = torch.full((2, spike.WINDOW), math.nan, device=device)
         self.anchor: dict[str, torch.Tensor] = {}
         self.anchor_step = torch.zeros((), dtype=torch.int64)
 
@@ -84,26 +85,31 @@ class Guard:
         elif not self._calm:
             self.in_a_row.zero_()
         self._calm = finite
-        return int(not finite)
+        return 0 if finite else NONFINITE
 
     def judge(self, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
         """What `read` says, a f32 scalar on the device, without waiting for it."""
         judged = loss if self.scaled else loss + norm
-        verdict = (judged * 0 != 0).float()  # infinities and NaN times 0 are NaN
+        verdict = (judged * 0 != 0).float() * NONFINITE  # infinities and NaN times 0 are NaN
         if self.window is not None:
-            verdict = self._with_spikes(self.window, verdict, torch.stack([loss.double(), norm.double()]))
+            verdict = self._with_spikes(self.window, verdict, torch.stack([loss.float(), norm.float()]))
         self.in_a_row.add_(1).mul_(verdict > 0)
         return verdict
 
     def _with_spikes(self, window: torch.Tensor, verdict: torch.Tensor, latest: torch.Tensor) -> torch.Tensor:
         """Also a loss or norm far above its median; what is neither comes into the window. latest: (2,)"""
-        medians = window.sort(dim=1).values[:, (window.shape[1] - 1) // 2]
-        # By distance, so that a negative loss has spikes too. A median of 0 says nothing of what is usual.
-        high = (latest - medians > (self.factor - 1) * medians.abs()) & (medians != 0) & latest.isfinite()
-        spikes = high.any() & window[:, 0].isfinite().all()  # the oldest are there, so the window is full
-        verdict = torch.where(verdict > 0, verdict, KINDS.index("spike") * spikes.float())
-        left_out = (verdict > 0) | ~latest.isfinite().all()
-        window.copy_(torch.where(left_out, window, torch.cat([window[:, 1:], latest[:, None]], dim=1)))
+        if self.scaled:  # an overflow is no spike and no usual norm
+            latest = torch.where(latest * 0 == 0, latest, math.nan)
+        ordered = window.sort(dim=1).values  # NaN last
+        medians = ordered[:, (window.shape[1] - 1) // 2]
+        # By distance, so that a negative loss has spikes too; NaN while the window is not full.
+        limits = medians + (self.factor - 1) * medians.abs() + 0 * ordered[:, -1]
+        high = (latest > limits) & (medians != 0)  # a median of 0 says nothing of what is usual
+        verdict = torch.maximum(verdict, high.any() * float(SPIKE))
+        left_out = verdict > 0
+        if self.scaled:
+            left_out = left_out | latest.isnan().any()
+        torch.where(left_out, window, torch.cat([window[:, 1:], latest[:, None]], dim=1), out=window)
         return verdict
 
     def why_end(self, trouble: Trouble) -> str | None:

@@ -36,8 +36,8 @@ Record = dict[str, Any]
 def read_journal(source: str | os.PathLike[str] | Iterable[str]) -> list[Record]:
     """The records that count, oldest first, of a journal file or of its lines.
 
-    Dropped are lines that a killed writer tore, step, eval, pictures, checkpoint and event records of steps that
-    a later resume took again, and an evaluation or pictures that were made again at the same step.
+    Dropped are lines that a killed writer tore, step, eval, pictures, checkpoint, nonfinite and spike
+    records of steps that a later resume took again, and an evaluation or pictures that were made again at the same step.
     """
     if isinstance(source, (str, os.PathLike)):
         try:
@@ -81,8 +81,9 @@ def _parsed(line: str) -> Record | None:
 
 
 def _overwritten(record: Record, resumed_step: int) -> bool:
-    kinds = ("step", "eval", "pictures", "checkpoint", "event")
-    return record["kind"] in kinds and record.get("step", 0) > resumed_step
+    of_a_step = record["kind"] in ("step", "eval", "pictures", "checkpoint")
+    of_a_step |= record["kind"] == "event" and record.get("event") in ("nonfinite", "spike")
+    return of_a_step and record.get("step", 0) > resumed_step
 
 
 def strict(record: Mapping[str, Any]) -> Record:

@@ -194,29 +194,33 @@ def test_fp16_overflows_are_the_scalers_and_a_loss_that_is_not_finite_is_trouble
 # Spikes
 
 
-def guard_of(**changes: Any) -> Guard:
+def guard_of(scaled: bool = False) -> Guard:
     spike = SimpleNamespace(FACTOR=3.0, WINDOW=5, ACTION="skip")
-    return Guard(SimpleNamespace(**{**OPTIM, "SPIKE": spike, **changes}), torch.device("cpu"), scaled=False)
+    return Guard(SimpleNamespace(**{**OPTIM, "SPIKE": spike}), torch.device("cpu"), scaled)
 
 
-def verdicts(guard: Guard, losses: list[float], norms: list[float] | None = None) -> list[int]:
+def verdicts(guard: Guard, losses: list[float], norms: list[float] | None = None) -> str:
+    """A letter a step: s for a spike, n for what is not finite."""
     norms = norms or [1.0] * len(losses)
-    return [guard.read(torch.tensor(a), torch.tensor(b)) for a, b in zip(losses, norms, strict=True)]
+    read = [guard.read(torch.tensor(a), torch.tensor(b)) for a, b in zip(losses, norms, strict=True)]
+    return "".join(" sn"[each] for each in read)
 
 
 @pytest.mark.parametrize("usual", [2.0, -2.0])
 def test_a_spike_is_far_above_the_median_of_a_full_window_of_good_steps(usual: float) -> None:
     high = usual + 2.1 * abs(usual)
-    assert verdicts(guard_of(), [high, usual, high, usual, usual, usual, high, -high, high]) == [0] * 6 + [2, 0, 2]
-    assert verdicts(guard_of(), [usual] * 7, [1.0] * 5 + [3.1, 2.9]) == [0] * 5 + [2, 0]
-    assert verdicts(guard_of(), [usual] * 5 + [NAN, usual], [1.0] * 6 + [math.inf]) == [0] * 5 + [1, 1]
+    assert verdicts(guard_of(), [high, usual, high, usual, usual, usual, high, -high, high]) == "      s s"
+    assert verdicts(guard_of(), [usual] * 7, [1.0] * 5 + [3.1, 2.9]) == "     s "
+    assert verdicts(guard_of(), [usual] * 5 + [NAN, usual], [1.0] * 6 + [math.inf]) == "     nn"
 
 
 def test_spikes_do_not_become_the_usual_and_a_median_of_zero_has_none() -> None:
     guard = guard_of()
-    assert verdicts(guard, [1.0] * 5 + [9.0] * 20) == [0] * 5 + [2] * 20
+    assert verdicts(guard, [1.0] * 5 + [9.0] * 20) == " " * 5 + "s" * 20
     assert guard.in_a_row == 20
-    assert verdicts(guard_of(), [0.0] * 5 + [9.0] * 2) == [0] * 7
+    assert verdicts(guard_of(), [0.0] * 5 + [9.0] * 2) == " " * 7
+    overflows = [1.0, math.inf, 1.0, math.inf, 1.0, 1.0, 1.0, math.inf, 9.0]  # fp16's are neither a spike nor usual
+    assert verdicts(guard_of(scaled=True), [1.0] * 9, overflows) == " " * 8 + "s"
 
 
 @pytest.mark.parametrize("kind", ["flat", "flat late", *ON_A_GPU])
