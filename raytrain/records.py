@@ -36,8 +36,8 @@ Record = dict[str, Any]
 def read_journal(source: str | os.PathLike[str] | Iterable[str]) -> list[Record]:
     """The records that count, oldest first, of a journal file or of its lines.
 
-    Dropped are lines that a killed writer tore, step, eval, pictures, checkpoint, nonfinite and spike
-    records of steps that a later resume took again, and an evaluation or pictures that were made again at the same step.
+    Dropped are lines that a killed writer tore, step, eval, pictures and checkpoint records, and events of bad
+    steps, that a later resume overwrote, and an evaluation or pictures that were made again at the same step.
     """
     if isinstance(source, (str, os.PathLike)):
         try:
