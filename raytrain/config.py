@@ -117,6 +117,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Spike(Section):
+    """A loss or gradient norm above FACTOR x the median of the last WINDOW good steps is one."""
+
+    FACTOR: Annotated[float, Field(strict=True, allow_inf_nan=False, gt=1)] = 10.0
+    WINDOW: Annotated[Count, Field(le=65536)] = 100
+    ACTION: Literal["skip", "rollback", "stop"] = "skip"
+
+
 class Optimization(Section):
     """OpenPCDet's keys; those after AMP_DTYPE are raytrain's."""
 
@@ -149,6 +157,10 @@ class Optimization(Section):
     CHANNELS_LAST: Flag = False  # memory format of the model and of a batch's images (B, C, H, W)
     COMPILE: Flag = False  # torch.compile
     CUDA_GRAPHS: Flag = False  # of what COMPILE makes
+    NONFINITE: Literal["skip", "rollback", "stop"] = "skip"  # what a loss or gradient that is not finite leads to
+    NONFINITE_LIMIT: Count = 10  # steps without effect in a row, for that or for a spike, that end the run
+    ROLLBACK_EVERY: Count = 100  # steps between the states that a rollback returns to; one is kept in memory
+    SPIKE: Spike | None = None
 
     @field_validator("CUDA_GRAPHS")
     @classmethod

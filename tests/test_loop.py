@@ -289,7 +289,7 @@ def test_the_outside_is_told_of_each_checkpoint_once_its_metrics_are_known(tmp_p
 
 
 def test_weights_that_are_not_finite_are_not_saved_and_the_last_good_ones_stay(tmp_path: Path) -> None:
-    cfg = config(tmp_path, "NanTask", {"NUM_EPOCHS": 2}, MODEL={"STEP": 15}, EVAL={"EVERY": None})
+    cfg = config(tmp_path, "PoisonedTask", {"NUM_EPOCHS": 2}, MODEL={"STEP": 16}, EVAL={"EVERY": None})
     with pytest.raises(TrainingError, match=r"no longer finite.*last good checkpoint is untouched"):
         train(cfg)
     run_dir = tmp_path / cfg.TAG / cfg.EXTRA_TAG
