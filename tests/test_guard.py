@@ -24,6 +24,7 @@ from raytrain.guard import Guard, Late, Trouble, put_back
 from raytrain.journal import Journal
 from raytrain.optim import options_of, stepped_groups
 from raytrain.runfolder import RunFolder
+from raytrain.saves import Saves
 from raytrain.state import RunState, build_run
 from raytrain.stepper import TorchStepper
 from raytrain.store import Store
@@ -366,8 +367,8 @@ def spoilt_run(folder: Path, late: bool) -> tuple[RunState, list[dict[str, Any]]
     feed = Feed(task, datasets, run.plan, run.world, cfg.LOADER, cfg.SEED, lambda epoch: False)
     kept = Kept()
     with contextlib.closing(Journal([kept], cfg.LOG)) as journal:
-        store = Store(RunFolder(str(folder)).storage, cfg.CHECKPOINT, "launch")
-        assert loop.train_model(run, task, feed, store, journal, Control())
+        saves = Saves(Store(RunFolder(str(folder)).storage, cfg.CHECKPOINT, "launch"), None)
+        assert loop.train_model(run, task, feed, saves, journal, Control())
     return run, [record for record in kept.records if record["kind"] == "event"]
 
 
