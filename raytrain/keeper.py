@@ -30,6 +30,7 @@ from raytrain.storage import open_storage
 from raytrain.store import Store
 
 TICK_S = 0.25
+SOON_S = 0.01
 GRACE_S = 30.0  # so long workers may be away while their driver lives, or lives where it cannot be seen
 LOCK_S = 40.0
 
@@ -57,6 +58,7 @@ class Keeper:
         self.lines: list[Line] = []
         self.telling = threading.Lock()
         self.workers: set[Line] = set()
+        self.newcomers: list[Line] = []
         self.about: dict[str, Any] = {}
         self.writer = Writer(self)
         self.alone_since = time.monotonic()
@@ -65,7 +67,8 @@ class Keeper:
     def live(self) -> None:
         """Until the run has ended, or all that took part in it is gone."""
         while True:
-            for ready in wait([self.listener, *self.lines], TICK_S):  # type: ignore[list-item]
+            self.welcome()
+            for ready in wait([self.listener, *self.lines], SOON_S if self.newcomers else TICK_S):  # type: ignore[list-item]
                 if ready is self.listener:
                     self.accept()
                 elif isinstance(ready, Line) and self.answer(ready):
@@ -111,6 +114,7 @@ class Keeper:
 
     def drop(self, line: Line) -> None:
         self.workers.discard(line)
+        self.newcomers = [newcomer for newcomer in self.newcomers if newcomer is not line]
         self.takers = [taker for taker in self.takers if taker[0] is not line]
         if line in self.lines:
             self.lines.remove(line)
@@ -127,11 +131,23 @@ class Keeper:
             self.tell(line, other=self.launch)
             return
         self.workers.add(line)
+        self.newcomers.append(line)
+
+    def welcome(self) -> None:
+        """Workers that have come get the memory, once nothing is written from it that dead ones have asked for.
+
+        They could not know which slots that takes, would fill these anew, and a mixture would be saved.
+        """
+        if not self.writer.is_idle:
+            return
         slots = self.slots
-        self.tell(line, slot_bytes=slots.slot_bytes if slots else 0, about=self.about)
-        line.give(self.board.descriptor)
-        if slots:
-            line.give(slots.descriptor)
+        for line in self.newcomers:
+            with contextlib.suppress(OSError):  # it has died
+                line.say(slot_bytes=slots.slot_bytes if slots else 0)
+                line.give(self.board.descriptor)
+                if slots:
+                    line.give(slots.descriptor)
+        self.newcomers.clear()
 
     def on_about(self, line: Line, **about: Any) -> None:
         """What is to be known to write a state that nobody asked to be saved: manifest, policy, driver."""
