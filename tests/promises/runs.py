@@ -307,7 +307,7 @@ def assert_same_bits(found: Any, expected: Any, where: str = "checkpoint") -> No
         assert found == expected, where
 
 
-def assert_uses_once(run: Run, virtual_workers: int) -> None:
+def assert_uses_once(run: Run, virtual_workers: int, epochs: int = EPOCHS, samples: int = SAMPLES) -> None:
     """By what the task wrote down: of each step the passes that count are the last ones."""
     passes: dict[int, list[tuple[int, list[int]]]] = {}
     for line in (run.gate / "uses.txt").read_text().splitlines():
@@ -317,7 +317,7 @@ def assert_uses_once(run: Run, virtual_workers: int) -> None:
     for step in passes:
         for epoch, ids in passes[step][-virtual_workers:]:
             used.setdefault(epoch, []).extend(ids)
-    assert {epoch: sorted(ids) for epoch, ids in used.items()} == {e: list(range(SAMPLES)) for e in range(EPOCHS)}
+    assert {epoch: sorted(ids) for epoch, ids in used.items()} == {e: list(range(samples)) for e in range(epochs)}
 
 
 def assert_each_sample_once(payload: dict[str, Any], virtual_workers: int) -> None:
