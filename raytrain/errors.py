@@ -53,3 +53,7 @@ class DataError(RaytrainError):
 
 class TrainingError(RaytrainError):
     """Training failed on a worker; the message is the one screen a user sees."""
+
+
+class LostWorkerError(TrainingError):
+    """Another worker process has died, and this one waited for it."""

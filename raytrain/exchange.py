@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from raytrain.errors import PreflightError, TrainingError
+from raytrain.errors import LostWorkerError, PreflightError, TrainingError
 from raytrain.firsts import LINE, copy_fitting, fits, num_bytes, room_in, rounded
 from raytrain.world import World
 
@@ -203,7 +203,7 @@ class SharedMemory(Exchange):
         for rank in self._others:
             pid, started = self._pids[rank]
             if started_at(pid) != started and counters[rank][0] < self._turn:
-                raise TrainingError(
+                raise LostWorkerError(
                     f"rank {rank} (process {pid}) has died; rank {self.world.rank} waited for its gradients. "
                     "The same command goes on from the newest checkpoint"
                 )

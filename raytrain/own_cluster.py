@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,20 @@ TESTED = ("2.60.0",)
 PRELOADED = (
     "raytrain.ahead"  # imported by worker processes as they start, while the driver does what comes before a run
 )
+
+BEGUN_S = 0.5  # after which Ray has begun to start a process that was asked for, and is not through: that takes 2 s
+
+# Processes that wait for work are kept: they are few, and all are wanted. Room that a dead worker leaves is seen soon.
+SYSTEM_CONFIG = {
+    "preload_python_modules": [PRELOADED],
+    "num_workers_soft_limit": 10_000,
+    "idle_worker_killing_time_threshold_ms": 10**9,
+    "gcs_create_placement_group_retry_min_interval_ms": 20,
+}
+
+
+class Nothing:
+    """An actor that is asked for, and never made."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +84,20 @@ class OwnCluster:
         if self._failure is not None:
             raise self._failure
 
+    def make_spares(self) -> None:
+        """Begin to start as many processes as at first: a restart that finds them need not start and import.
+
+        Ray starts a process for each actor and keeps it when the actor is not wanted any more; one that has had
+        work, were it a task of nothing, is never given to an actor.
+        """
+        import ray
+
+        nothing: Any = ray.remote(num_cpus=0)(Nothing)
+        wanted = [nothing.remote() for _ in range(self.warm.count)]
+        time.sleep(BEGUN_S)
+        for actor in wanted:
+            ray.kill(actor)
+
     def close(self) -> None:
         self._unwanted.set()
         self._thread.join()
@@ -102,6 +131,7 @@ class OwnCluster:
             self.dashboard_url = ray.init("local", **asked, **said).dashboard_url or ""
             return None
         node = start_node(temp_dir, self._num_cpus, self.warm)
+        without_rays_word_of_deaths()
         try:
             ray.init(node.gcs_address, **said)
         except BaseException:
@@ -137,11 +167,18 @@ def start_node(temp_dir: str, num_cpus: int | None, warm: Warm) -> Any:
         include_log_monitor=False,  # type: ignore[arg-type]
         no_monitor=True,
         temp_dir=temp_dir,
-        _system_config={"preload_python_modules": [PRELOADED]},  # type: ignore[dict-item]
+        _system_config=SYSTEM_CONFIG,  # type: ignore[arg-type]
         # Ray sets it when it gives a process to a worker, by the CPUs that this reserves: too late for what is loaded.
         env_vars={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, int(warm.cpus))))},
     )
     return BareNode(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True, ray_init_cluster=True)
+
+
+def without_rays_word_of_deaths() -> None:
+    """From here on Ray's driver does not print of each worker that dies, 20 lines in one: a restart says it in one."""
+    from ray._private import worker
+
+    worker.print_to_stdstream = lambda data, ignore_prefix: None
 
 
 def end(node: Any) -> None:

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "raytrain"
 ORDER = [
     "errors",
     "failure",
+    "budget",
     "progress",
     "yamltree",
     "schema",
@@ -57,6 +58,7 @@ ORDER = [
     "ahead",
     "start",
     "lean",
+    "driver",
     "launch",
     "torchrun",
     "evaluation",
@@ -64,9 +66,9 @@ ORDER = [
     "cli",
     "__main__",
 ]
-RAY_AT = {"own_cluster", "cluster", "control", "worker", "ahead", "lean", "launch", "tune"}
+RAY_AT = {"own_cluster", "cluster", "control", "worker", "ahead", "lean", "driver", "launch", "tune"}
 CONFIG = {"yamltree", "schema", "overrides", "tree", "config"}
-WITHOUT_TORCH = {*CONFIG, "errors", "progress", "schedule", "storage", "records", "display"}
+WITHOUT_TORCH = {*CONFIG, "errors", "failure", "budget", "progress", "schedule", "storage", "records", "display"}
 FROM_THE_START = {"errors", "progress", "config", "task", "loop", "worker", "launch", "cluster", "cli"}
 
 MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"}

@@ -96,7 +96,7 @@ class Run:
         return Launched(
             [sys.executable, "-m", "raytrain", *self.words(*flags)],
             self.folder,
-            {**os.environ, "PYTHONPATH": str(TESTS), "COLUMNS": "200", **(env or {})},
+            {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "COLUMNS": "200", **(env or {})},
         )
 
     def run(self, *flags: str, status: int = 0) -> str:
