@@ -191,7 +191,7 @@ class Fit:
 def told_of_nodes(leaving: dict[str, int], now: float) -> str:
     """leaving: node ids, and when they go: milliseconds since 1970, 0 where that is not said.   now: seconds"""
     nodes = ", ".join(
-        f"node {cluster.address_of(node)}" + (f" in {max(0.0, at / 1000 - now):.0f} s" if at else "")
+        f"node {cluster.address_of(node)} is taken away" + (f" in {max(0.0, at / 1000 - now):.0f} s" if at else "")
         for node, at in sorted(leaving.items())
     )
-    return f"{nodes} is taken away; the state is saved after the step under way, and the workers start again elsewhere"
+    return f"{nodes}; the state is saved after the step under way, and the workers start again elsewhere"

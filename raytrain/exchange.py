@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from raytrain.errors import LostWorkerError, PreflightError, TrainingError
+from raytrain.errors import LostWorkerError, PreflightError
 from raytrain.firsts import LINE, copy_fitting, fits, num_bytes, room_in, rounded
 from raytrain.world import World
 
@@ -193,7 +193,7 @@ class SharedMemory(Exchange):
             checked = now
             self._check_peers(counters)
             if now - began > PATIENCE_S:
-                raise TrainingError(
+                raise LostWorkerError(
                     f"rank {rank} (process {self._pids[rank][0]}) lives, but has not come to the end of this step for "
                     f"{PATIENCE_S / 60:.0f} minutes, while rank {self.world.rank} waited; "
                     "py-spy dump --pid shows what it does"

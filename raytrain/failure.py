@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from raytrain.errors import EXIT_FAILED, DataError, LostWorkerError, RaytrainError
+from raytrain.errors import EXIT_FAILED, DataError, LostLoaderError, LostWorkerError, RaytrainError
 
 HERE = Path(__file__).parent
 
@@ -24,6 +24,7 @@ def failure_of(error: BaseException, rank: int, at: dict[str, Any], logs: str) -
         "error": f"{type(error).__name__}: {error}",
         "expected": explains_itself(error),
         "lost_another": lost_another(error),
+        "lost_loader": isinstance(error, LostLoaderError),
         "message": str(error),
         "traceback": str(error) if isinstance(error, DataError) else users_traceback(error),
         "exit_status": getattr(error, "exit_status", EXIT_FAILED),

@@ -150,15 +150,19 @@ class AsLongAsItGetsOn(FailurePolicy):
         own = [failure for failure in told.values() if not failure["lost_another"]]
         if own and not dead and own[0]["expected"]:
             return FailureDecision.RAISE
-        raised = bool(own) and not dead
+        raised = bool(own) and not dead and not own[0]["lost_loader"]
         steps = [self._mailbox.get("step"), *(failure.get("step") for failure in told.values())]
         step = max((step for step in steps if step is not None), default=0)
         if not self._budget.allows(step, raised):
             self._inside.given_up = self._budget.why_not(raised)
             return FailureDecision.RAISE
-        who = f"rank {dead[0]}" if dead else f"rank {own[0]['rank']}" if own else "a worker process"
-        how = own[0]["error"].splitlines()[0] if raised else "died without a word"
-        self._inside.died.put(f"{who} {'failed' if raised else how} in step {step}{f': {how}' if raised else ''}")
+        if dead:
+            how = f"rank{'s' if len(dead) > 1 else ''} {', '.join(map(str, dead))} died without a word in step {step}"
+        elif own:
+            how = f"rank {own[0]['rank']} failed in step {step}: {own[0]['error'].splitlines()[0]}"
+        else:
+            how = f"a worker process died in step {step}"
+        self._inside.died.put(how)
         return FailureDecision.RETRY
 
     def _told(self) -> dict[int, dict[str, Any]]:
