@@ -1,6 +1,6 @@
 """Seconds from SIGKILL of a worker to the next new step, and steps repeated: `python -m benchmarks.recovery`.
 
-A run of 320 steps of 50 ms on two workers, saved every 10 steps, loses one of them in step 296. The next new step is
+A run of 420 steps of 50 ms on two workers, saved every 10 steps, loses one of them in step 396. The next new step is
 the first one beyond those that had begun; repeated are those that were through and are trained once more.
 """
 

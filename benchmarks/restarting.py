@@ -24,8 +24,8 @@ from raytrain import ModelReturn, Task
 
 STEP_S = 0.05
 SAVE_EVERY = 10
-KILLED_IN = 296  # the step, counted from 0, in which a worker is killed: 15 s after the first one
-STEPS = 320
+KILLED_IN = 396  # the step, counted from 0, in which a worker is killed: 20 s after the first one
+STEPS = 420
 STEPS_FILE = "steps.txt"
 
 

@@ -59,10 +59,9 @@ class Cluster:
         while count > len(ahead.keys("process-")) and time.monotonic() < give_up:
             time.sleep(0.02)
 
-    def make_spares(self) -> None:
-        """Begin to start processes as those that started ahead, which have been taken: a restart finds them ready."""
-        if self._own is not None:
-            self._own.make_spares()
+    def make_spares(self) -> bool:
+        """Have processes start as those that started ahead, for a restart; to be called until it says that they do."""
+        return self._own is None or self._own.warm.count == 0 or self._own.make_spares()
 
     def connect(self) -> None:
         """Returns once this process is connected; a PreflightError says why it cannot be."""

@@ -17,7 +17,9 @@ Show = Callable[[Record], None]
 POLL_S = 0.2  # how often records are fetched from the workers
 NOTICE_S = 10.0  # how often a run that waits for resources says so
 NODES_S = 2.0  # how often it is asked which nodes are to be taken away
-SPARES_S = 5.0  # that the workers have trained before processes for a restart are made: none of a short run's time
+# That the workers have trained before processes for a restart are made, which takes 3 s of CPU each: a short run is
+# spared that. Where some have died others may, so then they are made sooner.
+SPARES_S, SPARES_AGAIN_S = 10.0, 3.0
 DIED = (
     "The worker process died without a word. Most often the machine ran out of memory and the system killed it\n"
     "(`dmesg` tells: fewer workers, a smaller batch or LOADER.WORKERS 0 need less), or native code crashed."
@@ -143,9 +145,10 @@ class Fit:
         while not inside.died.empty():
             self._inbox.died(inside.died.get())
         if self._inbox.attempt != self._seen:
-            self._seen, self._spares_at = self._inbox.attempt, now + SPARES_S
-        if self._spares_at and now > self._spares_at and self._job.cfg.SCALE.MAX_FAILURES != 0:
-            self._used.make_spares()
+            self._spares_at = now + (SPARES_AGAIN_S if self._seen else SPARES_S)
+            self._seen = self._inbox.attempt
+        due = self._spares_at and now > self._spares_at and self._job.cfg.SCALE.MAX_FAILURES != 0
+        if due and self._used.make_spares():
             self._spares_at = 0.0
         if not self._used.is_ours and now > self._nodes_at and self._left != inside.attempt:
             self._nodes_at = now + NODES_S

@@ -39,6 +39,9 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from raytrain.budget import Budget
 from raytrain.cluster import Mailbox
 
+SETTLED_S = (
+    0.1  # until what killed workers had is free; asked before, Ray asks again after pauses that grow: 0.3 to 0.5 s
+)
 LOOK_S = 1  # how often one that waits for room sees whether it still shall; Ray counts in whole seconds here
 
 
@@ -201,6 +204,8 @@ class LeanWorkerGroup(WorkerGroup):
         context = self._worker_group_context
         for callback in self._callbacks:
             callback.before_worker_group_start(context)
+        if self.inside.attempt:
+            time.sleep(SETTLED_S)
         places = self._create_placement_group(self._train_run_context.scaling_config, context)
         if not self.inside.room_comes(places, self._worker_group_start_timeout_s):
             places.shutdown()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import importlib.metadata
@@ -11,7 +12,6 @@ import os
 import shutil
 import tempfile
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,13 @@ PRELOADED = (
     "raytrain.ahead"  # imported by worker processes as they start, while the driver does what comes before a run
 )
 
-BEGUN_S = 0.5  # after which Ray has begun to start a process that was asked for, and is not through: that takes 2 s
+IDLE = "ray::IDLE"  # what Ray calls a worker process without work
 
-# Processes that wait for work are kept: they are few, and all are wanted. Room that a dead worker leaves is seen soon.
+# Processes that wait for work are kept: they are few, and all are wanted.
 SYSTEM_CONFIG = {
     "preload_python_modules": [PRELOADED],
     "num_workers_soft_limit": 10_000,
     "idle_worker_killing_time_threshold_ms": 10**9,
-    "gcs_create_placement_group_retry_min_interval_ms": 20,
 }
 
 
@@ -72,6 +71,8 @@ class OwnCluster:
         self.dashboard_url = ""
         self._bare = is_tested() and not dashboard
         self.warm = warm if self._bare else Warm()
+        self._raylet, self._spares_begun = 0, 0
+        self._spares: list[Any] = []
         self._failure: BaseException | None = None
         self._stands, self._unwanted = threading.Event(), threading.Event()
         # The kernel ends Ray's processes with the thread that started them, so one thread has to last as long as they.
@@ -84,19 +85,25 @@ class OwnCluster:
         if self._failure is not None:
             raise self._failure
 
-    def make_spares(self) -> None:
-        """Begin to start as many processes as at first: a restart that finds them need not start and import.
+    def make_spares(self) -> bool:
+        """Have as many processes start as at first, for a restart to find; to be called until it says that they do.
 
-        Ray starts a process for each actor and keeps it when the actor is not wanted any more; one that has had
-        work, were it a task of nothing, is never given to an actor.
+        Ray starts a process for each actor that is asked for, and keeps it if by then no one wants the actor any
+        more. (One that has had work, were it a task of nothing, is never given to an actor.)
         """
         import ray
 
-        nothing: Any = ray.remote(num_cpus=0)(Nothing)
-        wanted = [nothing.remote() for _ in range(self.warm.count)]
-        time.sleep(BEGUN_S)
-        for actor in wanted:
-            ray.kill(actor)
+        below = children_of(self._raylet)
+        if not self._spares:
+            if below.count(IDLE) > 0:  # left by a restart that came before they were ready
+                return True
+            self._spares_begun = len(below) + self.warm.count
+            nothing: Any = ray.remote(num_cpus=0)(Nothing)
+            self._spares = [nothing.remote() for _ in range(self.warm.count)]
+        elif len(below) >= self._spares_begun:
+            while self._spares:
+                ray.kill(self._spares.pop())
+        return not self._spares
 
     def close(self) -> None:
         self._unwanted.set()
@@ -131,6 +138,7 @@ class OwnCluster:
             self.dashboard_url = ray.init("local", **asked, **said).dashboard_url or ""
             return None
         node = start_node(temp_dir, self._num_cpus, self.warm)
+        self._raylet = node.all_processes["raylet"][0].process.pid
         without_rays_word_of_deaths()
         try:
             ray.init(node.gcs_address, **said)
@@ -172,6 +180,16 @@ def start_node(temp_dir: str, num_cpus: int | None, warm: Warm) -> Any:
         env_vars={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, int(warm.cpus))))},
     )
     return BareNode(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True, ray_init_cluster=True)
+
+
+def children_of(pid: int) -> list[str]:
+    """The names of the processes that `pid` has started."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append((folder / "cmdline").read_text(errors="replace").rstrip("\0 "))
+    return found
 
 
 def without_rays_word_of_deaths() -> None:
