@@ -19,7 +19,7 @@ NOTICE_S = 10.0  # how often a run that waits for resources says so
 NODES_S = 2.0  # how often it is asked which nodes are to be taken away
 # That the workers have trained before processes for a restart are made, which takes 3 s of CPU each: a short run is
 # spared that. Where some have died others may, so then they are made sooner.
-SPARES_S, SPARES_AGAIN_S = 10.0, 3.0
+SPARES_S, SPARES_AGAIN_S = 10.0, 1.0
 DIED = (
     "The worker process died without a word. Most often the machine ran out of memory and the system killed it\n"
     "(`dmesg` tells: fewer workers, a smaller batch or LOADER.WORKERS 0 need less), or native code crashed."
@@ -176,10 +176,13 @@ class Fit:
         given_up = getattr(self._inside, "given_up", "")
         if own and not silent:
             return {**own[0], "given_up": given_up}
-        text = "the workers ended without saying why" if raised is None else str(raised)
-        if silent or told:  # what others tell only follows from it
-            last_words = str(ends[silent[0]]).strip().splitlines()[-1] if silent else told[0]["error"]
-            text = f"{DIED}\n{given_up or AGAIN}\n\nRay says: {last_words}"
+        last_words = str(getattr(raised, "controller_failure", raised) or "the workers ended without saying why")
+        if silent:
+            last_words = str(ends[silent[0]]).strip().splitlines()[-1]
+        elif told:
+            last_words = told[0]["error"]
+        died = silent or told or given_up  # what others tell only follows from it
+        text = f"{DIED}\n{given_up or AGAIN}\n\nRay says: {last_words}" if died else last_words
         return {
             "rank": silent[0] if silent else None,
             "error": text,
