@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -186,9 +185,7 @@ class Transfer:
 
     def begin(self, run: RunState, fill: Callable[[], None]) -> None:
         """`fill` is called, and what it launches on a GPU is waited for by the next optimizer step alone."""
-        params = [p.detach() for p in run.model.parameters() if p.numel()]
-        peaks = torch._foreach_norm(params, math.inf)
-        finite = torch.stack([peak.float() for peak in peaks]).isfinite().all()
+        finite = run.engine.stepper.are_finite()
         if self._device.type != "cuda":
             self._finite = finite
             fill()
