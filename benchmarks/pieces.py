@@ -120,7 +120,7 @@ class CostlySamples(Samples):
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Which steps a loop runs: warm-up, then the timed ones, then at least `after` more, the first to mark their end."""
+    """Which steps a loop runs: warm-up, the timed ones, then at least `after` more, the first to mark their end."""
 
     warmup: int
     timed: int
