@@ -9,6 +9,7 @@ import functools
 import importlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,6 +36,7 @@ SWITCHES: dict[str, tuple[str, str, str]] = {
     "--use_gpu": ("SCALE.USE_GPU", "true", "one GPU for each worker"),
     "--no_gpu": ("SCALE.USE_GPU", "false", "train on the CPU"),
 }
+LISTING_COLUMNS = 240  # of a table that goes to a file or a pipe: one line a checkpoint
 # Flags of the heritage that have nothing left to do: name -> (takes a value, what is so instead).
 LAUNCHERS_FLAGS: dict[str, tuple[bool, str]] = {
     "--launcher": (True, "Ray places the workers (--num_workers, --address)"),
@@ -174,6 +176,20 @@ def build_parser() -> Parser:
     add_set_argument(look)
     look.set_defaults(run=run_view)
 
+    look_up = commands.add_parser(
+        "checkpoints",
+        help="list a run's checkpoints, and say what a resume would take and why",
+        description="Lists the checkpoints of a run, and says what a resume would take and why. Nothing is written; "
+        "the run may be training. Exit status: 0; 1 if nothing in it can be trusted, with --verify also if any "
+        "checkpoint is damaged; 2 if this is no run folder.",
+        allow_abbrev=False,
+    )
+    look_up.add_argument("run_dir", nargs="?", metavar="RUN", help="the run folder, a path or URI; or give --cfg_file")
+    look_up.add_argument("--verify", action="store_true", help="read every byte of every checkpoint, not of one only")
+    add_config_arguments(look_up, required=False)
+    add_set_argument(look_up)
+    look_up.set_defaults(run=run_checkpoints)
+
     show = commands.add_parser("show-config", help="print the resolved config", allow_abbrev=False)
     add_config_arguments(show)
     add_set_argument(show)
@@ -181,8 +197,8 @@ def build_parser() -> Parser:
     return parser
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cfg_file", required=True, metavar="YAML", help="the config of the run")
+def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("--cfg_file", required=required, metavar="YAML", help="the config of the run")
     for flag, (kind, key, text) in CONFIG_FLAGS.items():
         parser.add_argument(flag, metavar=kind, help=f"{text} ({key})")
     for flag, (key, _, text) in SWITCHES.items():
@@ -339,6 +355,26 @@ def run_simulate(args: argparse.Namespace) -> int:
     say(f"{args.out}: {' and '.join(f'{number} scenes of {split}' for split, number in written.items())}")
     say(f"  train on them with --set DATA_CONFIG.SOURCE kitti DATA_CONFIG.DATA_PATH {args.out}")
     return EXIT_FINISHED
+
+
+def run_checkpoints(args: argparse.Namespace) -> int:
+    if (args.run_dir is None) == (args.cfg_file is None):
+        raise ConfigError("give either the run folder or the config of the run (--cfg_file YAML)")
+    cfg = load(args) if args.cfg_file is not None else None
+    from rich.console import Console
+
+    from raytrain.listing import check_run_folder, rendered, shown_on, survey
+    from raytrain.start import run_dir_of
+    from raytrain.storage import open_storage
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, LISTING_COLUMNS)
+    storage = open_storage(run_dir_of(cfg) if cfg else args.run_dir)
+    check_run_folder(storage, of_config=cfg is not None)
+    found = survey(storage, cfg, args.verify, shown_on(console))
+    say(rendered(found, console, time.time()))
+    return EXIT_FINISHED if found.usable and not (args.verify and found.damaged) else EXIT_FAILED
 
 
 def run_show_config(args: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.errors import PreflightError
-from raytrain.own_cluster import OwnCluster, Warm
+from raytrain.own_cluster import OwnCluster, Warm, on_loopback
 
 AHEAD_S = 30.0  # processes that have not said by then that they stand are not waited for
 ANSWER_S = 5.0  # a Ray head that has not answered by then is not there
@@ -138,13 +138,28 @@ def join(address: str) -> None:
     import ray
 
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with on_loopback() if is_on_loopback_only(address) else contextlib.nullcontext():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PreflightError(
             f"--address {address}: no Ray cluster answers there ({first_line}). Start one with "
             "`ray start --head`, or leave --address out to use this machine alone"
         ) from error
+
+
+def is_on_loopback_only(address: str) -> bool:
+    """Whether a head answers at 127.0.0.1 alone: Ray would try this machine's other address in its place."""
+    import ray
+
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "localhost") or not port.isdecimal():
+        return False
+    try:
+        socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=ANSWER_S).close()
+    except OSError:
+        return True
+    return False
 
 
 def check_address(address: str, patience_s: float = ANSWER_S) -> None:

@@ -83,9 +83,14 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def stays_below(name: str) -> bool:
+    """Whether a folder of this name lies below the one that it is joined to, and is one that people can type."""
+    return not name.startswith("/") and ".." not in name.split("/") and name.isprintable()
+
+
 def _folder(value: str) -> str:
-    if value.startswith("/") or ".." in value.split("/") or "\0" in value:
-        raise ValueError("it must be a folder name below OUTPUT: neither absolute nor with `..`")
+    if not stays_below(value):
+        raise ValueError("it must be a folder name below OUTPUT: neither absolute nor with `..` or control characters")
     return value
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from tensorboardX.event_file_writer import EventsWriter
 
+HAND_OVER_S = 0.05
 FLUSH_S = 1.0  # the live line and a `tail -f` look alive; one copy a second is not measurable
 MAX_PENDING = 1000
 
@@ -119,6 +120,12 @@ class Journal:
             }
         )
         if now - self._handed_over_at >= FLUSH_S or len(self._batch.records) >= MAX_PENDING:
+            self._hand_over(now)
+
+    def hand_over(self) -> None:
+        """The steps so far are about to be written; asked very often, it waits a little."""
+        now = self._clock()
+        if now - self._handed_over_at >= HAND_OVER_S:
             self._hand_over(now)
 
     def write(self, kind: str, /, **fields: Any) -> None:

@@ -254,10 +254,15 @@ def ray_trainer(job: Job, per_worker: dict[str, float], alone: bool) -> Any:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     trainer_class: Callable[..., Any] = TorchTrainer
+    config_class: Callable[..., Any] = TorchConfig
     if is_tested():
         from raytrain.lean import LeanTrainer
 
         trainer_class = partial(LeanTrainer, alone=alone)
+        if alone:
+            from raytrain.meeting import MeetingByFile
+
+            config_class = MeetingByFile
 
     parent, name = parent_and_name(job.run_uri)
     scale = job.cfg.SCALE
@@ -266,7 +271,7 @@ def ray_trainer(job: Job, per_worker: dict[str, float], alone: bool) -> Any:
     return trainer_class(
         train_loop_per_worker,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend=backend),
+        torch_config=config_class(backend=backend),
         scaling_config=ScalingConfig(
             num_workers=scale.NUM_WORKERS or 1, use_gpu=job.use_gpu, resources_per_worker=per_worker
         ),

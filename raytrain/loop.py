@@ -98,7 +98,8 @@ def train_one_epoch(run: RunState, task: Task, feed: Feed, saves: Saves, journal
                 step_s=step_end - step_start,
             )
         step_start = step_end
-        saves.after_step(run)
+        if saves.after_step(run):
+            journal.hand_over()  # what a run that goes on from that memory would not measure again
         tell_saved(saves, journal)
         stop_granted, save_granted = stepped.wishes
         if stop_granted:

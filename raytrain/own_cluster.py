@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import importlib.metadata
@@ -11,6 +12,7 @@ import os
 import shutil
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,8 @@ class OwnCluster:
         temp_dir = tempfile.mkdtemp(prefix=f"{TEMP_PREFIX}{os.getpid()}-", dir="/tmp")
         node = None
         try:
-            node = self._start(temp_dir)
+            with on_loopback():
+                node = self._start(temp_dir)
             self._stands.set()
             self._unwanted.wait()
         except BaseException as failure:
@@ -108,6 +111,22 @@ class OwnCluster:
             end(node)
             raise
         return node
+
+
+@contextlib.contextmanager
+def on_loopback() -> Iterator[None]:
+    """A node that starts in the block, and all processes of it, listen on 127.0.0.1 alone, as Ray's do on a Mac.
+
+    Else they listen on every address of the machine, though nobody elsewhere has business with them.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def start_node(temp_dir: str, num_cpus: int | None, warm: Warm) -> Any:

@@ -73,9 +73,11 @@ def new_records(path: str | os.PathLike[str], offset: int) -> tuple[list[Record]
 def _parsed(line: str) -> Record | None:
     try:
         record = json.loads(line)
-    except ValueError:  # torn: the start of an object is never an object
+    except (ValueError, RecursionError):  # torn: the start of an object is never an object; or not ours
         return None
-    return record if isinstance(record, dict) and "kind" in record else None
+    if not isinstance(record, dict) or "kind" not in record or not isinstance(record.get("step", 0), int):
+        return None
+    return record
 
 
 def _overwritten(record: Record, resumed_step: int) -> bool:

@@ -87,6 +87,19 @@ class RunFolder:
         return locked(self.storage, patience_s)
 
 
+def refuse_links(storage: Storage) -> None:
+    """PreflightError if a file that a run appends to is a link: in a folder from elsewhere it could name any file."""
+    if not storage.is_local:
+        return
+    for name in (LOCK, JOURNAL, *(f"logs/{log}" for log in storage.list("logs"))):
+        path = storage.local_path(name)
+        if path.is_symlink():
+            raise PreflightError(
+                f"{path}: this is a link to {path.readlink()}, and would be written through. Remove it, or give the "
+                "run a folder of its own (--extra_tag NAME)"
+            )
+
+
 @contextlib.contextmanager
 def locked(storage: Storage, patience_s: float = 30.0) -> Iterator[None]:
     """Only one process at a time writes in this run folder; one that is just dying is waited for.

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from raytrain import board
-from raytrain.config import Config, with_overrides
+from raytrain.config import Config, stays_below, with_overrides
 from raytrain.errors import ConfigError, ResumeError
 from raytrain.progress import Progress
 from raytrain.resume import Origin, choose, compare
-from raytrain.runfolder import locked
+from raytrain.runfolder import locked, refuse_links
 from raytrain.storage import joined, open_storage
 from raytrain.store import Store
 from raytrain.worker import Job
@@ -112,6 +112,7 @@ def find_start(cfg: Config, options: Options) -> Start:
     board.take_over(run_dir, patience_s=0)  # what an earlier launch still holds in memory is to be found as well
     storage = open_storage(run_dir)
     storage.makedirs("ckpt")
+    refuse_links(storage)
     storage.write_bytes(f"ckpt/{PROBE}", b"")  # a full or read-only disk is found now, not at the first checkpoint
     storage.remove_tree(f"ckpt/{PROBE}")
     store = Store(storage, cfg.CHECKPOINT, f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}")
@@ -149,11 +150,11 @@ def start_over(store: Store, overwrite: bool) -> None:
 def run_dir_of(cfg: Config) -> str:
     """OUTPUT/EXP_GROUP_PATH/TAG/EXTRA_TAG: an absolute path, or a URI."""
     parts = [part for part in (cfg.EXP_GROUP_PATH, cfg.TAG, cfg.EXTRA_TAG) if part]
+    local = "://" not in cfg.OUTPUT or cfg.OUTPUT.lower().startswith("file://")
     for part in parts:
-        if part.startswith("/") or ".." in Path(part).parts:
+        if not stays_below(part) or (not local and set("?#%") & set(part)):  # in a URI these end or encode a path
             raise ConfigError(
                 f"{part!r} as a part of the run folder would leave OUTPUT; TAG, EXTRA_TAG and "
                 "EXP_GROUP_PATH are plain names"
             )
-    local = "://" not in cfg.OUTPUT or cfg.OUTPUT.lower().startswith("file://")
     return joined(open_storage(cfg.OUTPUT).path_of("") if local else cfg.OUTPUT, *parts)

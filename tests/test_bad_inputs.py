@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import re
 import resource
@@ -19,6 +20,7 @@ import pytest
 import torch
 import yaml
 
+from raytrain.checkpoint import Manifest
 from raytrain.cli import main
 
 HERE = Path(__file__).parent
@@ -160,6 +162,30 @@ def pickle_bomb(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def pickle_bomb_in_the_run(folder: Path) -> Iterator[None]:
+    """It is the newest checkpoint of a run that was trained, and its manifest says what it should."""
+    with trained(folder), pickle_bomb(folder):
+        checkpoint = folder / "output/run/default/ckpt/checkpoint_epoch_2"
+        data = (folder / "bomb.pth").read_bytes()
+        facts = {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        manifest = Manifest.from_json((checkpoint / "manifest.json").read_bytes())
+        manifest = dataclasses.replace(manifest, files={"checkpoint.pth": facts})
+        (checkpoint / "manifest.json").write_text(manifest.to_json())
+        (checkpoint / "checkpoint.pth").write_bytes(data)
+        yield
+
+
+@contextmanager
+def link_for_a_journal(folder: Path) -> Iterator[None]:
+    """The run folder's journal is a link to a file of the user, which stays as it is."""
+    (folder / "mine.txt").write_text("mine")
+    (folder / "output/run/default").mkdir(parents=True)
+    (folder / "output/run/default/journal.jsonl").symlink_to(folder / "mine.txt")
+    yield
+    assert (folder / "mine.txt").read_text() == "mine"
+
+
+@contextmanager
 def another_models_weights(folder: Path) -> Iterator[None]:
     torch.save({"model_state": {"weight": torch.zeros(5, 3), "head.weight": torch.zeros(2)}}, folder / "other.pth")
     yield
@@ -182,6 +208,8 @@ BEFORE = {
     "all damaged": all_damaged,
     "all lost": all_lost,
     "pickle bomb": pickle_bomb,
+    "pickle bomb in the run": pickle_bomb_in_the_run,
+    "link for a journal": link_for_a_journal,
     "another model's weights": another_models_weights,
     "full disk": full_disk,
 }

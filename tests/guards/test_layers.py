@@ -50,9 +50,11 @@ ORDER = [
     "engine",
     "compilation",
     "state",
+    "memory",
     "saves",
     "loop",
     "resume",
+    "listing",
     "signals",
     "own_cluster",
     "cluster",
@@ -61,6 +63,7 @@ ORDER = [
     "ahead",
     "start",
     "lean",
+    "meeting",
     "launch",
     "torchrun",
     "evaluation",
@@ -68,10 +71,10 @@ ORDER = [
     "cli",
     "__main__",
 ]
-RAY_AT = {"own_cluster", "cluster", "control", "worker", "ahead", "lean", "launch", "tune"}
+RAY_AT = {"own_cluster", "cluster", "control", "worker", "ahead", "lean", "meeting", "launch", "tune"}
 CONFIG = {"yamltree", "schema", "overrides", "tree", "config"}
 STORED = {"storage", "checkpoint", "store", "board", "keeper"}
-WITHOUT_TORCH = {*CONFIG, *STORED, "errors", "progress", "schedule", "records", "display"}
+WITHOUT_TORCH = {*CONFIG, *STORED, "errors", "progress", "schedule", "records", "display", "listing"}
 FROM_THE_START = {"errors", "progress", "config", "task", "loop", "worker", "launch", "cluster", "cli"}
 
 MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"}
