@@ -192,8 +192,8 @@ def is_verified(storage: Storage, name: str) -> bool:
 def _write_files(storage: Storage, folder: str, data: bytes | memoryview, manifest: Manifest) -> Manifest:
     """The manifest with its files, all of them written into `folder`, the manifest last."""
     name = f"{folder}/{PAYLOAD}"
-    storage.write_file(name, data)
-    if not storage.holds(name, data):
+    storage.write_bytes(name, data)
+    if not storage.same_bytes(name, data):
         raise CheckpointError(
             f"{storage.path_of(name)}: what was read back is not what was written; the disk or the memory fails. "
             "Choose another OUTPUT, then run the same command again"

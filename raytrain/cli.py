@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from raytrain import __version__
-from raytrain.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USAGE, ConfigError, RaytrainError
+from raytrain.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USAGE, ConfigError, RaytrainError, masked
 
 # Flags that set a config key: name -> (what its value is, key, help). The schema checks the value.
 CONFIG_FLAGS: dict[str, tuple[str, str, str]] = {
@@ -387,7 +387,7 @@ def run_show_config(args: argparse.Namespace) -> int:
 def say(text: str) -> None:
     """Prints it; that nobody reads any more (`raytrain ... | head`) is no error."""
     try:
-        print(text, flush=True)
+        print(masked(text), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at exit has a place to go
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
-from raytrain.errors import StorageError
+from raytrain.errors import StorageError, masked
 from raytrain.records import Record, TrainLines, banner, eval_lines, log_line, strict
 
 if TYPE_CHECKING:
@@ -130,7 +130,8 @@ class Journal:
 
     def write(self, kind: str, /, **fields: Any) -> None:
         """Records an eval, checkpoint, event or end; it and all before it are written on return."""
-        self._batch.add({"kind": kind, "time": self._clock(), **fields})
+        shown = {name: masked(value) if isinstance(value, str) else value for name, value in fields.items()}
+        self._batch.add({"kind": kind, "time": self._clock(), **shown})
         self.flush()
 
     def flush(self) -> None:
@@ -412,7 +413,7 @@ class LogSink:
 
     def text(self, message: str) -> None:
         """Logs a message of your own: the header, the printed model."""
-        self._say(message, self._clock())
+        self._say(masked(message), self._clock())
 
     def write(self, record: Record) -> None:
         if record["kind"] == "run":

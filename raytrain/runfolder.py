@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain import __version__
-from raytrain.errors import PreflightError
+from raytrain.errors import PreflightError, masked
 from raytrain.journal import JsonlSink, LogSink, TensorBoardSink
 from raytrain.records import Record, log_file_name
 from raytrain.storage import LocalStorage, Storage, open_storage
@@ -171,8 +171,8 @@ def environment(arguments: dict[str, Any]) -> dict[str, Any]:
         "gpus": gpus,
         "cuda": torch.version.cuda,
         "git": _git_commit(),
-        "arguments": {k: str(v) for k, v in arguments.items()},
-        "argv": sys.argv,
+        "arguments": {k: masked(str(v)) for k, v in arguments.items()},
+        "argv": [masked(word) for word in sys.argv],
     }
 
 

@@ -13,12 +13,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import s3_server
 import torch
 import yaml
+from s3_server import Server
 
 from raytrain.checkpoint import Manifest
 from raytrain.cli import main
@@ -108,7 +111,7 @@ def in_process(words: list[str]) -> int:
 
 
 def as_process(words: list[str]) -> tuple[int, str, str]:
-    env = {**os.environ, "PYTHONPATH": str(HERE), "COLUMNS": "200"}
+    env = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "COLUMNS": "200"}
     command = [sys.executable, "-m", "raytrain", *words]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     return done.returncode, done.stdout, done.stderr
@@ -192,6 +195,32 @@ def another_models_weights(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def output_to(folder: Path, uri: Callable[[Server], str]) -> Iterator[None]:
+    """OUTPUT is on a server of S3."""
+    with s3_server.serving() as server, (folder / "run.yaml").open("a") as file:
+        file.write(f"OUTPUT: {uri(server)}\n")
+        file.close()
+        yield
+
+
+def with_another_key(server: Server) -> str:
+    """Only one user is let in, who has another key."""
+    uri = server.uri("bucket/runs")
+    server.let_in_one_user()
+    return uri
+
+
+def with_another_secret(server: Server) -> str:
+    server.let_in_one_user()
+    server.secret = "a secret"
+    return server.uri("bucket/runs")
+
+
+def of_no_bucket(server: Server) -> str:
+    return server.uri("bukket/runs")
+
+
+@contextmanager
 def full_disk(folder: Path) -> Iterator[None]:
     """No file can grow past 12 kB: to a program that is a full disk under another name."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -212,4 +241,7 @@ BEFORE = {
     "link for a journal": link_for_a_journal,
     "another model's weights": another_models_weights,
     "full disk": full_disk,
+    "others' bucket": partial(output_to, uri=with_another_key),
+    "another secret": partial(output_to, uri=with_another_secret),
+    "no bucket": partial(output_to, uri=of_no_bucket),
 }

@@ -30,6 +30,8 @@ ORDER = [
     "flat",
     "precision",
     "sync_bn",
+    "direct",
+    "patience",
     "storage",
     "checkpoint",
     "payload",
@@ -73,7 +75,7 @@ ORDER = [
 ]
 RAY_AT = {"own_cluster", "cluster", "control", "worker", "ahead", "lean", "meeting", "launch", "tune"}
 CONFIG = {"yamltree", "schema", "overrides", "tree", "config"}
-STORED = {"storage", "checkpoint", "store", "board", "keeper"}
+STORED = {"direct", "patience", "storage", "checkpoint", "store", "board", "keeper"}
 WITHOUT_TORCH = {*CONFIG, *STORED, "errors", "progress", "schedule", "records", "display", "listing"}
 FROM_THE_START = {"errors", "progress", "config", "task", "loop", "worker", "launch", "cluster", "cli"}
 
