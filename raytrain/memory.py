@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from raytrain.board import SLOTS, Board, Slots
 from raytrain.errors import PreflightError
 from raytrain.payload import Blueprint, Leaves, OddPayload, Sheet, check_loadable, dumps, leaves_of, loads
 from raytrain.progress import Progress
-from raytrain.state import RunState, payload_of
+from raytrain.state import RunState, finite_weights, payload_of
 from raytrain.world import World
 
 WITHOUT = "no memory beside this process for the run's state, so training waits for each checkpoint to be written"
@@ -186,9 +185,7 @@ class Transfer:
 
     def begin(self, run: RunState, fill: Callable[[], None]) -> None:
         """`fill` is called, and what it launches on a GPU is waited for by the next optimizer step alone."""
-        params = [p.detach() for p in run.model.parameters() if p.numel()]
-        peaks = torch._foreach_norm(params, math.inf)
-        finite = torch.stack([peak.float() for peak in peaks]).isfinite().all()
+        finite = finite_weights(run.model)
         if self._device.type != "cuda":
             self._finite = finite
             fill()

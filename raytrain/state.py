@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -135,6 +136,17 @@ def payload_of(run: RunState) -> dict[str, Any]:
             "seed": run.seed,
         },
     }
+
+
+def finite_weights(model: torch.nn.Module) -> torch.Tensor:
+    """Whether all parameters are finite, as a scalar on their device. Buffers may hold infinities on purpose."""
+    params = [torch.view_as_real(p) if p.is_complex() else p for p in model.parameters() if p.numel()]
+    params = [p.detach() for p in params]
+    if params[0].device.type == "cpu":  # 50 M numbers on one core: 11 ms; the norm takes 130, isfinite() 120
+        extremes = [each for p in params for each in torch.aminmax(p)]
+    else:
+        extremes = list(torch._foreach_norm(params, math.inf))
+    return torch.stack([each.double() for each in extremes]).isfinite().all()
 
 
 def restore(run: RunState, payload: dict[str, Any], where: str) -> None:
