@@ -129,6 +129,10 @@ def one_run(way: Way, workload: Workload, span: Span, folder: Path, reference: d
         reference.update(ended.weights)
     began = ended.watch["stamps"]["last step"] - ended.watch["seconds"]
     whole = (span.timed + span.after) / (saves.on_disk - began)
+    say(
+        f"  {ended.steps_per_s:.3f} steps/s, {whole:.3f} until on the disk, stalls"
+        f" {' '.join(f'{stall:.3f}' for stall in saves.stalls)}"
+    )
     return Round(saves.stalls, ended.steps_per_s, whole, difference(ended.weights, reference))
 
 
