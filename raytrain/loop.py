@@ -284,9 +284,8 @@ def save_checkpoint(
     """
     if not run.world.is_first:
         return None
-    # Parameters only: a buffer may hold infinities on purpose, as attention masks do.
-    bad = [name for name, param in run.model.named_parameters() if not bool(param.isfinite().all())]
-    if bad:
+    if not bool(run.engine.stepper.are_finite()):
+        bad = [name for name, param in run.model.named_parameters() if not bool(param.isfinite().all())]
         raise TrainingError(
             f"after step {run.progress.step} the weights are no longer finite ({', '.join(bad[:3])}"
             f"{', ...' if len(bad) > 3 else ''}); they were not saved and the last good checkpoint is untouched. "

@@ -82,6 +82,20 @@ def test_other_weights_than_the_hand_written_loops_are_a_failure():
         assert line.startswith("overhead: raytrain, --num_workers 0: weights differ by")
 
 
+def test_ways_of_saving_are_compared_on_training_that_ends_with_the_same_weights(tmp_path):
+    out = tmp_path / "out.json"
+    words = ["--only", "raytrain", "--light", "--saves", "1", "--rounds", "1", "--json", str(out)]
+    done = run_module("benchmarks.checkpoint", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ways = json.loads(out.read_text())["checkpoint"]["ways"]
+    assert set(ways) == {"none", "torch-save", "raytrain-none", "raytrain"}
+    assert ways["torch-save"]["saved"] == [3]
+    assert ways["raytrain"]["saved"][0] in (1, 2, 3)  # on a busy machine a newer one takes the place of one that waits
+    for key in ("torch-save", "raytrain"):
+        assert len(ways[key]["x_torch_save"]) == len(ways[key]["x_no_saves"]) == 1
+        assert f"| {ways[key]['name']}" in done.stdout
+
+
 def test_feed_reads_every_sample_of_both_loaders():
     from benchmarks import feed
 
