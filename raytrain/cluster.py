@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.errors import PreflightError
-from raytrain.own_cluster import OwnCluster, Warm, is_tested, on_loopback, without_rays_word_of_deaths
+from raytrain.own_cluster import OwnCluster, Warm, hush_raylets, is_tested, let_raylets_speak, on_loopback
 
 AHEAD_S = 30.0  # processes that have not said by then that they stand are not waited for
 ANSWER_S = 5.0  # a Ray head that has not answered by then is not there
@@ -112,6 +112,8 @@ def starting(
             own.close()
         elif "ray" in sys.modules:
             sys.modules["ray"].shutdown()
+            if is_tested():
+                let_raylets_speak()
         for name, value in kept.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -142,7 +144,7 @@ def join(address: str) -> None:
     import ray
 
     if is_tested():
-        without_rays_word_of_deaths()
+        hush_raylets()
     try:
         with on_loopback() if is_on_loopback_only(address) else contextlib.nullcontext():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)

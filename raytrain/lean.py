@@ -39,9 +39,7 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from raytrain.budget import Budget
 from raytrain.cluster import Mailbox
 
-SETTLED_S = (
-    0.1  # until what killed workers had is free; asked before, Ray asks again after pauses that grow: 0.3 to 0.5 s
-)
+SETTLED_S = 0.1  # until what killed workers had is free; Ray, asked before, looks again only after 0.3 to 0.5 s
 LOOK_S = 1  # how often one that waits for room sees whether it still shall; Ray counts in whole seconds here
 
 

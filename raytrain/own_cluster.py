@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import logging
@@ -141,7 +142,7 @@ class OwnCluster:
             return None
         node = start_node(temp_dir, self._num_cpus, self.warm)
         self._raylet = node.all_processes["raylet"][0].process.pid
-        without_rays_word_of_deaths()
+        hush_raylets()
         try:
             ray.init(node.gcs_address, **said)
         except BaseException:
@@ -210,11 +211,24 @@ def children_of(pid: int) -> list[str]:
     return found
 
 
-def without_rays_word_of_deaths() -> None:
-    """From here on Ray's driver does not print of each worker that dies, 20 lines in one: a restart says it in one."""
+def hush_raylets() -> None:
+    """Until `let_raylets_speak` Ray prints no screenful of each worker that dies: a restart says it in a line."""
     from ray._private import worker
 
-    worker.print_to_stdstream = lambda data, ignore_prefix: None
+    said = worker.print_to_stdstream
+
+    @functools.wraps(said)
+    def unless_of_raylets(data: Any, ignore_prefix: bool) -> None:
+        if data["pid"] != "raylet":
+            said(data, ignore_prefix)
+
+    worker.print_to_stdstream = unless_of_raylets
+
+
+def let_raylets_speak() -> None:
+    from ray._private import worker
+
+    worker.print_to_stdstream = getattr(worker.print_to_stdstream, "__wrapped__", worker.print_to_stdstream)
 
 
 def end(node: Any) -> None:
@@ -222,6 +236,8 @@ def end(node: Any) -> None:
     import ray
 
     ray.shutdown()
+    if is_tested():
+        let_raylets_speak()
     if node is not None:
         node.kill_all_processes(check_alive=False, allow_graceful=True)
 
