@@ -174,6 +174,7 @@ class Scale(Section):
     REDUCTION: Literal["auto", "shared_memory", "collective"] = "auto"  # how gradients are summed over processes
     THREADS: Annotated[Count, Field(le=1024)] = 1  # torch's, in each worker
     MAX_FAILURES: Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=-1)] = 0  # -1: no limit
+    HANG_TIMEOUT: Positive | None = 1200.0  # seconds without progress until a worker is killed; None: never
 
     @field_validator("VIRTUAL_WORKERS")
     @classmethod

@@ -25,6 +25,7 @@ from raytrain.signals import signals_wish_stop
 from raytrain.start import Options, Start, find_start
 from raytrain.storage import parent_and_name
 from raytrain.task import load_task_class
+from raytrain.watchdog import failure_by_hang
 from raytrain.worker import Job, device_here, run_job, torch_put_back, train_loop_per_worker
 from raytrain.world import World
 
@@ -300,6 +301,9 @@ def first_failure(mailbox: Mailbox, raised: list[BaseException], job: Job) -> di
     """The failure to show: the first that a worker told of, since the others often only follow from it."""
     told = sorted((mailbox.get(key) for key in mailbox.keys("failure-")), key=lambda failure: failure["time"])
     told = [failure for failure in told if failure["attempt"] == told[-1]["attempt"]]
+    hang = failure_by_hang(job.run_uri)
+    if hang is not None and hang["rank"] not in [failure["rank"] for failure in told]:
+        return hang
     ends: dict[int, Exception] = getattr(raised[0], "worker_failures", {}) if raised else {}
     silent = sorted(set(ends) - {failure["rank"] for failure in told})
     if told and not silent:

@@ -88,6 +88,7 @@ class Kept:
                 f"{run_uri}: another run is training in this folder on this host. Wait for it or end it, "
                 "or give this one a folder of its own (--extra_tag NAME)"
             )
+        self.hangs: list[dict[str, Any]] = told["hangs"]  # of workers before these
         self.board = Board(self.line.take())
         self.slots = Slots(self.line.take(), told["slot_bytes"]) if told["slot_bytes"] else None
 
@@ -423,6 +424,8 @@ def join_keeper(run_uri: str, launch: str, world: World) -> tuple[Kept | None, b
         return None, False
     first = [hosts.index(host) for host in hosts]
     kept = Kept(run_uri, launch) if first[world.rank] == world.rank else None  # it starts the keeper of its host
-    world.all_objects(None)
+    told = world.all_objects(kept.hangs if kept else [])
     keepers = sorted(set(first))[:2]
-    return kept or Kept(run_uri, launch), world.rank in keepers
+    kept = kept or Kept(run_uri, launch)
+    kept.hangs = [hang for hangs in told for hang in hangs]
+    return kept, world.rank in keepers

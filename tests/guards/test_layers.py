@@ -16,6 +16,7 @@ ORDER = [
     "failure",
     "progress",
     "board",
+    "pulse",
     "yamltree",
     "schema",
     "overrides",
@@ -37,6 +38,7 @@ ORDER = [
     "records",
     "journal",
     "runfolder",
+    "watchdog",
     "keeper",
     "display",
     "task",
@@ -70,7 +72,7 @@ ORDER = [
 ]
 RAY_AT = {"own_cluster", "cluster", "control", "worker", "ahead", "lean", "launch", "tune"}
 CONFIG = {"yamltree", "schema", "overrides", "tree", "config"}
-STORED = {"storage", "checkpoint", "store", "board", "keeper"}
+STORED = {"storage", "checkpoint", "store", "board", "pulse", "watchdog", "keeper"}
 WITHOUT_TORCH = {*CONFIG, *STORED, "errors", "progress", "schedule", "records", "display"}
 FROM_THE_START = {"errors", "progress", "config", "task", "loop", "worker", "launch", "cluster", "cli"}
 
