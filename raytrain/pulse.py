@@ -17,9 +17,10 @@ from raytrain.board import PULSE_WORDS, Board, Line, started_at
 PHASES = ("rest", "data", "forward", "backward", "reduce", "checkpoint", "eval")
 REST, DATA, FORWARD, BACKWARD, REDUCE, CHECKPOINT, EVAL = range(len(PHASES))
 OWN_WORK = (DATA, FORWARD, BACKWARD)  # what every rank does by itself, for its virtual workers
-TICKS, STEP, PHASE, RANK, PID, SHARE = range(6)  # words of a pulse; RANK counts from 1, 0 is nobody
+# Words of a pulse: when it last beat, then what it says of its rank, which counts from 1 (0: nobody).
+BEAT_NS, STEP, PHASE, RANK, PID, SHARE = range(6)
 BUSY_NS = 8  # the first of a word for each phase, in a cache line of their own
-DUMP = signal.SIGRTMIN + 3  # makes a worker write its stacks; SIGUSR1 and 2 are the user's, and Slurm's
+DUMP = getattr(signal, "SIGRTMIN", 0) + 3  # makes a worker write its stacks; SIGUSR1 and 2 are the user's, and Slurm's
 
 WINDOW_STEPS, WINDOW_S = 100, 10.0  # at least so long ranks are compared at a time
 WINDOWS = 3  # in a row in which the same rank is slow, before that is told
@@ -35,8 +36,7 @@ class Pulse:
     def __init__(self, words: memoryview | None = None) -> None:
         """words: PULSE_WORDS int64 of the board; None where nobody looks."""
         self._words = memoryview(bytearray(8 * PULSE_WORDS)).cast("q") if words is None else words
-        self._busy_ns = [0] * len(PHASES)
-        self._ticks, self._phase, self._since_ns = 0, REST, time.perf_counter_ns()
+        self._busy, self._since_ns = BUSY_NS + REST, time.perf_counter_ns()
 
     def step(self, step: int) -> None:
         """The step under way from now on, counted from 1."""
@@ -44,13 +44,11 @@ class Pulse:
 
     def phase(self, phase: int) -> None:
         """What this rank does from now on."""
-        now_ns, last, words = time.perf_counter_ns(), self._phase, self._words
-        self._busy_ns[last] += now_ns - self._since_ns
-        words[BUSY_NS + last] = self._busy_ns[last]
+        now_ns, words = time.perf_counter_ns(), self._words
+        words[self._busy] += now_ns - self._since_ns
         words[PHASE] = phase
-        self._ticks += 1
-        words[TICKS] = self._ticks
-        self._phase, self._since_ns = phase, now_ns
+        words[BEAT_NS] = self._since_ns = now_ns
+        self._busy = BUSY_NS + phase
 
 
 class Stacks:

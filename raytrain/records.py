@@ -11,7 +11,7 @@ step        step (iterations done), epoch, iteration (of the epoch, from 0), los
 eval        step, epoch, metrics {}; shown where given: samples, seconds, best (true: the best so far)
 pictures    step, epoch, folder (below the run folder), names (of the files NAME.png in it)
 checkpoint  step, epoch, name
-event       event (what happened: failure, restart, skip ...), message
+event       event (what happened: restart, hang, straggler ...), message; of a hang: rank, step, phase, calls
 end         status (finished, complete, stopped, failed), step, epoch; shown where given: metrics {},
             best {}, checkpoint, best_checkpoint, pictures, run_dir, seconds, message
 """

@@ -20,13 +20,13 @@ from typing import Any
 from raytrain.board import PULSE_WORDS, PULSES, Board, Line, connected, is_possible, started_at
 from raytrain.errors import EXIT_FAILED
 from raytrain.failure import is_ours, is_users
-from raytrain.pulse import DUMP, PHASES, REDUCE, REST, STEP, TICKS
+from raytrain.pulse import BEAT_NS, DUMP, PHASES, REDUCE, REST, STEP
 from raytrain.pulse import PHASE as PHASE_WORD
 from raytrain.storage import open_storage
 
 LOOK_S = 0.5
 WAIT_FACTOR = 1.5  # whoever waits for other hosts has so much longer than these: their keepers come first
-DUMP_S, QUIET_S = 3.0, 0.3  # so long a process may take to write its stacks; it has done so when it pauses
+DUMP_S, QUIET_S = 5.0, 0.2  # so long a worker's processes may take to write stacks; one that pauses has done so
 SHOWN = 6  # calls of the user's in a message
 MOST_BYTES = 256 * 1024  # of stacks
 ADVICE = (
@@ -39,7 +39,8 @@ ADVICE = (
 class Watched:
     """A worker of this host, by its process and when that began; `thread` is the one that trains.
 
-    still_s: seconds that it was seen to stand at the same tick
+    beat:    of its pulse, when that was last looked at
+    still_s: seconds that it has been seen to stand still since
     """
 
     rank: int
@@ -51,7 +52,7 @@ class Watched:
     stacks: int
     words: memoryview
     added: float
-    ticks: int = 0
+    beat: int = 0
     still_s: float = 0.0
 
     @property
@@ -70,10 +71,15 @@ class Watched:
     def is_stopped(self) -> bool:
         return status_of(self.pid, "State").startswith("T")
 
+    @property
+    def waits(self) -> bool:
+        """For the others, as far as it says."""
+        return self.phase == REDUCE and not self.is_stopped
+
     def looked_at(self, passed_s: float) -> bool:
         """Whether it has made progress since the last look."""
-        moved = self.words[TICKS] != self.ticks
-        self.ticks = self.words[TICKS]
+        moved = self.words[BEAT_NS] != self.beat
+        self.beat = self.words[BEAT_NS]
         free = moved or self.phase == REST or status_of(self.pid, "TracerPid") not in ("0", "")  # a debugger holds it
         self.still_s = 0.0 if free else self.still_s + passed_s
         return moved
@@ -112,7 +118,7 @@ class Watchdog:
         place = next(place for place in range(PULSES) if place not in taken)
         words = self._cleared(place)
         self._watched[line] = Watched(
-            **worker, place=place, stacks=stacks, words=words, added=time.monotonic(), ticks=words[TICKS]
+            **worker, place=place, stacks=stacks, words=words, added=time.monotonic(), beat=words[BEAT_NS]
         )
         return place
 
@@ -177,25 +183,25 @@ def culprits_of(watched: Sequence[Watched]) -> list[Watched]:
     """
     furthest = max((each.step for each in watched if each.phase != REST), default=0)
     late = [each for each in watched if each.timeout_s is not None and each.still_s > each.timeout_s]
-    held = [each for each in late if each.phase != REDUCE or each.step < furthest or each.is_stopped]
+    held = [each for each in late if not each.waits or each.step < furthest]
     if held:
-        first = min(each.step for each in held)
-        return [each for each in held if each.step == first]
+        first = min((each.step, each.waits) for each in held)
+        return [each for each in held if (each.step, each.waits) == first]
     return [each for each in late if each.still_s > WAIT_FACTOR * (each.timeout_s or 0.0)]
 
 
 def hang_of(worker: Watched) -> Hang:
     """What there is to tell of a worker that stands still."""
     phase, still_s, state = PHASES[worker.phase], worker.still_s, state_of(worker.pid)
-    stacks = "" if worker.is_stopped else dumped(worker)
+    stacks = [] if worker.is_stopped else dumped(worker)
     calls = calls_of(stacks, worker.thread)
-    where = f" in {calls[0]}" if calls else ""
+    where = f", in {calls[0]}" if calls else ""
     message = (
         f"rank {worker.rank} (process {worker.pid} on {socket.gethostname()}) hung: no progress for {still_s:.0f} s "
         f"in {phase} at step {worker.step}{where}{state}"
     )
     told = {"rank": worker.rank, "step": worker.step, "phase": phase, "message": message, "calls": calls[:SHOWN]}
-    return Hang(told, time.monotonic(), f"{time.strftime('%F %T')} {message}\n\n{stacks}")
+    return Hang(told, time.monotonic(), f"{time.strftime('%F %T')} {message}\n\n" + "\n".join(stacks))
 
 
 def state_of(pid: int) -> str:
@@ -221,19 +227,27 @@ def status_of(pid: int, name: str) -> str:
     return ""
 
 
-def dumped(worker: Watched) -> str:
-    """The stacks of the process and of its loader workers; those that come in time."""
+def dumped(worker: Watched) -> list[str]:
+    """The stacks of the process, then those of its loader workers, one text each; those that come in time."""
+    until, at, texts = time.monotonic() + DUMP_S, 0, []
     for pid in (worker.pid, *below(worker.pid)):
         if answers_dump(pid):
             with contextlib.suppress(OSError):
                 os.kill(pid, DUMP)
-    size, until = 0, time.monotonic() + DUMP_S
-    quiet_at = until
-    while (now := time.monotonic()) < min(until, quiet_at):
-        time.sleep(0.05)
-        if (found := os.fstat(worker.stacks).st_size) > size:
-            size, quiet_at = found, now + QUIET_S
-    return os.pread(worker.stacks, MOST_BYTES, 0).decode(errors="replace")
+            end = quiet_at(worker.stacks, at, until)
+            texts.append(os.pread(worker.stacks, min(end - at, MOST_BYTES), at).decode(errors="replace"))
+            at = end
+    return texts
+
+
+def quiet_at(stacks: int, size: int, until: float) -> int:
+    """The size of the file once it has grown beyond `size` and then paused, or at that time of the monotonic clock."""
+    quiet_from = until
+    while (now := time.monotonic()) < min(until, quiet_from):
+        time.sleep(0.02)
+        if (found := os.fstat(stacks).st_size) > size:
+            size, quiet_from = found, now + QUIET_S
+    return size
 
 
 def below(pid: int) -> Iterator[int]:
@@ -250,29 +264,28 @@ def answers_dump(pid: int) -> bool:
     return bool(int(status_of(pid, "SigCgt") or "0", 16) >> (DUMP - 1) & 1)
 
 
-def calls_of(stacks: str, thread: int) -> list[str]:
+def calls_of(stacks: Sequence[str], thread: int) -> list[str]:
     """The user's calls in what faulthandler wrote, innermost first; raytrain's innermost ones if there are none.
 
-    Of the thread that trains, else of a loader worker.
+    stacks: as of `dumped`.   Of the thread that trains, else of a loader worker.
     """
-    sections = [(int(head, 16), frames_of(body)) for head, body in HEAD.findall(stacks)]
-    of_thread = [frames for ident, frames in sections if ident == thread]
-    others = [frames for ident, frames in sections if ident != thread]
-    for frames in (*of_thread, *others):
-        ours = next((index for index, (file, *_) in enumerate(frames) if is_ours(file)), 0)  # it called what is before
-        users = [frame for frame in frames[:ours] if is_users(frame[0])]
+    own, *loaders = map(threads_of, stacks or [""])
+    training = own.get(thread, [])
+    for frames in (training, *(frames for loader in loaders for frames in loader.values())):
+        calls = next((index for index, (file, *_) in enumerate(frames) if is_ours(file)), 0)  # those that ours made
+        users = [frame for frame in frames[:calls] if is_users(frame[0])]
         if users:
             return [shown(*frame) for frame in users]
-    return [shown(*frame) for frame in (of_thread[0] if of_thread else ()) if is_ours(frame[0])][:2]
+    return [shown(*frame) for frame in training if is_ours(frame[0])][:2]
 
 
 HEAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+)[^\n]*\n((?:  [^\n]*\n?)*)", re.MULTILINE)
 FRAME = re.compile(r'^  File "(.*)", line (\S+) in (.*)$', re.MULTILINE)
 
 
-def frames_of(body: str) -> list[tuple[str, str, str]]:
-    """(file, line, function) of each frame, innermost first."""
-    return [(file, line, function) for file, line, function in FRAME.findall(body)]
+def threads_of(text: str) -> dict[int, list[tuple[str, str, str]]]:
+    """By thread, (file, line, function) of each frame, innermost first."""
+    return {int(head, 16): FRAME.findall(body) for head, body in HEAD.findall(text)}
 
 
 def shown(file: str, line: str, function: str) -> str:
@@ -288,7 +301,7 @@ def failure_by_hang(run_uri: str) -> dict[str, Any] | None:
         line.say(op="hangs")
         if line.hears(LOOK_S * 10) and (hangs := line.hear()["hangs"]):
             hang = hangs[0]
-            text = "\n".join([hang["message"], *(f"  in {call}" for call in hang["calls"]), "", ADVICE])
+            text = "\n".join([hang["message"], *(f"  called by {call}" for call in hang["calls"][1:]), "", ADVICE])
             at = {"rank": hang["rank"], "step": hang["step"]}
             logs = f"{run_uri}/{file_of(hang['rank'])}"
             return {**at, "error": text, "traceback": text, "logs": logs, "exit_status": EXIT_FAILED, "expected": False}
