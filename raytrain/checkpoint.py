@@ -60,7 +60,7 @@ class Manifest:
     @staticmethod
     def from_json(text: str | bytes) -> Manifest:
         try:
-            tree = json.loads(text)
+            tree = json.loads(text, parse_constant=_refused)
             if tree.pop("sha256") != _tree_sha256(tree):
                 raise CheckpointError("its content does not match its own sha256")
             fields = {field.name: tree[field.name] for field in dataclasses.fields(Manifest)}
@@ -71,11 +71,29 @@ class Manifest:
             }
             if PAYLOAD not in fields["files"]:
                 raise CheckpointError(f"it does not list {PAYLOAD}")
-            return Manifest(**fields)
+            return _typed(Manifest(**fields))
         except KeyError as error:
             raise CheckpointError(f"it lacks {error}") from error
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"it is not a manifest of raytrain: {error}") from error
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _typed(manifest: Manifest) -> Manifest:
+    """`manifest`, whose sha256 anybody can make, with all of its fields of the types that the rest relies on."""
+    numbers = [*dataclasses.astuple(manifest.progress), *(f["size_bytes"] for f in manifest.files.values())]
+    if not all(type(value) is int and 0 <= value < 2**63 for value in (*numbers, manifest.seed)):
+        raise CheckpointError("its progress, sizes and seed should be whole numbers")
+    if not all(type(value) in (int, float, type(None)) for value in (manifest.metrics or {}).values()):
+        raise CheckpointError("its metrics should be numbers")
+    if not (isinstance(manifest.config, dict) and isinstance(manifest.world, dict)):
+        raise CheckpointError("its config and world should be mappings")
+    if not all(isinstance(text, str) for text in (manifest.launch, manifest.created, manifest.version)):
+        raise CheckpointError("its launch, created and version should be texts")
+    return manifest
 
 
 def write_checkpoint(storage: Storage, name: str, data: bytes | memoryview, manifest: Manifest) -> Manifest:
@@ -174,8 +192,8 @@ def is_verified(storage: Storage, name: str) -> bool:
 def _write_files(storage: Storage, folder: str, data: bytes | memoryview, manifest: Manifest) -> Manifest:
     """The manifest with its files, all of them written into `folder`, the manifest last."""
     name = f"{folder}/{PAYLOAD}"
-    storage.write_file(name, data)
-    if not storage.holds(name, data):
+    storage.write_bytes(name, data)
+    if not storage.same_bytes(name, data):
         raise CheckpointError(
             f"{storage.path_of(name)}: what was read back is not what was written; the disk or the memory fails. "
             "Choose another OUTPUT, then run the same command again"

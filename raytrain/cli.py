@@ -7,14 +7,16 @@ import contextlib
 import difflib
 import functools
 import importlib
+import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from raytrain import __version__
-from raytrain.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USAGE, ConfigError, RaytrainError
+from raytrain.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USAGE, ConfigError, RaytrainError, masked
 
 # Flags that set a config key: name -> (what its value is, key, help). The schema checks the value.
 CONFIG_FLAGS: dict[str, tuple[str, str, str]] = {
@@ -35,6 +37,7 @@ SWITCHES: dict[str, tuple[str, str, str]] = {
     "--use_gpu": ("SCALE.USE_GPU", "true", "one GPU for each worker"),
     "--no_gpu": ("SCALE.USE_GPU", "false", "train on the CPU"),
 }
+LISTING_COLUMNS = 240  # of a table that goes to a file or a pipe: one line a checkpoint
 # Flags of the heritage that have nothing left to do: name -> (takes a value, what is so instead).
 LAUNCHERS_FLAGS: dict[str, tuple[bool, str]] = {
     "--launcher": (True, "Ray places the workers (--num_workers, --address)"),
@@ -174,6 +177,20 @@ def build_parser() -> Parser:
     add_set_argument(look)
     look.set_defaults(run=run_view)
 
+    look_up = commands.add_parser(
+        "checkpoints",
+        help="list a run's checkpoints, and say what a resume would take and why",
+        description="Lists the checkpoints of a run, and says what a resume would take and why. Nothing is written; "
+        "the run may be training. Exit status: 0; 1 if nothing in it can be trusted, with --verify also if any "
+        "checkpoint is damaged; 2 if this is no run folder.",
+        allow_abbrev=False,
+    )
+    look_up.add_argument("run_dir", nargs="?", metavar="RUN", help="the run folder, a path or URI; or give --cfg_file")
+    look_up.add_argument("--verify", action="store_true", help="read every byte of every checkpoint, not of one only")
+    add_config_arguments(look_up, required=False)
+    add_set_argument(look_up)
+    look_up.set_defaults(run=run_checkpoints)
+
     show = commands.add_parser("show-config", help="print the resolved config", allow_abbrev=False)
     add_config_arguments(show)
     add_set_argument(show)
@@ -181,8 +198,8 @@ def build_parser() -> Parser:
     return parser
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cfg_file", required=True, metavar="YAML", help="the config of the run")
+def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("--cfg_file", required=required, metavar="YAML", help="the config of the run")
     for flag, (kind, key, text) in CONFIG_FLAGS.items():
         parser.add_argument(flag, metavar=kind, help=f"{text} ({key})")
     for flag, (key, _, text) in SWITCHES.items():
@@ -265,7 +282,7 @@ def train_as_asked(cfg: Any, options: dict[str, Any]) -> Any:
 
     with contextlib.ExitStack() as stack:
         stop, ahead = stack.enter_context(signals_wish_stop()), None
-        if cfg.SCALE.NUM_WORKERS != 0 and options["address"] is None:
+        if cfg.SCALE.NUM_WORKERS != 0 and options["address"] is None and not seems_complete(cfg, options):
             from raytrain.cluster import starting
 
             ahead = stack.enter_context(starting(None, dashboard=options["dashboard"], scale=cfg.SCALE))
@@ -273,6 +290,19 @@ def train_as_asked(cfg: Any, options: dict[str, Any]) -> Any:
         from raytrain.start import Options
 
         return launch(cfg, Options(**options), stop=stop, ahead=ahead)
+
+
+def seems_complete(cfg: Any, options: dict[str, Any]) -> bool:
+    """Whether the manifest of the last epoch's checkpoint says that nothing is left to do: no cluster need start.
+
+    A guess, made in no time: `launch` verifies the checkpoint, and starts a cluster if it has to.
+    """
+    run_dir = Path(cfg.OUTPUT, cfg.EXP_GROUP_PATH, cfg.TAG, cfg.EXTRA_TAG)
+    path = run_dir / "ckpt" / f"checkpoint_epoch_{cfg.OPTIMIZATION.NUM_EPOCHS}" / "manifest.json"
+    try:
+        return options["resume"] == "auto" and json.loads(path.read_bytes())["metrics"] is not None
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def train_with_torchrun(cfg: Any, args: argparse.Namespace, options: dict[str, Any]) -> Any:
@@ -341,6 +371,26 @@ def run_simulate(args: argparse.Namespace) -> int:
     return EXIT_FINISHED
 
 
+def run_checkpoints(args: argparse.Namespace) -> int:
+    if (args.run_dir is None) == (args.cfg_file is None):
+        raise ConfigError("give either the run folder or the config of the run (--cfg_file YAML)")
+    cfg = load(args) if args.cfg_file is not None else None
+    from rich.console import Console
+
+    from raytrain.listing import check_run_folder, rendered, shown_on, survey
+    from raytrain.start import run_dir_of
+    from raytrain.storage import open_storage
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, LISTING_COLUMNS)
+    storage = open_storage(run_dir_of(cfg) if cfg else args.run_dir)
+    check_run_folder(storage, of_config=cfg is not None)
+    found = survey(storage, cfg, args.verify, shown_on(console))
+    say(rendered(found, console, time.time()))
+    return EXIT_FINISHED if found.usable and not (args.verify and found.damaged) else EXIT_FAILED
+
+
 def run_show_config(args: argparse.Namespace) -> int:
     from raytrain.config import dump_config
 
@@ -351,7 +401,7 @@ def run_show_config(args: argparse.Namespace) -> int:
 def say(text: str) -> None:
     """Prints it; that nobody reads any more (`raytrain ... | head`) is no error."""
     try:
-        print(text, flush=True)
+        print(masked(text), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at exit has a place to go
 

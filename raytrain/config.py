@@ -83,9 +83,14 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def stays_below(name: str) -> bool:
+    """Whether a folder of this name lies below the one that it is joined to, and is one that people can type."""
+    return not name.startswith("/") and ".." not in name.split("/") and name.isprintable()
+
+
 def _folder(value: str) -> str:
-    if value.startswith("/") or ".." in value.split("/") or "\0" in value:
-        raise ValueError("it must be a folder name below OUTPUT: neither absolute nor with `..`")
+    if not stays_below(value):
+        raise ValueError("it must be a folder name below OUTPUT: neither absolute nor with `..` or control characters")
     return value
 
 
@@ -110,6 +115,14 @@ class Section(BaseModel):
     """A mapping whose keys are all known here. What was decided when the run began does not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Spike(Section):
+    """A loss or gradient norm above FACTOR x the median of the last WINDOW good steps is one."""
+
+    FACTOR: Annotated[float, Field(strict=True, allow_inf_nan=False, gt=1)] = 10.0
+    WINDOW: Annotated[Count, Field(le=65536)] = 100
+    ACTION: Literal["skip", "rollback", "stop"] = "skip"
 
 
 class Optimization(Section):
@@ -144,6 +157,10 @@ class Optimization(Section):
     CHANNELS_LAST: Flag = False  # memory format of the model and of a batch's images (B, C, H, W)
     COMPILE: Flag = False  # torch.compile
     CUDA_GRAPHS: Flag = False  # of what COMPILE makes
+    NONFINITE: Literal["skip", "rollback", "stop"] = "skip"  # what a loss or gradient that is not finite leads to
+    NONFINITE_LIMIT: Count = 10  # steps without effect in a row, for that or for a spike, that end the run
+    ROLLBACK_EVERY: Count = 100  # steps between the states that a rollback returns to; one is kept in memory
+    SPIKE: Spike | None = None
 
     @field_validator("CUDA_GRAPHS")
     @classmethod
@@ -173,7 +190,8 @@ class Scale(Section):
     RESOURCES: dict[str, NonNegative] = {}  # custom Ray resources of each worker
     REDUCTION: Literal["auto", "shared_memory", "collective"] = "auto"  # how gradients are summed over processes
     THREADS: Annotated[Count, Field(le=1024)] = 1  # torch's, in each worker
-    MAX_FAILURES: Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=-1)] = 0  # -1: no limit
+    # Restarts in a row without a new step; -1: no limit; None: 2 where a process dies, 0 where the task's code raises.
+    MAX_FAILURES: Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=-1)] | None = None
     HANG_TIMEOUT: Positive | None = 1200.0  # seconds without progress until a worker is killed; None: never
 
     @field_validator("VIRTUAL_WORKERS")

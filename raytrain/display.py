@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from raytrain.records import Record, eta, line_due, number, total_steps
+from raytrain.storage import joined
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -187,7 +188,7 @@ def end_text(end: Record) -> str:
         if end.get(name):
             lines.append(f"  {title:<12} {end[name]}")
     if end.get("run_dir"):
-        lines.append(f"  {'curves':<12} tensorboard --logdir {str(end['run_dir']).rstrip('/')}/tensorboard")
+        lines.append(f"  {'curves':<12} tensorboard --logdir {joined(str(end['run_dir']), 'tensorboard')}")
     return "\n".join(lines)
 
 

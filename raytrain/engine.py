@@ -6,8 +6,11 @@ The loop hands losses in and gets a step out; how gradients travel is this modul
 from __future__ import annotations
 
 import dataclasses
+import operator
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from raytrain.errors import TaskError
 from raytrain.exchange import Collective, Exchange, open_exchange
 from raytrain.firsts import copy_fitting, is_writable
 from raytrain.flat import FlatStepper, Layout, collect, why_not_flat
+from raytrain.guard import KINDS, LATE_STEPS, Guard, Late, Snapshot, Trouble, put_back
 from raytrain.optim import options_of, stepped_groups
 from raytrain.overlap import SEGMENT_BYTES, Overlap
 from raytrain.precision import Precision
@@ -32,11 +36,14 @@ class Stepped:
     loss:      mean over all micro-batches of all virtual workers
     grad_norm: L2 over the stepped parameters, before clipping
     wishes:    for each wish of `Engine.step`, whether some rank had it
+    trouble:   the step that changed nothing since its numbers were bad, if one is known now: this one, on a GPU
+               the one of two steps ago
     """
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
     wishes: tuple[bool, ...]
+    trouble: Trouble | None
 
 
 class Engine:
@@ -44,7 +51,8 @@ class Engine:
 
     Each step the gradients are copied into one flat buffer per dtype and summed over the processes.
     The loss, the ranks' wishes (stop, save) and which parameters were used ride in its tail, so
-    agreeing on them costs no collective of its own.
+    agreeing on them costs no collective of its own. A step whose loss or gradient is not finite, or a
+    spike, changes nothing: no weight, moment, step count or buffer (guard.py).
 
     why_ddp: if OPTIMIZATION.ENGINE is auto and flat buffers cannot hold the model, what keeps it out
     """
@@ -64,6 +72,8 @@ class Engine:
         groups, options = stepped_groups(model, optim_cfg), options_of(optim_cfg)
         self.params = [p for group in groups for p in group]
         self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self._met = set(self.trainable)
+        self._names = {p: name for name, p in model.named_parameters()}
         self.why_ddp = None
         if optim_cfg.ENGINE != "ddp":
             self.why_ddp = why_not_flat(model, self.params, scaled=self.precision.scaler.is_enabled())
@@ -71,6 +81,7 @@ class Engine:
                 raise TaskError(f"OPTIMIZATION.ENGINE is flat, but {self.why_ddp}; set it to auto or ddp")
         flat = optim_cfg.ENGINE != "ddp" and self.why_ddp is None
         self._buffer_dicts = [module._buffers for module in model.modules()]
+        self._found: tuple[list[Any], list[Any], dict[tuple[int, str], torch.Tensor]] = ([], [], {})
         layout = Layout(self.params)
         self._tail_dtype = torch.float64 if torch.float64 in layout.sizes else torch.float32
         self._tail_start = layout.sizes.get(self._tail_dtype, 0)
@@ -91,17 +102,21 @@ class Engine:
             self.overlap = Overlap(model, self.params, layout, self._views, self.exchange, segment_bytes)
         self.stepper: FlatStepper | TorchStepper
         if flat and self.exchange is not None:
-            names = {p: name for name, p in model.named_parameters()}
-            self.stepper = FlatStepper(groups, options, layout, self.exchange.sums, names)
+            self.stepper = FlatStepper(groups, options, layout, self.exchange.sums, self._names)
         else:
-            self.stepper = TorchStepper(groups, options, self.precision.scaler, gradients)
+            fused = world.device.type == "cuda" and all(p.is_floating_point() for p in self.params)
+            self.stepper = TorchStepper(groups, options, self.precision.scaler, gradients, fused)
+        self.guard = Guard(optim_cfg, world.device, scaled=self.precision.scaler.is_enabled())
         self.fence: torch.cuda.Event | None = None  # what reads the parameters beside the computation
         self.loss_sum: torch.Tensor | None = None
         self._flags: tuple[list[bool], tuple[bool, ...]] | None = None
         self._flags_here = torch.empty(0)
-        self._kept: dict[Any, torch.Tensor] = {}
+        self._kept = Snapshot({})
         self._first_done = False
-        self._late_wishes: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+        self._late_rows: deque[list[torch.Tensor]] = deque(maxlen=LATE_STEPS + 1)
+        self._late_wishes = Late()
+        self.late = world.device.type != "cpu"  # whether reading a verdict at once would wait for the device
+        self._late_verdicts = Late(self.guard.unread.tolist())
 
     def zero_grad(self) -> None:
         """Forget the gradients of every parameter, stepped or not (the heritage forgets some not, D6)."""
@@ -109,7 +124,10 @@ class Engine:
             param.grad = None
         self.loss_sum = None
         self._first_done = False
-        self._kept = self._copied_buffers() if len(self.world.block) > 1 else {}
+        buffers = self._buffers()
+        if self._kept.of is not buffers:
+            self._kept = Snapshot(buffers)
+        self._kept.take()
 
     @contextmanager
     def virtual_worker(self) -> Iterator[None]:
@@ -124,7 +142,7 @@ class Engine:
             yield
             return
         firsts = self._copied_buffers()
-        copy_fitting(self._buffers(), self._kept)
+        copy_fitting(self._buffers(), self._kept.values)
         try:
             yield
         finally:
@@ -168,17 +186,83 @@ class Engine:
         if self.fence is not None:
             torch.cuda.current_stream().wait_event(self.fence)
             self.fence = None
-        norm = self.stepper.step(used, lr, momentum, self.grad_norm_clip)
-        return Stepped(loss, norm, granted)
+        norm = self.stepper.norm(used)
+        step = partial(self.stepper.step, lr, momentum, norm, self.grad_norm_clip)
+        trouble = (self._step_if_good_late if self.late else self._step_if_good)(step, loss, norm)
+        return Stepped(loss, norm, granted, trouble)
+
+    def _step_if_good(self, step: partial[None], loss: torch.Tensor, norm: torch.Tensor) -> Trouble | None:
+        """Where the verdict can be read at once."""
+        assert self.loss_sum is not None
+        verdict = self.guard.read(loss, norm)
+        if not verdict:
+            step()
+            return None
+        copy_fitting(self._buffers(), self._kept.values)
+        bad = [p for p, g in zip(self.params, self.stepper.gradients_here(), strict=True) if not is_finite(g)]
+        numbers = int(self.guard.in_a_row), loss.item(), norm.item(), self.loss_sum.item()
+        return Trouble(KINDS[verdict], 0, *numbers, self._names_of(bad))
+
+    def _step_if_good_late(self, step: partial[None], loss: torch.Tensor, norm: torch.Tensor) -> Trouble | None:
+        """Where reading would wait for the device: that acts on the verdict, the host hears of it two steps later."""
+        assert self.loss_sum is not None
+        verdict = self.guard.judge(loss, norm)
+        bad = (verdict > 0).float()
+        step(bad)
+        put_back(self._buffers(), self._kept.values, bad)
+        told = torch.stack([x.float() for x in (verdict, self.guard.in_a_row, loss, norm, self.loss_sum)])
+        if self.guard.rollback_every is not None:  # a run that is resumed in between must hear of it too
+            self.guard.unread.copy_(torch.cat([self.guard.unread[1:], told[None]]))
+        heard = self._late_verdicts.swap(told)
+        self._late_rows.append(self.stepper.row_norms)
+        if heard is None or not heard[0]:
+            return None
+        kind, in_a_row, summed, of_norm, here = heard
+        near = self.stepper.in_bad_rows(self._late_rows[0]) if len(self._late_rows) > LATE_STEPS else []
+        return Trouble(KINDS[int(kind)], LATE_STEPS, int(in_a_row), summed, of_norm, here, self._names_of(near))
+
+    def _names_of(self, params: Sequence[torch.nn.Parameter]) -> list[str]:
+        """In the order of the model."""
+        wanted = set(params)
+        return [name for p, name in self._names.items() if p in wanted]
 
     @property
     def arithmetic(self) -> dict[str, str]:
         """What decides the rounding of a step besides config and hardware, for the checkpoint's fingerprint."""
         return {"engine": self.stepper.kind, "reduction": self.exchange.kind if self.exchange else Exchange.kind}
 
-    def optimizer_state(self) -> dict[str, Any]:
-        """In torch's form, parameter by parameter, whatever steps them."""
-        return self.stepper.state_dict()
+    def optimizer_state(self, live: bool = False) -> dict[str, Any]:
+        """In torch's form, parameter by parameter, whatever steps them; order and structure do not depend on `live`.
+
+        live: the tensors are (views of) the memory that steps change, nothing is copied
+        """
+        return self.stepper.state_dict(live)
+
+    def living(self) -> dict[str, torch.Tensor]:
+        """All that a step changes, where it lies: weights, moments, step counts and buffers, by name."""
+        found = {f"params.{i}": p.detach() for i, p in enumerate(self.params)}
+        for i, entry in self.optimizer_state(live=True)["state"].items():
+            found |= {f"moments.{i}.{name}": value for name, value in entry.items() if torch.is_tensor(value)}
+        return found | {f"buffers.{i}.{name}": buffer for (i, name), buffer in self._buffers().items()}
+
+    @torch.no_grad()
+    def roll_back(self) -> int:
+        """Return to the guard's anchor; the steps that had been taken there."""
+        self.guard.roll_back(self.living())
+        self.stepper.regroup()
+        return int(self.guard.anchor_step)
+
+    def load_guard(self, state: dict[str, Any]) -> None:
+        """What a checkpoint holds of the guard; an older one holds nothing."""
+        self.guard.load(state, self.living())
+        self._late_verdicts = Late(self.guard.unread.tolist())
+        self._late_rows.clear()
+
+    def strangers(self) -> list[str]:
+        """Names of trainable parameters that no step changes: they came, or were unfrozen, since it was last asked."""
+        found = {p: name for name, p in self.model.named_parameters() if p.requires_grad and p not in self._met}
+        self._met |= found.keys()
+        return list(found.values())
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Takes the moments over; CheckpointError, and nothing changes, if they are not of this model and optimizer."""
@@ -209,26 +293,38 @@ class Engine:
 
     def _wishes_of_late(self, summed: torch.Tensor) -> tuple[bool, ...]:
         """The wishes of all ranks two steps ago: those have arrived without waiting."""
-        host = summed.to("cpu", non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._late_wishes.append((host, event))
-        if len(self._late_wishes) < 3:
-            return (False,) * len(summed)
-        host, event = self._late_wishes.pop(0)
-        event.synchronize()
-        return tuple(count > 0 for count in host.tolist())
+        counts = self._late_wishes.swap(summed) or [0.0] * len(summed)
+        return tuple(count > 0 for count in counts)
 
     def _buffers(self) -> dict[tuple[int, str], torch.Tensor]:
-        """By module and name; looked up each time, as a module may put another tensor in a buffer's place."""
-        found: dict[tuple[int, str], torch.Tensor] = {}
+        """By module and name; looked up each time, as a module may put another tensor, or memory, in a buffer's place.
+
+        While none does, the same dict.
+        """
+        if not (self._found[2] or any(self._buffer_dicts)):
+            return self._found[2]
+        buffers = [buffer for buffers in self._buffer_dicts for buffer in buffers.values() if buffer is not None]
+        places = [(b.data_ptr() if b.layout is torch.strided else 0, b.shape) for b in buffers]
+        before, places_before, found = self._found
+        if places == places_before and all(map(operator.is_, buffers, before)):
+            return found
+        found = {}
         seen: set[int] = set()
-        for index, buffers in enumerate(self._buffer_dicts):
-            for name, buffer in buffers.items():
+        for index, named in enumerate(self._buffer_dicts):
+            for name, buffer in named.items():
                 if buffer is not None and id(buffer) not in seen and buffer.numel() and is_writable(buffer):
                     seen.add(id(buffer))
                     found[index, name] = buffer.detach()
+        self._found = buffers, places, found
         return found
 
     def _copied_buffers(self) -> dict[tuple[int, str], torch.Tensor]:
         return {key: buffer.clone() for key, buffer in self._buffers().items()}
+
+
+def is_finite(gradient: torch.Tensor | None) -> bool:
+    """True if there is no NaN and no infinity in it. Waits for its device."""
+    if gradient is None:
+        return True
+    values = gradient if gradient.layout is torch.strided else gradient.to_dense()
+    return bool(values.isfinite().all())

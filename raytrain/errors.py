@@ -3,16 +3,26 @@
 `exit_status` is what the command line returns when the error ends a run.
 """
 
+import re
+
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal with its checkpoint saved; run it again
 
 
+def masked(text: str) -> str:
+    """`text` as it is shown: of each URI in it with a secret, as s3://key:secret@bucket, the secret is ***."""
+    return re.sub(r"(://[^/:@?\s]*):(?!\d+/)[^@?\s]+@", r"\1:***@", text)
+
+
 class RaytrainError(Exception):
-    """Base of every error that raytrain raises on purpose."""
+    """Base of every error that raytrain raises on purpose; a secret in a URI is not told."""
 
     exit_status = EXIT_FAILED
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(masked(message))
 
 
 class ConfigError(RaytrainError):
@@ -51,5 +61,13 @@ class DataError(RaytrainError):
     """A sample could not be produced or a batch could not be made of samples."""
 
 
+class LostLoaderError(DataError):
+    """The process that loads samples has died."""
+
+
 class TrainingError(RaytrainError):
     """Training failed on a worker; the message is the one screen a user sees."""
+
+
+class LostWorkerError(TrainingError):
+    """Another worker process has died or got stuck, and this one waited for it."""

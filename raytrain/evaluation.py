@@ -14,8 +14,8 @@ import torch
 from torch.utils.data import Subset
 
 from raytrain import loop
-from raytrain.config import Config, Eval, load_config, with_overrides
-from raytrain.errors import CheckpointError, TaskError
+from raytrain.config import Config, Eval, load_config, stays_below, with_overrides
+from raytrain.errors import CheckpointError, ConfigError, TaskError
 from raytrain.failure import explains_itself, failure_of, keep_traceback
 from raytrain.feed import Feed
 from raytrain.gallery import pictures_of, why_not_drawn, write_pictures
@@ -24,6 +24,7 @@ from raytrain.progress import Progress
 from raytrain.randomness import seed_all
 from raytrain.records import strict
 from raytrain.resume import load_origin, origin_at
+from raytrain.runfolder import refuse_links
 from raytrain.start import run_dir_of
 from raytrain.state import RunState, build_run, load_model_state
 from raytrain.storage import Storage, open_storage
@@ -74,9 +75,12 @@ def evaluate(
     """
     if not isinstance(cfg, Config):
         cfg = load_config(cfg)
+    if not stays_below(eval_tag):
+        raise ConfigError(f"--eval_tag is {eval_tag!r}, but it must be a folder name: neither absolute nor with `..`")
     if batch_size is not None:
         cfg = with_overrides(cfg, ["OPTIMIZATION.BATCH_SIZE_PER_GPU", str(batch_size)])
     run_dir = run_dir_of(cfg)
+    refuse_links(open_storage(run_dir))
     with _explained("The evaluation", run_dir):
         return _evaluated(cfg, run_dir, checkpoint, eval_tag, save_predictions)
 
@@ -91,6 +95,7 @@ def view(cfg: Config | str | os.PathLike[str], checkpoint: str | None = None, *,
         cfg = load_config(cfg)
     cfg = with_overrides(cfg, ["LOADER.WORKERS", "0"])  # a few samples come sooner than loader workers
     run_dir = run_dir_of(cfg)
+    refuse_links(open_storage(run_dir))
     with _explained("Drawing", run_dir):
         return _viewed(cfg, run_dir, checkpoint, count or cfg.EVAL.PICTURES or Eval().PICTURES)
 

@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from raytrain.errors import EXIT_FAILED, DataError, RaytrainError
+from raytrain.errors import EXIT_FAILED, DataError, LostLoaderError, LostWorkerError, RaytrainError
 
 HERE = Path(__file__).parent
 
@@ -23,6 +23,8 @@ def failure_of(error: BaseException, rank: int, at: dict[str, Any], logs: str) -
         **at,
         "error": f"{type(error).__name__}: {error}",
         "expected": explains_itself(error),
+        "lost_another": lost_another(error),
+        "lost_loader": isinstance(error, LostLoaderError),
         "message": str(error),
         "traceback": str(error) if isinstance(error, DataError) else users_traceback(error),
         "exit_status": getattr(error, "exit_status", EXIT_FAILED),
@@ -39,8 +41,16 @@ def explains_itself(error: BaseException) -> bool:
 
 
 def lost_another(error: BaseException) -> bool:
-    """True if gloo tells by it that the process at the other end is gone: what ended that one is not known here."""
-    return isinstance(error, RuntimeError) and "gloo" in str(error) and "by peer" in str(error)
+    """True if it tells that another worker process is gone: what ended that one is not known here.
+
+    (gloo says so in words, NCCL by torch's errors of a lost connection.)
+    """
+    by_gloo = isinstance(error, RuntimeError) and "gloo" in str(error) and "by peer" in str(error)
+    return (
+        isinstance(error, LostWorkerError)
+        or by_gloo
+        or type(error).__name__ in ("DistBackendError", "DistNetworkError")
+    )
 
 
 def keep_traceback(error: BaseException, run_uri: str) -> str:

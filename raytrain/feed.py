@@ -27,7 +27,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_convert
 
 from raytrain.delivery import Delivery
-from raytrain.errors import DataError, PreflightError, TaskError
+from raytrain.errors import DataError, LostLoaderError, PreflightError, TaskError
 from raytrain.failure import users_traceback
 from raytrain.progress import Plan, Progress
 from raytrain.pulse import write_stacks_to
@@ -205,7 +205,7 @@ class Feed:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise DataError(
+            raise LostLoaderError(
                 f"a loader worker died: {error}\n\n"
                 "Most often the machine ran out of memory or of /dev/shm (lower LOADER.WORKERS or LOADER.PREFETCH),\n"
                 "or native code crashed (with --workers 0 it does so in the training process)"

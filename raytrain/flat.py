@@ -59,14 +59,16 @@ class Layout:
 
 @dataclasses.dataclass
 class Run:
-    """Neighbours in one buffer that have taken the same number of steps, and step together."""
+    """Neighbours in one buffer that have taken the same number of steps, and step together.
+
+    counts: (parameters,), the steps that each has taken;  step: the first of them, which all are equal to
+    """
 
     dtype: torch.dtype
-    members: range  # positions of the parameters
-    taken: int
     values: torch.Tensor
     gradients: torch.Tensor
     moments: list[torch.Tensor]
+    counts: torch.Tensor
     step: torch.Tensor
 
 
@@ -97,13 +99,16 @@ class FlatStepper:
             view.copy_(param.detach())
             param.data = view
         self._addresses = [p.data_ptr() for p in self.params]
-        self._taken = [0] * len(self.params)
+        self._counts = torch.zeros(len(self.params), device=device)  # steps that each parameter has taken
+        self._held = [False] * len(self.params)  # whether it has moments: from its first step on
         self._lr, self._momentum = options.lr, None if options.is_adam else options.momentum
         self._runs: list[Run] = []
         self._used: Sequence[bool] | None = None
+        self.row_norms: list[torch.Tensor] = []  # by dtype: (rows,), of the newest step
+        self._joins = False  # whether parameters take their first step perhaps
 
-    def step(self, used: Sequence[bool], lr: float, momentum: float | None, max_norm: float | None) -> torch.Tensor:
-        """The L2 norm of the gradients before clipping, a scalar on the device; without a host sync.
+    def norm(self, used: Sequence[bool]) -> torch.Tensor:
+        """The L2 norm of the gradients that `step` will take: a scalar on the device, without a host sync.
 
         used: for each parameter, whether it has a gradient; one that has none stays as it is
         """
@@ -111,23 +116,56 @@ class FlatStepper:
             self._take_back()
         if used != self._used:
             self._regroup(used)
-        self._lr, self._momentum = lr, self._momentum if momentum is None else momentum
-        norms = [torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=1)) for rows in self._rows]
-        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([n.double() for n in norms]))
-        divisor = None if max_norm is None else ((norm + 1e-6) / max_norm).clamp(min=1.0)
-        for run in self._runs:
-            self._step_run(run, divisor)
-        return norm
+        self.row_norms = [torch.linalg.vector_norm(rows, dim=1) for rows in self._rows]
+        norms = [torch.linalg.vector_norm(of_rows) for of_rows in self.row_norms]
+        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([n.double() for n in norms]))
 
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's optimizer over the same groups would give it; the tensors are copies."""
-        self._count()
+    def step(
+        self,
+        lr: float,
+        momentum: float | None,
+        norm: torch.Tensor,
+        max_norm: float | None,
+        bad: torch.Tensor | None = None,
+    ) -> None:
+        """Clips by `norm` and steps. bad: a f32 scalar on the device; if it is 1, nothing changes, to the bit."""
+        if self._joins and self._used is not None:
+            self._held = [held or now for held, now in zip(self._held, self._used, strict=True)]
+            self._joins = False
+        self._lr, self._momentum = lr, self._momentum if momentum is None else momentum
+        divisor = None if max_norm is None else ((norm + 1e-6) / max_norm).clamp(min=1.0)
+        taken = 1.0 if bad is None else 1 - bad
+        for run in self._runs:
+            self._step_run(run, divisor, taken, bad)
+
+    def are_finite(self) -> torch.Tensor:
+        """Whether all values that are stepped are finite: a scalar on the device."""
+        return torch.stack([flat.sum().double() for flat in self._values.values()]).isfinite().all()
+
+    def in_bad_rows(self, row_norms: Sequence[torch.Tensor]) -> list[nn.Parameter]:
+        """Those of which a part lies in a row of the gradient whose norm is not finite. Waits for the device."""
+        bad = dict(zip(self._gradients, ((~norms.isfinite()).tolist() for norms in row_norms), strict=True))
+        places = zip(self.params, self.layout.places, strict=True)
+        return [p for p, place in places if any(bad[place.dtype][place.start // ROW : -(-place.stop // ROW)])]
+
+    def gradients_here(self) -> list[torch.Tensor | None]:
+        """Of each parameter, what this process computed, before it was summed and clipped."""
+        return [p.grad for p in self.params]
+
+    def state_dict(self, live: bool = False) -> dict[str, Any]:
+        """As torch's optimizer over the same groups would give it.
+
+        live: the tensors are views of the memory that steps change, instead of copies
+        """
         moments = {n: self.layout.views(flat) for n, flat in zip(self._moment_names(), self._moments, strict=True)}
+        counts = self._counts if live else self._counts.cpu()
         state: dict[int, dict[str, torch.Tensor]] = {}
-        for position, taken in enumerate(self._taken):
-            if taken and (self.options.is_adam or self._momentum):
-                state[position] = {"step": torch.tensor(float(taken))} if self.options.is_adam else {}
-                state[position] |= {name: views[position].clone() for name, views in moments.items()}
+        for position, held in enumerate(self._held):
+            if held and (self.options.is_adam or self._momentum):
+                state[position] = {"step": counts[position]} if self.options.is_adam else {}
+                state[position] |= {name: views[position] for name, views in moments.items()}
+                if not live:
+                    state[position] = {name: tensor.clone() for name, tensor in state[position].items()}
         return {"state": state, "param_groups": torch_groups(self._group_sizes, self.options, self._lr, self._momentum)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -140,49 +178,53 @@ class FlatStepper:
         for flat in self._moments:
             for buffer in flat.values():
                 buffer.zero_()
-        self._taken, self._runs, self._used = [0] * len(self.params), [], None
+        self._held = [False] * len(self.params)
+        counts = torch.zeros(len(self.params))
         for flat, name in zip(self._moments, self._moment_names(), strict=True):
             views = self.layout.views(flat)
             for position, entry in found.items():
                 if entry.get(name) is not None:
                     views[position].copy_(entry[name])
-                    self._taken[position] = int(entry.get("step", 1))
+                    self._held[position] = True
+                    counts[position] = float(entry.get("step", 1))
+        self._counts.copy_(counts)
+        self.regroup()
+
+    def regroup(self) -> None:
+        """Call it when the counts have been changed from outside (`state_dict(live=True)`)."""
+        self._runs, self._used = [], None
 
     def _moment_names(self) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq") if self.options.is_adam else ("momentum_buffer",)
 
-    def _step_run(self, run: Run, divisor: torch.Tensor | None) -> None:
+    def _step_run(
+        self, run: Run, divisor: torch.Tensor | None, taken: torch.Tensor | float, bad: torch.Tensor | None
+    ) -> None:
         if divisor is not None and run.dtype is torch.float64:  # the kernels take f32 scales only
             run.gradients.div_(divisor)
             divisor = None
         scale = None if divisor is None else divisor.float()
-        options, first = self.options, run.taken == 0
-        run.taken += 1
+        options = self.options
+        run.counts.add_(taken)
         if options.is_adam:
-            run.step.fill_(run.taken)
             kernel = torch._fused_adamw_ if options.kind == "adamw" else torch._fused_adam_
             beta1 = options.betas[0] if self._momentum is None else self._momentum
             kernel(
                 [run.values], [run.gradients], [run.moments[0]], [run.moments[1]], [], [run.step],
                 amsgrad=False, lr=self._lr, beta1=beta1, beta2=options.betas[1], weight_decay=options.weight_decay,
-                eps=EPS, maximize=False, grad_scale=scale, found_inf=None,
+                eps=EPS, maximize=False, grad_scale=scale, found_inf=bad,
             )  # fmt: skip
-        else:
+        else:  # the first step needs no telling: momentum times the zeros that are there adds nothing
             torch._fused_sgd_(
                 [run.values], [run.gradients], run.moments if self._momentum else [],
                 weight_decay=options.weight_decay, momentum=self._momentum or 0.0, lr=self._lr, dampening=0.0,
-                nesterov=False, maximize=False, is_first_step=first, grad_scale=scale, found_inf=None,
+                nesterov=False, maximize=False, is_first_step=False, grad_scale=scale, found_inf=bad,
             )  # fmt: skip
-
-    def _count(self) -> None:
-        for run in self._runs:
-            for position in run.members:
-                self._taken[position] = run.taken
 
     def _regroup(self, used: Sequence[bool]) -> None:
         """Cut the buffers into runs of neighbours that take this step and have taken as many before."""
-        self._count()
-        self._used = list(used)
+        self._used, self._joins = list(used), True
+        taken = self._counts.tolist()
         spans: list[list[int]] = []
         for position, place in enumerate(self.layout.places):
             if not used[position]:
@@ -192,7 +234,7 @@ class FlatStepper:
                 last is not None
                 and last[-1] == position - 1
                 and self.layout.places[last[-1]].dtype is place.dtype
-                and self._taken[last[-1]] == self._taken[position]
+                and taken[last[-1]] == taken[position]
             )
             if joins and last is not None:
                 last.append(position)
@@ -206,16 +248,9 @@ class FlatStepper:
         def part(flat: Mapping[torch.dtype, torch.Tensor]) -> torch.Tensor:
             return flat[first.dtype][first.start : last.stop]
 
-        values = part(self._values)
-        return Run(
-            first.dtype,
-            range(span[0], span[-1] + 1),
-            self._taken[span[0]],
-            values,
-            part(self._gradients),
-            [part(flat) for flat in self._moments],
-            torch.zeros((), device=values.device),
-        )
+        moments = [part(flat) for flat in self._moments]
+        counts = self._counts[span[0] : span[-1] + 1]
+        return Run(first.dtype, part(self._values), part(self._gradients), moments, counts, counts[0])
 
     def _take_back(self) -> None:
         """A module has put another tensor behind a parameter (`.data =`): take its values, and put the view back."""

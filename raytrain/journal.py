@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
-from raytrain.errors import StorageError
+from raytrain.errors import StorageError, masked
 from raytrain.records import Record, TrainLines, banner, eval_lines, log_line, strict
 
 if TYPE_CHECKING:
     import torch
     from tensorboardX.event_file_writer import EventsWriter
 
+HAND_OVER_S = 0.05
 FLUSH_S = 1.0  # the live line and a `tail -f` look alive; one copy a second is not measurable
 MAX_PENDING = 1000
 
@@ -121,9 +122,16 @@ class Journal:
         if now - self._handed_over_at >= FLUSH_S or len(self._batch.records) >= MAX_PENDING:
             self._hand_over(now)
 
+    def hand_over(self) -> None:
+        """The steps so far are about to be written; asked very often, it waits a little."""
+        now = self._clock()
+        if now - self._handed_over_at >= HAND_OVER_S:
+            self._hand_over(now)
+
     def write(self, kind: str, /, **fields: Any) -> None:
         """Records an eval, checkpoint, event or end; it and all before it are written on return."""
-        self._batch.add({"kind": kind, "time": self._clock(), **fields})
+        shown = {name: masked(value) if isinstance(value, str) else value for name, value in fields.items()}
+        self._batch.add({"kind": kind, "time": self._clock(), **shown})
         self.flush()
 
     def flush(self) -> None:
@@ -405,7 +413,7 @@ class LogSink:
 
     def text(self, message: str) -> None:
         """Logs a message of your own: the header, the printed model."""
-        self._say(message, self._clock())
+        self._say(masked(message), self._clock())
 
     def write(self, record: Record) -> None:
         if record["kind"] == "run":

@@ -10,21 +10,25 @@ import contextlib
 import math
 import numbers
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
 from raytrain.engine import Stepped
 from raytrain.errors import RaytrainError, TaskError, TrainingError
 from raytrain.feed import BatchKey, Feed, Step
+from raytrain.guard import LATE_STEPS
 from raytrain.journal import Journal
 from raytrain.pulse import BACKWARD, CHECKPOINT, DATA, EVAL, FORWARD, REDUCE, REST
 from raytrain.randomness import seed_all
 from raytrain.saves import Pending, Saves
 from raytrain.state import RunState
+from raytrain.store import checkpoint_name
 from raytrain.task import ModelReturn, Task, move_to
+from raytrain.trouble import answer, suspects
 
 
 class Control(Protocol):
@@ -80,10 +84,13 @@ def train_one_epoch(run: RunState, task: Task, feed: Feed, saves: Saves, journal
     def wishes() -> tuple[bool, bool]:
         return control.stop_wished(), run.world.is_first and saves.time_due(control.now())
 
+    run.notes += untrained(run)
+    taken: deque[Step] = deque(maxlen=LATE_STEPS + 1)
     step_start = time.perf_counter()
     for step in feed.epoch_steps(run.progress):
         began = run.progress
         stepped, returns = train_step(run, task, feed, step, wishes)
+        taken.append(step)
         run.pulse.phase(CHECKPOINT)
         write_notes(run, task, journal)
         run.progress = run.plan.advanced(began, step.consumed)
@@ -103,8 +110,14 @@ def train_one_epoch(run: RunState, task: Task, feed: Feed, saves: Saves, journal
                 data_s=data_s,
                 step_s=step_end - step_start,
             )
+        if stepped.trouble is not None:
+            why_end = answer(run, journal, stepped.trouble, suspects(stepped.trouble, taken, returns))
+            if why_end is not None:
+                run.progress = began if run.engine.guard.takes_again(stepped.trouble) else run.progress
+                end_badly(run, saves, journal, control, why_end)
         step_start = step_end
-        saves.after_step(run)
+        if saves.after_step(run):
+            journal.hand_over()  # what a run that goes on from that memory would not measure again
         tell_saved(saves, journal)
         tell_stragglers(run, journal)
         stop_granted, save_granted = stepped.wishes
@@ -127,6 +140,8 @@ def train_step(
     at = run.progress.step
     returns = []
     run.pulse.step(at + 1)
+    if run.engine.guard.anchor_due(at):
+        run.engine.guard.drop_anchor(at, run.engine.living())
     run.engine.zero_grad()
     last = max(step.micro_batches), len(step.micro_batches[max(step.micro_batches)]) - 1
     for v, keys in step.micro_batches.items():
@@ -147,6 +162,34 @@ def train_step(
     run.pulse.phase(REDUCE)
     stepped = run.engine.step(run.schedule.lr(at), run.schedule.momentum(at), wishes())
     return stepped, returns
+
+
+def end_badly(run: RunState, saves: Saves, journal: Journal, control: Control, why_end: str) -> NoReturn:
+    """Collective. Save the state, in which no bad step has left anything, and raise what ends the run."""
+    name = checkpoint_name(run.progress)
+    trained = run.progress.step > 0 and int(run.engine.guard.in_a_row) < run.plan.total_steps
+    missing = trained and run.world.is_first and name not in [entry.name for entry in saves.store.listed()]
+    if run.world.broadcast_object(missing):
+        control.saved(save_checkpoint(run, saves, journal, control), {})
+        tell_saved(saves, journal, wait=True)
+    run.pulse.phase(REDUCE)
+    run.world.all_objects(None)  # whoever ends first takes the others along, and rank 0 has to save
+    kept = f"{name} holds the state, which is good" if trained else "not one step was good, so nothing is lost"
+    raise TrainingError(
+        f"{why_end}; {kept}. Look at these samples and at the loss in journal.jsonl; lower OPTIMIZATION.LR or "
+        "GRAD_NORM_CLIP, or leave out USE_AMP. The same command goes on"
+    )
+
+
+def untrained(run: RunState) -> list[str]:
+    """A line for the user if the model has got trainable parameters that no step changes."""
+    names = run.engine.strangers()
+    if not names:
+        return []
+    return [
+        f"not trained, since they came or were unfrozen after training began: {', '.join(names[:5])}"
+        f"{', ...' if names[5:] else ''}. Make them, trainable, in build_model"
+    ]
 
 
 def rehearse(run: RunState, task: Task, batch: Any) -> None:

@@ -81,14 +81,19 @@ def stepped_groups(model: nn.Module, optim_cfg: Any) -> list[list[nn.Parameter]]
     return groups
 
 
-def torch_optimizer(groups: Sequence[Sequence[nn.Parameter]], options: Options) -> torch.optim.Optimizer:
-    """Torch's own optimizer over `groups`. The first one in a process imports half of torch's compiler (1.6 s)."""
+def torch_optimizer(
+    groups: Sequence[Sequence[nn.Parameter]], options: Options, fused: bool = False
+) -> torch.optim.Optimizer:
+    """Torch's own optimizer over `groups`. The first one in a process imports half of torch's compiler (1.6 s).
+
+    fused: by its fused kernels; else as torch chooses
+    """
     named = [{"params": list(group)} for group in groups]
-    lr, weight_decay = options.lr, options.weight_decay
+    lr, weight_decay, chosen = options.lr, options.weight_decay, fused or None
     if options.kind == "sgd":
-        return torch.optim.SGD(named, lr=lr, momentum=options.momentum, weight_decay=weight_decay)
+        return torch.optim.SGD(named, lr=lr, momentum=options.momentum, weight_decay=weight_decay, fused=chosen)
     kind = torch.optim.AdamW if options.kind == "adamw" else torch.optim.Adam
-    return kind(named, lr=lr, betas=options.betas, eps=EPS, weight_decay=weight_decay)
+    return kind(named, lr=lr, betas=options.betas, eps=EPS, weight_decay=weight_decay, fused=chosen)
 
 
 def torch_groups(sizes: Sequence[int], options: Options, lr: float, momentum: float | None) -> list[dict[str, Any]]:

@@ -11,7 +11,9 @@ step        step (iterations done), epoch, iteration (of the epoch, from 0), los
 eval        step, epoch, metrics {}; shown where given: samples, seconds, best (true: the best so far)
 pictures    step, epoch, folder (below the run folder), names (of the files NAME.png in it)
 checkpoint  step, epoch, name
-event       event (what happened: restart, hang, straggler ...), message; of a hang: rank, step, phase, calls
+event       event (what happened: failure, restart, straggler, note ...), message;
+            nonfinite, spike: a step without effect: step, ranks, parameters, samples (ids), action, in_a_row, loss,
+            grad_norm;   hang: a worker that was killed for it: rank, step, phase, calls
 end         status (finished, complete, stopped, failed), step, epoch; shown where given: metrics {},
             best {}, checkpoint, best_checkpoint, pictures, run_dir, seconds, message
 """
@@ -34,8 +36,8 @@ Record = dict[str, Any]
 def read_journal(source: str | os.PathLike[str] | Iterable[str]) -> list[Record]:
     """The records that count, oldest first, of a journal file or of its lines.
 
-    Dropped are lines that a killed writer tore, step, eval, pictures and checkpoint records that a
-    later resume overwrote, and an evaluation or pictures that were made again at the same step.
+    Dropped are lines that a killed writer tore, step, eval, pictures and checkpoint records, and events of bad
+    steps, that a later resume overwrote, and an evaluation or pictures that were made again at the same step.
     """
     if isinstance(source, (str, os.PathLike)):
         try:
@@ -73,13 +75,17 @@ def new_records(path: str | os.PathLike[str], offset: int) -> tuple[list[Record]
 def _parsed(line: str) -> Record | None:
     try:
         record = json.loads(line)
-    except ValueError:  # torn: the start of an object is never an object
+    except (ValueError, RecursionError):  # torn: the start of an object is never an object; or not ours
         return None
-    return record if isinstance(record, dict) and "kind" in record else None
+    if not isinstance(record, dict) or "kind" not in record or not isinstance(record.get("step", 0), int):
+        return None
+    return record
 
 
 def _overwritten(record: Record, resumed_step: int) -> bool:
-    return record["kind"] in ("step", "eval", "pictures", "checkpoint") and record.get("step", 0) > resumed_step
+    of_a_step = record["kind"] in ("step", "eval", "pictures", "checkpoint")
+    of_a_step |= record["kind"] == "event" and record.get("event") in ("nonfinite", "spike")
+    return of_a_step and record.get("step", 0) > resumed_step
 
 
 def strict(record: Mapping[str, Any]) -> Record:

@@ -15,7 +15,7 @@ from raytrain.records import read_journal
 from raytrain.runfolder import JOURNAL
 from raytrain.state import RunState, restore, restore_heritage
 from raytrain.storage import Storage, open_storage, parent_and_name
-from raytrain.store import FOLDER, Store, newest_verified
+from raytrain.store import FOLDER, NAME, Saved, Store, newest_verified
 
 # Going on with another value of these would feed wrong samples, or the same ones twice.
 FIXED = {
@@ -58,8 +58,17 @@ def choose(store: Store, start: str) -> Origin | None:
     """
     if start != "auto" and not any(e.manifest and e.manifest.launch == store.launch for e in store.listed()):
         return None if start == "fresh" else origin_at(start)
+    return origin_of(*newest_to_trust(store))
+
+
+def newest_to_trust(store: Store) -> tuple[Saved | None, list[tuple[str, str]]]:
+    """The newest checkpoint that verifies, and (name, what is wrong) of each newer one, also of one that is gone."""
     found, passed_over = store.latest_verified()
-    passed_over = [*vanished(store), *passed_over]
+    return found, [*vanished(store), *passed_over]
+
+
+def origin_of(found: Saved | None, passed_over: list[tuple[str, str]]) -> Origin | None:
+    """The origin of a run in whose store `newest_to_trust` found this; a CheckpointError where it must not start."""
     notes = [f"passed over {name}: {reason}" for name, reason in passed_over]
     if found is not None:
         return Origin(found.path, found.name, found.manifest, notes)
@@ -82,7 +91,8 @@ def vanished(store: Store) -> list[tuple[str, str]]:
         return []
     lines = storage.read_bytes(JOURNAL).decode("utf-8", errors="replace").split("\n")
     told = read_journal(line for line in lines if '"checkpoint"' in line or '"run"' in line)
-    names = [record["name"] for record in told if record["kind"] == "checkpoint"]
+    names = [str(record.get("name")) for record in told if record["kind"] == "checkpoint"]
+    names = [name for name in names if NAME.fullmatch(name)]  # what else it may say names no checkpoint of this run
     if not names or storage.exists(f"{FOLDER}/{names[-1]}"):
         return []
     path = storage.path_of(f"{FOLDER}/{names[-1]}")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain import __version__
-from raytrain.errors import PreflightError
+from raytrain.errors import PreflightError, masked
 from raytrain.journal import JsonlSink, LogSink, TensorBoardSink
 from raytrain.records import Record, log_file_name
 from raytrain.storage import LocalStorage, Storage, open_storage
@@ -85,6 +85,19 @@ class RunFolder:
     def locked(self, patience_s: float = 30.0) -> contextlib.AbstractContextManager[None]:
         """See the function `locked`."""
         return locked(self.storage, patience_s)
+
+
+def refuse_links(storage: Storage) -> None:
+    """PreflightError if a file that a run appends to is a link: in a folder from elsewhere it could name any file."""
+    if not storage.is_local:
+        return
+    for name in (LOCK, JOURNAL, *(f"logs/{log}" for log in storage.list("logs"))):
+        path = storage.local_path(name)
+        if path.is_symlink():
+            raise PreflightError(
+                f"{path}: this is a link to {path.readlink()}, and would be written through. Remove it, or give the "
+                "run a folder of its own (--extra_tag NAME)"
+            )
 
 
 @contextlib.contextmanager
@@ -158,8 +171,8 @@ def environment(arguments: dict[str, Any]) -> dict[str, Any]:
         "gpus": gpus,
         "cuda": torch.version.cuda,
         "git": _git_commit(),
-        "arguments": {k: str(v) for k, v in arguments.items()},
-        "argv": sys.argv,
+        "arguments": {k: masked(str(v)) for k, v in arguments.items()},
+        "argv": [masked(word) for word in sys.argv],
     }
 
 

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from raytrain import board
-from raytrain.config import Config, with_overrides
-from raytrain.errors import ConfigError, ResumeError
+from raytrain.config import Config, stays_below, with_overrides
+from raytrain.errors import ConfigError, ResumeError, masked
 from raytrain.progress import Progress
 from raytrain.resume import Origin, choose, compare
-from raytrain.runfolder import locked
-from raytrain.storage import joined, open_storage
+from raytrain.runfolder import locked, refuse_links
+from raytrain.storage import Storage, joined, open_storage
 from raytrain.store import Store
 from raytrain.worker import Job
 
 PROBE = ".writable"
+ANSWER_S = 3.0  # whoever has just typed the command shall learn at once that the storage does not answer
 LEFTOVERS = ("journal.jsonl", "tensorboard", "eval", "logs", "config.yaml", "environment.json")
 
 
@@ -72,6 +73,8 @@ class Start:
                     f"and {virtual_workers} of them do not divide it; give a multiple of {virtual_workers}"
                 )
             words += ["OPTIMIZATION.BATCH_SIZE_PER_GPU", str(options.batch_size // virtual_workers)]
+        if masked(cfg.OUTPUT) != cfg.OUTPUT:  # from here on it is only written down: what is opened is run_uri
+            words += ["OUTPUT", masked(cfg.OUTPUT)]
         cfg = with_overrides(cfg, words)
         if self.origin and self.origin.manifest:
             compare(self.origin.manifest.config, cfg.to_tree(), options.allow_config_change, self.origin.path)
@@ -109,11 +112,10 @@ def find_start(cfg: Config, options: Options) -> Start:
     if options.dashboard and (options.address is not None or cfg.SCALE.NUM_WORKERS == 0):
         raise ConfigError("--dashboard is Ray's, of a cluster that is started for the run; this run starts none")
     run_dir = run_dir_of(cfg)
+    check_writable(open_storage(run_dir, ANSWER_S))
     board.take_over(run_dir, patience_s=0)  # what an earlier launch still holds in memory is to be found as well
     storage = open_storage(run_dir)
-    storage.makedirs("ckpt")
-    storage.write_bytes(f"ckpt/{PROBE}", b"")  # a full or read-only disk is found now, not at the first checkpoint
-    storage.remove_tree(f"ckpt/{PROBE}")
+    refuse_links(storage)
     store = Store(storage, cfg.CHECKPOINT, f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}")
     origin = None
     if options.resume != "never":
@@ -125,6 +127,15 @@ def find_start(cfg: Config, options: Options) -> Start:
         with locked(storage):  # or the checkpoints of a run that is still training would be moved away under it
             start_over(store, options.overwrite)
     return Start(cfg, options, run_dir, store, origin)
+
+
+def check_writable(storage: Storage) -> None:
+    """A StorageError says what is wrong with the disk, the bucket, the credentials, the network: now, not at the
+    first checkpoint."""
+    storage.list("")  # the one request to which S3 says whether it is the key or its secret that is wrong
+    storage.makedirs("ckpt")
+    storage.write_bytes(f"ckpt/{PROBE}", b"")
+    storage.remove_tree(f"ckpt/{PROBE}")
 
 
 def start_over(store: Store, overwrite: bool) -> None:
@@ -149,11 +160,11 @@ def start_over(store: Store, overwrite: bool) -> None:
 def run_dir_of(cfg: Config) -> str:
     """OUTPUT/EXP_GROUP_PATH/TAG/EXTRA_TAG: an absolute path, or a URI."""
     parts = [part for part in (cfg.EXP_GROUP_PATH, cfg.TAG, cfg.EXTRA_TAG) if part]
+    local = "://" not in cfg.OUTPUT or cfg.OUTPUT.lower().startswith("file://")
     for part in parts:
-        if part.startswith("/") or ".." in Path(part).parts:
+        if not stays_below(part) or (not local and set("?#%") & set(part)):  # in a URI these end or encode a path
             raise ConfigError(
                 f"{part!r} as a part of the run folder would leave OUTPUT; TAG, EXTRA_TAG and "
                 "EXP_GROUP_PATH are plain names"
             )
-    local = "://" not in cfg.OUTPUT or cfg.OUTPUT.lower().startswith("file://")
     return joined(open_storage(cfg.OUTPUT).path_of("") if local else cfg.OUTPUT, *parts)

@@ -87,6 +87,7 @@ def build_run(cfg: Any, task: Task, train_set: Any, plan: Plan, world: World) ->
         for param in model.parameters():  # not model.to(memory_format=...), which refuses models with a Conv3d
             param.data = channels_last(param.data)
     engine = Engine(model, cfg.OPTIMIZATION, world, cfg.SCALE.REDUCTION)
+    engine.guard.limit = min(engine.guard.limit, plan.total_steps)  # a run without one good step has failed
     schedule = build_schedule(cfg.OPTIMIZATION, plan.steps_per_epoch, plan.num_epochs)
     run = RunState(model, engine, schedule, plan, world, cfg.to_tree())
     if cfg.OPTIMIZATION.COMPILE:
@@ -129,11 +130,12 @@ def payload_of(run: RunState) -> dict[str, Any]:
         "epoch": run.progress.epoch,
         "it": run.progress.step,
         "model_state": dict(run.model.state_dict()),
-        "optimizer_state": run.engine.optimizer_state(),
+        "optimizer_state": run.engine.optimizer_state(live=True),
         "version": f"raytrain+{__version__}",
         "raytrain": {
             "progress": dataclasses.asdict(run.progress),
             "scaler": run.engine.precision.state_dict(),
+            "guard": run.engine.guard.state(),
             "best": run.best,
             # All randomness is drawn from (seed, epoch, sample) or (seed, step, virtual worker):
             # with the seed and the progress, the random state is restored whole.
@@ -148,6 +150,7 @@ def restore(run: RunState, payload: dict[str, Any], where: str) -> None:
     run.engine.load_optimizer_state(payload["optimizer_state"])
     extra = payload["raytrain"]
     run.engine.precision.load_state_dict(extra["scaler"])
+    run.engine.load_guard(extra.get("guard", {}))
     run.progress = Progress(**extra["progress"])
     run.best = extra["best"]
 

@@ -13,7 +13,7 @@ from raytrain.optim import Options, checked_moments, set_schedule, torch_optimiz
 
 
 class TorchStepper:
-    """Steps what stands in `.grad`; with fp16, the loss scaler may skip a step.
+    """Steps what stands in `.grad`; with fp16, a step whose gradients overflow is left out and the loss scale halved.
 
     gradients: views that hold each parameter's gradient when a step begins; None: they stand in `.grad`
     """
@@ -26,28 +26,79 @@ class TorchStepper:
         options: Options,
         scaler: torch.amp.GradScaler,
         gradients: Sequence[torch.Tensor] | None,
+        fused: bool = False,
     ) -> None:
-        self.optimizer = torch_optimizer(groups, options)
+        """fused: by torch's fused kernels, which leave a step out without asking the host. Real numbers only."""
+        self.optimizer = torch_optimizer(groups, options, fused)
         self.params = [p for group in groups for p in group]
-        self._scaler, self._gradients = scaler, gradients
+        self._scaler, self._gradients, self._fused = scaler, gradients, fused
+        self._here: list[torch.Tensor | None] = []
+        self.row_norms: list[torch.Tensor] = []
+        self._start_momentum()
 
-    def step(self, used: Sequence[bool], lr: float, momentum: float | None, max_norm: float | None) -> torch.Tensor:
-        """The L2 norm of the gradients before clipping, a scalar on the device; without a host sync.
+    def norm(self, used: Sequence[bool]) -> torch.Tensor:
+        """The L2 norm of the gradients that `step` will take: a scalar on the device, without a host sync.
 
         used: for each parameter, whether it has a gradient; one that has none stays as it is
         """
+        self._here = [p.grad for p in self.params]
         if self._gradients is not None:
             for param, gradient, is_used in zip(self.params, self._gradients, used, strict=True):
                 param.grad = gradient if is_used else None
+        elif self._fused:
+            for param in self.params:
+                if param.grad is not None and param.grad.layout is not torch.strided:
+                    param.grad = param.grad.to_dense()
         self._scaler.unscale_(self.optimizer)
-        norm = clip_gradients(self.params, max_norm)
-        set_schedule(self.optimizer, lr, momentum)
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
-        return norm
+        self._scaler.update()  # not scaler.step(): what it looks at shows in the norm, and it waits for a GPU
+        return clip_gradients(self.params, None)
 
-    def state_dict(self) -> dict[str, Any]:
+    def step(
+        self,
+        lr: float,
+        momentum: float | None,
+        norm: torch.Tensor,
+        max_norm: float | None,
+        bad: torch.Tensor | None = None,
+    ) -> None:
+        """Clips by `norm` and steps. bad: a f32 scalar on the device; if it is 1, nothing changes, to the bit."""
+        if self._scaler.is_enabled():
+            overflow = (norm * 0 != 0).float()
+            bad = overflow if bad is None else bad.maximum(overflow)
+        if bad is not None and not self._fused and bad.item():  # on a GPU only models with complex parameters wait here
+            return
+        clip_gradients(self.params, max_norm, norm)
+        set_schedule(self.optimizer, lr, momentum)
+        if self._fused:  # what GradScaler hands to a fused optimizer
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # type: ignore[attr-defined]
+        self.optimizer.step()
+
+    def are_finite(self) -> torch.Tensor:
+        """Whether all values that are stepped are finite: a scalar on the device."""
+        norms = torch._foreach_norm([p.detach() for p in self.params])
+        return torch.stack([norm.double() for norm in norms]).isfinite().all()
+
+    def in_bad_rows(self, row_norms: Sequence[torch.Tensor]) -> list[nn.Parameter]:
+        """Nothing is known of rows here."""
+        return []
+
+    def gradients_here(self) -> list[torch.Tensor | None]:
+        """Of each parameter, what this process computed, before it was summed and clipped."""
+        return self._here
+
+    def state_dict(self, live: bool = False) -> dict[str, Any]:
+        """Torch's own: the tensors are those that steps change, `live` or not."""
         return self.optimizer.state_dict()
+
+    def regroup(self) -> None:
+        """Nothing is kept here that depends on the state."""
+
+    def _start_momentum(self) -> None:
+        """Fused SGD would begin with whatever lies in memory if its first step is left out."""
+        if self._fused and isinstance(self.optimizer, torch.optim.SGD) and self.optimizer.defaults["momentum"]:
+            for param in self.params:
+                if self.optimizer.state[param].get("momentum_buffer") is None:
+                    self.optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the moments of a state_dict, ours or OpenPCDet's; all settings stay this run's. Tensors are copied.
@@ -60,3 +111,4 @@ class TorchStepper:
             for position, entry in checked_moments(state, own, self.params).items()
         }
         self.optimizer.load_state_dict({"state": moments, "param_groups": own})
+        self._start_momentum()

@@ -1,29 +1,40 @@
 """The files of one run folder, on a local disk or behind any pyarrow file system.
 
 Names are relative to the folder, with "/" between their parts; "" is the folder itself.
-Whatever goes wrong is a StorageError that says which path and what to do about it.
+What may pass (a connection that is reset, a server that asks to slow down) is tried again
+for a minute. Whatever goes wrong is a StorageError that says which path and what to do about it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 import functools
 import io
+import mmap
 import os
 import re
 import secrets
 import shutil
 import tempfile
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
+from raytrain.direct import direct, equal, holds, write_all
 from raytrain.errors import ConfigError, StorageError
+from raytrain.patience import PATIENCE_S, explained, patient, patiently
 
 CHUNK_BYTES = 1 << 20
+READ_BYTES = 8 << 20  # one request to an object store
+UPLOAD_BYTES = 64 << 20  # so much of a file is on its way to an object store, in several parts at once
+REQUEST_TRIES, REQUEST_S = 2, 3  # by pyarrow itself; its defaults are 31 tries, 99 s of a server that hangs
+
+Bytes = bytes | memoryview | mmap.mmap
+Parts = Callable[[], Iterable[bytes | memoryview]]  # of a file, in order, as often as it has to be written
 
 
 class Storage(Protocol):
@@ -54,46 +65,71 @@ class Storage(Protocol):
 
     def open_read(self, name: str) -> AbstractContextManager[IO[bytes]]: ...
 
-    def open_write(self, name: str) -> AbstractContextManager[IO[bytes]]:
-        """A new file, on the disk when the context ends. Not atomic: for files that something else vouches for."""
-
-    def write_file(self, name: str, data: bytes | memoryview) -> None: ...
-
-    def holds(self, name: str, data: bytes | memoryview) -> bool: ...
-
     def read_bytes(self, name: str) -> bytes: ...
 
-    def write_bytes(self, name: str, data: bytes) -> None:
-        """Readers see the old bytes of `name` or all of `data`, also after a crash."""
+    def write_bytes(self, name: str, data: Bytes) -> None:
+        """Readers see the old bytes of `name` or all of `data`, also after a crash.
+
+        Of 1 MiB and more, from memory aligned to pages (an mmap), they go to a local disk past the page cache.
+        """
+
+    def same_bytes(self, name: str, data: Bytes) -> bool:
+        """Whether file `name` holds just `data`; where possible the disk is asked, not the page cache."""
 
     def upload(self, local_file: Path, name: str) -> None: ...
 
     def download(self, name: str, local_file: Path) -> None: ...
 
     def rename_tree(self, source: str, target: str) -> None:
-        """`source` under the name `target`, which must be free. Local: atomic; else all is copied, then deleted."""
+        """`source` under the name `target`, which must be free. Local: atomic; else all is copied, then deleted.
+
+        Where only `target` exists it has been done: an earlier try got through, and its answer was lost.
+        """
 
     def remove_tree(self, name: str) -> None:
         """`name`, a folder or a file, is gone; nothing happens where it does not exist."""
 
 
-def open_storage(uri_or_path: str) -> Storage:
-    """The storage of a local path, a file:// URI, or any URI that pyarrow knows (s3://, gs://, hdfs://, ...)."""
+def open_storage(uri_or_path: str, patience_s: float = PATIENCE_S) -> Storage:
+    """The storage of a local path, a file:// URI, or any URI that pyarrow knows (s3://, gs://, hdfs://, ...).
+
+    patience_s: how long each operation tries again what may pass
+    """
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://", uri_or_path)
     if scheme is None:
-        return LocalStorage(Path(uri_or_path))
+        return LocalStorage(Path(uri_or_path), patience_s)
     if scheme[1].lower() == "file":
-        return LocalStorage(Path(urllib.parse.unquote(urllib.parse.urlsplit(uri_or_path).path)))
-    from pyarrow.fs import FileSystem
+        return LocalStorage(Path(urllib.parse.unquote(urllib.parse.urlsplit(uri_or_path).path)), patience_s)
+    if ":***@" in uri_or_path:
+        raise ConfigError(
+            f"{uri_or_path}: the secret in this URI was masked when it was written down. Leave it out, with the key, "
+            "and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; or give the whole URI with --output"
+        )
+    filesystem, root = patiently("open", uri_or_path, functools.partial(_filesystem, uri_or_path), patience_s)
+    return ArrowStorage(filesystem, root, uri_or_path, patience_s)
 
-    with _explained("open", uri_or_path):
-        try:
-            filesystem, root = FileSystem.from_uri(uri_or_path)
-        except (ValueError, NotImplementedError) as error:
-            raise ConfigError(
-                f"{uri_or_path}: pyarrow cannot open this: {error}. Use a local path or a URI such as s3://bucket/folder"
-            ) from error
-    return ArrowStorage(filesystem, root, uri_or_path)
+
+def _filesystem(uri: str) -> tuple[Any, str]:
+    """pyarrow's file system for `uri`, and the path in it. It tries a request a few times: what is beyond is ours."""
+    from pyarrow import ArrowException
+    from pyarrow.fs import AwsStandardS3RetryStrategy, FileSystem
+
+    try:
+        filesystem, root = FileSystem.from_uri(uri)
+    except (ValueError, ArrowException) as error:
+        raise ConfigError(
+            f"{uri}: pyarrow cannot open this: {str(error).splitlines()[0]}. "
+            "Use a local path or a URI such as s3://bucket/folder"
+        ) from error
+    own: dict[str, Any] = {}
+    if filesystem.type_name == "s3":  # a small file in one request instead of three; failures come with close
+        own = {"retry_strategy": AwsStandardS3RetryStrategy(max_attempts=REQUEST_TRIES), "allow_delayed_open": True}
+    elif filesystem.type_name == "gcs":
+        own = {"retry_time_limit": datetime.timedelta(seconds=REQUEST_S)}
+    if own:  # no URI can say these: the file system is made anew, from what pickling tells of it
+        _, (options,) = filesystem.__reduce__()
+        filesystem = type(filesystem)(**{**options, **own})
+    return filesystem, root
 
 
 def joined(root: str, *names: str) -> str:
@@ -111,23 +147,14 @@ def parent_and_name(path: str) -> tuple[str, str]:
     return (parent or "/") + mark + options, name
 
 
-class _Files:
-    def write_file(self, name: str, data: bytes | memoryview) -> None:
-        with self.open_write(name) as file:  # type: ignore[attr-defined]
-            file.write(data)
-
-    def holds(self, name: str, data: bytes | memoryview) -> bool:
-        with self.open_read(name) as file:  # type: ignore[attr-defined]
-            return bool(file.read() == data)
-
-
-class LocalStorage(_Files):
+class LocalStorage:
     """A folder on a disk of this machine, or one that is mounted (NFS, FUSE)."""
 
     is_local = True
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, patience_s: float = PATIENCE_S) -> None:
         self.root = root.expanduser().absolute()
+        self.patience_s = patience_s
 
     def path_of(self, name: str) -> str:
         return str(self.local_path(name))
@@ -139,111 +166,115 @@ class LocalStorage(_Files):
     def local_copy(self, name: str) -> Iterator[Path]:
         yield self.local_path(name)
 
+    @patient("look at")
     def exists(self, name: str) -> bool:
-        path = self.local_path(name)
-        with _explained("look at", path):
-            try:
-                path.stat()
-            except (FileNotFoundError, NotADirectoryError):
-                return False
+        try:
+            self.local_path(name).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
         return True
 
+    @patient("list")
     def list(self, name: str) -> list[str]:
-        path = self.local_path(name)
-        with _explained("list", path):
-            try:
-                return sorted(child.name for child in path.iterdir())
-            except FileNotFoundError:
-                return []
+        try:
+            return sorted(child.name for child in self.local_path(name).iterdir())
+        except FileNotFoundError:
+            return []
 
+    @patient("look at")
     def size(self, name: str) -> int:
-        path = self.local_path(name)
-        with _explained("look at", path):
-            return path.stat().st_size
+        return self.local_path(name).stat().st_size
 
+    @patient("make the folder")
     def makedirs(self, name: str) -> None:
         path = self.local_path(name)
-        with _explained("make the folder", path):
-            missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-            path.mkdir(parents=True, exist_ok=True)
-            for folder in missing:
-                _sync_folder(folder.parent)
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        for folder in missing:
+            _sync_folder(folder.parent)
 
     @contextlib.contextmanager
     def open_read(self, name: str) -> Iterator[IO[bytes]]:
-        path = self.local_path(name)
-        with _explained("read", path), path.open("rb") as file:
+        with self._opened(name) as file, explained("read", self.path_of(name)):
             yield file
 
-    @contextlib.contextmanager
-    def open_write(self, name: str) -> Iterator[IO[bytes]]:
-        path = self.local_path(name)
-        self.makedirs(_folder_of(name))
-        with _explained("write", path), path.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-
+    @patient("read")
     def read_bytes(self, name: str) -> bytes:
-        with self.open_read(name) as file:
-            return file.read()
+        return self.local_path(name).read_bytes()
 
-    def write_bytes(self, name: str, data: bytes) -> None:
-        self._replace(name, io.BytesIO(data))
+    def write_bytes(self, name: str, data: Bytes) -> None:
+        self.write_parts(name, lambda: [memoryview(data)])
+
+    @patient("read")
+    def same_bytes(self, name: str, data: Bytes) -> bool:
+        with direct(self.local_path(name), os.O_RDONLY) as handle:
+            return holds(handle, memoryview(data))
 
     def upload(self, local_file: Path, name: str) -> None:
-        with _explained("read", local_file), open(local_file, "rb") as source:
-            self._replace(name, source)
+        LocalStorage(local_file.parent).download(local_file.name, self.local_path(name))
 
     def download(self, name: str, local_file: Path) -> None:
-        with self.open_read(name) as source:
-            LocalStorage(local_file.parent)._replace(local_file.name, source)
+        with self._opened(name) as source:
+            LocalStorage(local_file.parent).write_parts(local_file.name, lambda: _parts_of(source))
 
-    def _replace(self, name: str, source: IO[bytes]) -> None:
-        path, beside = self.local_path(name), temporary_name("writing", name)
+    @patient("write")
+    def write_parts(self, name: str, parts: Parts) -> None:
+        """As write_bytes, of several parts."""
+        path, beside = self.local_path(name), self.local_path(temporary_name("writing", name))
+        self.makedirs(_folder_of(name))
         try:
-            with self.open_write(beside) as file:
-                shutil.copyfileobj(source, file, CHUNK_BYTES)
-            with _explained("write", path):
-                self.local_path(beside).replace(path)
-                _sync_folder(path.parent)
+            with direct(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as handle:
+                for part in parts():
+                    write_all(handle, memoryview(part))
+                os.fsync(handle)
+            beside.replace(path)
+            _sync_folder(path.parent)
         except BaseException:
             with contextlib.suppress(OSError):  # the failure above is the one to tell
-                self.local_path(beside).unlink(missing_ok=True)
+                beside.unlink(missing_ok=True)
             raise
 
     def rename_tree(self, source: str, target: str) -> None:
-        old, new = self.local_path(source), self.local_path(target)
         self.makedirs(_folder_of(target))
-        with _explained(f"rename to {new}", old):
+        self._rename(source, target)
+
+    @patient("rename")
+    def _rename(self, source: str, target: str) -> None:
+        old, new = self.local_path(source), self.local_path(target)
+        if old.exists() or not new.exists():
             if old.is_dir():
                 _sync_folder(old)  # its entries reach the disk before the name that vouches for them
             old.rename(new)
-            for folder in {old.parent, new.parent}:
-                _sync_folder(folder)
+        for folder in {old.parent, new.parent}:
+            _sync_folder(folder)
 
+    @patient("delete")
     def remove_tree(self, name: str) -> None:
         path = self.local_path(name)
-        with _explained("delete", path):
-            try:
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
-            except FileNotFoundError:
-                return
-            _sync_folder(path.parent)
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        except FileNotFoundError:
+            return
+        _sync_folder(path.parent)
+
+    @patient("read")
+    def _opened(self, name: str) -> IO[bytes]:
+        return self.local_path(name).open("rb")
 
 
-class ArrowStorage(_Files):
+class ArrowStorage:
     """A folder of a pyarrow file system. Puts are whole; renames are copies followed by deletes."""
 
     is_local = False
 
-    def __init__(self, filesystem: Any, root: str, uri: str) -> None:
+    def __init__(self, filesystem: Any, root: str, uri: str, patience_s: float = PATIENCE_S) -> None:
         self.filesystem = filesystem
         self.root = root.rstrip("/")
         self.uri = uri
+        self.patience_s = patience_s
 
     def path_of(self, name: str) -> str:
         return joined(self.uri, name) if name else joined(self.uri)
@@ -258,71 +289,94 @@ class ArrowStorage(_Files):
             self.download(name, copy)
             yield copy
 
+    @patient("look at")
     def exists(self, name: str) -> bool:
         return self._found(self._info(name))
 
+    @patient("list")
     def list(self, name: str) -> list[str]:
         from pyarrow.fs import FileSelector
 
-        with _explained("list", self.path_of(name)):
-            children = self.filesystem.get_file_info(FileSelector(self._key(name), allow_not_found=True))
+        children = self.filesystem.get_file_info(FileSelector(self._key(name), allow_not_found=True))
         return sorted(child.base_name for child in children)
 
+    @patient("look at")
     def size(self, name: str) -> int:
         info = self._info(name)
         if not info.is_file:
             raise StorageError(f"{self.path_of(name)}: cannot look at: there is no such file")
         return int(info.size)
 
+    @patient("make the folder")
     def makedirs(self, name: str) -> None:
-        with _explained("make the folder", self.path_of(name)):
-            self.filesystem.create_dir(self._key(name), recursive=True)
+        self.filesystem.create_dir(self._key(name), recursive=True)
 
     @contextlib.contextmanager
     def open_read(self, name: str) -> Iterator[IO[bytes]]:
-        with _explained("read", self.path_of(name)), self.filesystem.open_input_file(self._key(name)) as file:
-            yield file
-
-    @contextlib.contextmanager
-    def open_write(self, name: str) -> Iterator[IO[bytes]]:
-        make = self.filesystem.open_output_stream
-        with _explained("write", self.path_of(name)), self._in_folder(self._key(name), make) as file:
-            yield file
+        tried = functools.partial(patiently, "read", self.path_of(name), patience_s=self.patience_s)
+        with self._opened(name) as file, io.BufferedReader(_Reader(file, tried), READ_BYTES) as stream:
+            yield stream
 
     def read_bytes(self, name: str) -> bytes:
         with self.open_read(name) as file:
             return file.read()
 
-    def write_bytes(self, name: str, data: bytes) -> None:
-        with self.open_write(name) as file:
-            file.write(data)
+    def write_bytes(self, name: str, data: Bytes) -> None:
+        view = memoryview(data)
+        self._put(name, lambda: (view[at : at + UPLOAD_BYTES] for at in range(0, len(view), UPLOAD_BYTES)))
+
+    def same_bytes(self, name: str, data: Bytes) -> bool:
+        if self.size(name) != len(data):
+            return False
+        view = memoryview(data)
+        with self.open_read(name) as file:
+            parts = (view[at : at + CHUNK_BYTES] for at in range(0, len(view), CHUNK_BYTES))
+            return all(equal(memoryview(file.read(len(part))), part) for part in parts)
 
     def upload(self, local_file: Path, name: str) -> None:
-        with _explained("read", local_file), open(local_file, "rb") as source, self.open_write(name) as file:
-            shutil.copyfileobj(source, file, CHUNK_BYTES)
+        with LocalStorage(local_file.parent)._opened(local_file.name) as source:
+            self._put(name, lambda: _parts_of(source))
 
     def download(self, name: str, local_file: Path) -> None:
         with self.open_read(name) as source:
-            LocalStorage(local_file.parent)._replace(local_file.name, source)
+            LocalStorage(local_file.parent).write_parts(local_file.name, lambda: _parts_of(source))
 
     def rename_tree(self, source: str, target: str) -> None:
-        from pyarrow.fs import FileSelector
-
-        old, new = self._key(source), self._key(target)
-        with _explained(f"rename to {self.path_of(target)}", self.path_of(source)):
-            for info in self.filesystem.get_file_info(FileSelector(old, recursive=True)):
-                if info.is_file:
-                    copy = functools.partial(self.filesystem.copy_file, info.path)
-                    self._in_folder(new + info.path[len(old) :], copy)
+        for name in self._files_below(source):  # each is copied again if need be, and none goes before all are there
+            self._copy(f"{source}{name}", f"{target}{name}")
         self.remove_tree(source)
 
+    @patient("write")
+    def _put(self, name: str, parts: Parts) -> None:
+        with self._in_folder(self._key(name), self.filesystem.open_output_stream) as file:
+            for part in parts():
+                file.write(part)
+                file.flush()  # or pyarrow would hold a copy of all that is not yet sent
+
+    @patient("rename")
+    def _files_below(self, name: str) -> tuple[str, ...]:
+        """The rest of the name of each file, from the "/" after `name`."""
+        from pyarrow.fs import FileSelector
+
+        key = self._key(name)
+        below = self.filesystem.get_file_info(FileSelector(key, recursive=True))
+        return tuple(info.path[len(key) :] for info in below if info.is_file)
+
+    @patient("copy")
+    def _copy(self, source: str, target: str) -> None:
+        self._in_folder(self._key(target), functools.partial(self.filesystem.copy_file, self._key(source)))
+
+    @patient("delete")
     def remove_tree(self, name: str) -> None:
         info = self._info(name)
-        with _explained("delete", self.path_of(name)):
-            if info.is_file:
-                self.filesystem.delete_file(self._key(name))
-            elif self._found(info):
-                self.filesystem.delete_dir(self._key(name))
+        if info.is_file:
+            self.filesystem.delete_file(self._key(name))
+        elif self._found(info):
+            self.filesystem.delete_dir(self._key(name))
+
+    @patient("read")
+    def _opened(self, name: str) -> Any:
+        return self.filesystem.open_input_file(self._key(name))
 
     def _in_folder(self, key: str, make: Callable[[str], Any]) -> Any:
         """make(key), once more with its folder made where the file system has real ones; object stores need none."""
@@ -336,14 +390,55 @@ class ArrowStorage(_Files):
         return f"{self.root}/{name}" if name else self.root
 
     def _info(self, name: str) -> Any:
-        with _explained("look at", self.path_of(name)):
-            return self.filesystem.get_file_info(self._key(name))
+        return self.filesystem.get_file_info(self._key(name))
 
     @staticmethod
     def _found(info: Any) -> bool:
         from pyarrow.fs import FileType
 
         return info.type != FileType.NotFound
+
+
+class _Reader(io.RawIOBase):
+    """A file behind pyarrow. Each read is tried again by itself: a long download goes on where it broke off."""
+
+    def __init__(self, file: Any, tried: Callable[[Callable[[], Any]], Any]) -> None:
+        self._file, self._tried = file, tried
+        self._at, self._end = 0, tried(file.size)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._end}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._next(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        return self._next(self._end - self._at)
+
+    def _next(self, size: int) -> bytes:
+        size = max(0, min(size, self._end - self._at))
+        data: bytes = self._tried(functools.partial(self._file.read_at, size, self._at))
+        self._at += len(data)
+        return data
+
+
+def _parts_of(file: IO[bytes]) -> Iterator[bytes]:
+    """All of an open file, from its start."""
+    file.seek(0)
+    while part := file.read(READ_BYTES):
+        yield part
 
 
 class Temporary(NamedTuple):
@@ -400,34 +495,3 @@ def _sync_folder(path: Path) -> None:
             raise
     finally:
         os.close(handle)
-
-
-@contextlib.contextmanager
-def _explained(action: str, path: object) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"{path}: cannot {action}: {error.strerror or error}. {_advice(error)}") from error
-
-
-def _advice(error: OSError) -> str:
-    """What a person can do about `error`; pyarrow gives most of its own only as text."""
-    match error.errno:
-        case errno.EACCES | errno.EPERM:
-            return "Give the user that runs raytrain access to it, or choose another OUTPUT"
-        case errno.EROFS:
-            return "The file system is read-only; choose another OUTPUT"
-        case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
-            return "Free some space or lower CHECKPOINT.KEEP_LAST, then run the same command again"
-        case errno.ENOTDIR | errno.EEXIST | errno.ENOTEMPTY:
-            return "Something else stands at this path; move it away or choose another OUTPUT"
-    text = str(error).lower()
-    if "no_such_bucket" in text or "bucket does not exist" in text or "nosuchbucket" in text:
-        return "Create the bucket or correct its name in OUTPUT"
-    if re.search(r"access.?denied|credential|signature|access.?key|expired.?token|http status 40[13]|forbidden", text):
-        return "Check the credentials of the machine that raytrain runs on (every node has its own) and their rights"
-    if re.search(r"connect|timeout|timed out|resolve|network|curl", text):
-        return "Check the network of this machine and the endpoint in the URI"
-    if isinstance(error, FileNotFoundError):
-        return "It does not exist, or something removed it meanwhile"
-    return "Check that the path is right and the storage is healthy"

@@ -24,6 +24,7 @@ from raytrain.storage import Storage, parse_temporary
 
 FOLDER = "ckpt"
 SUPERSEDED = f"{FOLDER}/superseded"
+NAME = re.compile(r"checkpoint_(epoch|step)_[0-9]{1,15}")  # no path, and no number too large to reckon with
 
 
 class CheckpointPolicy(Protocol):
@@ -121,7 +122,7 @@ class Store:
 
     def best(self) -> Saved | None:
         """The verified checkpoint with the best METRIC, the first of equals; None where none has one."""
-        for entry in self._ranked(self.listed()):
+        for entry in self.ranked(self.listed()):
             try:
                 return self.verified(entry.name)
             except CheckpointError:
@@ -174,13 +175,13 @@ class Store:
         entries = self.listed()
         whole = [entry for entry in entries if entry.manifest is not None and entry.name not in damaged]
         kept = {sure.name, *(entry.name for entry in whole[: self.policy.KEEP_LAST])}
-        kept |= {entry.name for entry in self._ranked(whole)[: self.policy.KEEP_BEST]}
+        kept |= {entry.name for entry in self.ranked(whole)[: self.policy.KEEP_BEST]}
         oldest = min(_position(entry, entries) for entry in whole if entry.name in kept)
         for entry in entries:
             if entry.name not in kept and (entry in whole or _position(entry, entries) < oldest):
                 discard_checkpoint(self.storage, f"{FOLDER}/{entry.name}")
 
-    def _ranked(self, entries: list[Listed]) -> list[Listed]:
+    def ranked(self, entries: list[Listed]) -> list[Listed]:
         """Those of `entries` that have METRIC, best first, and the older of equals first."""
         metric = self.policy.METRIC
         if metric is None:
@@ -198,7 +199,7 @@ def listed(storage: Storage) -> list[Listed]:
     """All checkpoints of a run folder, newest first: see Store.listed."""
     entries = []
     for name in storage.list(FOLDER):
-        if re.fullmatch(r"checkpoint_(epoch|step)_\d+", name):
+        if NAME.fullmatch(name):
             try:
                 entries.append(Listed(name, read_manifest(storage, f"{FOLDER}/{name}")))
             except CheckpointError as error:

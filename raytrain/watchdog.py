@@ -29,10 +29,8 @@ WAIT_FACTOR = 1.5  # whoever waits for other hosts has so much longer than these
 DUMP_S, QUIET_S = 5.0, 0.2  # so long a worker's processes may take to write stacks; one that pauses has done so
 SHOWN = 6  # calls of the user's in a message
 MOST_BYTES = 256 * 1024  # of stacks
-ADVICE = (
-    "It was killed because it made no progress for SCALE.HANG_TIMEOUT seconds. With SCALE.MAX_FAILURES the run goes "
-    "on by itself after that; the same command goes on from the newest checkpoint"
-)
+ANSWER_S = 5.0  # so long the keeper may take to say what became of a worker
+KILLED = "It was killed because it made no progress for SCALE.HANG_TIMEOUT seconds."
 
 
 @dataclasses.dataclass
@@ -292,17 +290,20 @@ def shown(file: str, line: str, function: str) -> str:
     return f"{function} ({file}:{line})"
 
 
-def failure_by_hang(run_uri: str) -> dict[str, Any] | None:
-    """What the failure screen shows if this host's keeper has killed a worker that hung, since workers last began."""
+def hangs_here(run_uri: str) -> list[dict[str, Any]]:
+    """Hang.told of the workers that this host's keeper has killed since workers last made progress."""
     line = connected(run_uri) if is_possible() else None
     if line is None:
-        return None
+        return []
     with contextlib.closing(line), contextlib.suppress(EOFError, OSError):
         line.say(op="hangs")
-        if line.hears(LOOK_S * 10) and (hangs := line.hear()["hangs"]):
-            hang = hangs[0]
-            text = "\n".join([hang["message"], *(f"  called by {call}" for call in hang["calls"][1:]), "", ADVICE])
-            at = {"rank": hang["rank"], "step": hang["step"]}
-            logs = f"{run_uri}/{file_of(hang['rank'])}"
-            return {**at, "error": text, "traceback": text, "logs": logs, "exit_status": EXIT_FAILED, "expected": False}
-    return None
+        if line.hears(ANSWER_S):
+            return list(line.hear()["hangs"])
+    return []
+
+
+def failure_by(hang: dict[str, Any], run_uri: str) -> dict[str, Any]:
+    """What the failure screen shows of it."""
+    text = "\n".join([hang["message"], *(f"  called by {call}" for call in hang["calls"][1:]), "", KILLED])
+    at, logs = {"rank": hang["rank"], "step": hang["step"]}, f"{run_uri}/{file_of(hang['rank'])}"
+    return {**at, "error": text, "traceback": text, "logs": logs, "exit_status": EXIT_FAILED, "expected": False}

@@ -27,6 +27,7 @@ from raytrain.failure import failure_of
 from raytrain.feed import Feed, check_dataset
 from raytrain.gallery import pictures_of, why_not_drawn, write_pictures
 from raytrain.journal import Journal
+from raytrain.memory import Kept, join_keeper
 from raytrain.precision import fp32_precisions, set_fp32_precisions, set_tf32
 from raytrain.progress import Plan, Progress
 from raytrain.pulse import Stacks, Stragglers, watched
@@ -34,7 +35,7 @@ from raytrain.randomness import seed_all
 from raytrain.records import header_lines, model_lines
 from raytrain.resume import Origin, bring, choose, compare
 from raytrain.runfolder import RunFolder
-from raytrain.saves import Kept, Saves, join_keeper
+from raytrain.saves import Saves
 from raytrain.state import RunState, build_run, load_pretrained, restore
 from raytrain.store import Store, checkpoint_name
 from raytrain.task import Task, make_task
@@ -96,7 +97,8 @@ def run_job(job: Job, world: World, control: Control) -> Outcome:
         stack.callback(folder.close)
         store = Store(folder.storage, cfg.CHECKPOINT, job.launch)
         control.begin("Joining the process that keeps the run's state")
-        kept, keeps = join_keeper(job.run_uri, job.launch, world)
+        kept, told = join_keeper(job.run_uri, job.launch, world)
+        run.notes.extend(told)
         if kept is not None:
             stack.callback(kept.close)
             if torch.distributed.is_initialized():  # else nothing would start this process again, or a debugger has it
@@ -105,7 +107,7 @@ def run_job(job: Job, world: World, control: Control) -> Outcome:
         if world.is_first:
             stack.enter_context(folder.locked())
             store.clean_leftovers()
-        saves = Saves(store, kept if keeps else None)
+        saves = Saves(store, kept)
         origin, notes = bring_to_start(run, store, job, kept)
         saves.describe(run, job.driver)
         if run.engine.why_ddp is not None:
@@ -128,8 +130,8 @@ def run_job(job: Job, world: World, control: Control) -> Outcome:
             draws = task.has_pictures() and cfg.EVAL.PICTURES > 0 and done and run.predictions
             pictures = draw_pictures(folder, run, task, feed.datasets["val"], journal) if draws else None
             write_end(journal, run, store, status, seconds, pictures)
-        if keeps:
-            saves.end()
+        if kept is not None and kept.leads:
+            kept.end()
         return Outcome(status, run.progress, run.metrics, run.best)
 
 

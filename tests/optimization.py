@@ -14,4 +14,8 @@ OPTIMIZATION: dict[str, Any] = {
     "AMP_DTYPE": "fp16",
     "LOSS_SCALE_FP16": None,
     "ENGINE": "auto",
+    "NONFINITE": "skip",
+    "NONFINITE_LIMIT": 10,
+    "ROLLBACK_EVERY": 100,
+    "SPIKE": None,
 }

@@ -117,6 +117,19 @@ class Exact(Task):
         return {"accuracy": float((torch.stack(predictions) == dataset.y).float().mean())}
 
 
+class Poisoned(Exact):
+    """While the gate has the file `poison`, "EPOCH ID ID ...", the loss on these samples is NaN in that epoch."""
+
+    def model_func(self, model: Net, batch: dict[str, torch.Tensor]) -> ModelReturn:
+        returned = super().model_func(model, batch)
+        file = self.gate / "poison"
+        if model.training and file.exists():
+            epoch, *ids = map(int, file.read_text().split())
+            if int(batch["epoch"][0]) == epoch and set(ids) & set(batch["id"].tolist()):
+                returned.loss = returned.loss * float("nan")
+        return returned
+
+
 class Unscored(Exact):
     """Has nothing to evaluate on."""
 

@@ -151,15 +151,27 @@ class ScriptedTask(PointsTask):
         return {"points": self.cfg.MODEL.SCORES[dataset.epoch - 1]}
 
 
-class NanTask(PointsTask):
-    """Its loss is NaN from MODEL.STEP on."""
+class SpoiltTask(PointsTask):
+    """Its 6th forward pass has no finite loss."""
+
+    passes = 0
+
+    def model_func(self, model: nn.Module, batch: Any) -> ModelReturn:
+        self.passes += 1
+        return ModelReturn(super().model_func(model, batch).loss * (float("nan") if self.passes == 6 else 1.0))
+
+
+class PoisonedTask(PointsTask):
+    """Its model writes a NaN into its own weights in step MODEL.STEP."""
 
     steps = 0
 
     def model_func(self, model: nn.Module, batch: Any) -> ModelReturn:
         self.steps += 1
-        bad = self.steps > self.cfg.MODEL.STEP
-        return ModelReturn(super().model_func(model, batch).loss * (float("nan") if bad else 1.0))
+        if self.steps == self.cfg.MODEL.STEP:
+            with torch.no_grad():
+                model[4].bias.fill_(float("nan"))
+        return super().model_func(model, batch)
 
 
 class DiesInEvaluation(PredictingTask):

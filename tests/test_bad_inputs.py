@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import re
 import resource
@@ -12,13 +13,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import s3_server
 import torch
 import yaml
+from s3_server import Server
 
+from raytrain.checkpoint import Manifest
 from raytrain.cli import main
 
 HERE = Path(__file__).parent
@@ -106,7 +111,7 @@ def in_process(words: list[str]) -> int:
 
 
 def as_process(words: list[str]) -> tuple[int, str, str]:
-    env = {**os.environ, "PYTHONPATH": str(HERE), "COLUMNS": "200"}
+    env = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "COLUMNS": "200"}
     command = [sys.executable, "-m", "raytrain", *words]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     return done.returncode, done.stdout, done.stderr
@@ -160,9 +165,59 @@ def pickle_bomb(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def pickle_bomb_in_the_run(folder: Path) -> Iterator[None]:
+    """It is the newest checkpoint of a run that was trained, and its manifest says what it should."""
+    with trained(folder), pickle_bomb(folder):
+        checkpoint = folder / "output/run/default/ckpt/checkpoint_epoch_2"
+        data = (folder / "bomb.pth").read_bytes()
+        facts = {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        manifest = Manifest.from_json((checkpoint / "manifest.json").read_bytes())
+        manifest = dataclasses.replace(manifest, files={"checkpoint.pth": facts})
+        (checkpoint / "manifest.json").write_text(manifest.to_json())
+        (checkpoint / "checkpoint.pth").write_bytes(data)
+        yield
+
+
+@contextmanager
+def link_for_a_journal(folder: Path) -> Iterator[None]:
+    """The run folder's journal is a link to a file of the user, which stays as it is."""
+    (folder / "mine.txt").write_text("mine")
+    (folder / "output/run/default").mkdir(parents=True)
+    (folder / "output/run/default/journal.jsonl").symlink_to(folder / "mine.txt")
+    yield
+    assert (folder / "mine.txt").read_text() == "mine"
+
+
+@contextmanager
 def another_models_weights(folder: Path) -> Iterator[None]:
     torch.save({"model_state": {"weight": torch.zeros(5, 3), "head.weight": torch.zeros(2)}}, folder / "other.pth")
     yield
+
+
+@contextmanager
+def output_to(folder: Path, uri: Callable[[Server], str]) -> Iterator[None]:
+    """OUTPUT is on a server of S3."""
+    with s3_server.serving() as server, (folder / "run.yaml").open("a") as file:
+        file.write(f"OUTPUT: {uri(server)}\n")
+        file.close()
+        yield
+
+
+def with_another_key(server: Server) -> str:
+    """Only one user is let in, who has another key."""
+    uri = server.uri("bucket/runs")
+    server.let_in_one_user()
+    return uri
+
+
+def with_another_secret(server: Server) -> str:
+    server.let_in_one_user()
+    server.secret = "a secret"
+    return server.uri("bucket/runs")
+
+
+def of_no_bucket(server: Server) -> str:
+    return server.uri("bukket/runs")
 
 
 @contextmanager
@@ -182,6 +237,11 @@ BEFORE = {
     "all damaged": all_damaged,
     "all lost": all_lost,
     "pickle bomb": pickle_bomb,
+    "pickle bomb in the run": pickle_bomb_in_the_run,
+    "link for a journal": link_for_a_journal,
     "another model's weights": another_models_weights,
     "full disk": full_disk,
+    "others' bucket": partial(output_to, uri=with_another_key),
+    "another secret": partial(output_to, uri=with_another_secret),
+    "no bucket": partial(output_to, uri=of_no_bucket),
 }

@@ -146,3 +146,13 @@ def test_a_command_that_fails_is_told_with_what_it_printed(tmp_path):
 
     with pytest.raises(BenchmarkError, match="ended with status 3; the end of what it printed:\nno such luck"):
         run_command([sys.executable, "-c", "print('no such luck'); raise SystemExit(3)"], tmp_path, timeout_s=30.0)
+
+
+def test_a_recovery_is_to_the_first_step_that_no_worker_had_begun():
+    from benchmarks.recovery import Begun, recovery
+
+    before = [Begun(at=10.0 + step, step=step, pid=pid) for step in range(8) for pid in (1, 2)]
+    late = [Begun(at=17.6, step=8, pid=1)]  # by a worker that was not killed, and that Ray ends
+    after = [Begun(at=20.0 + step, step=step, pid=pid) for step in range(5, 10) for pid in (3, 4)]
+    found = recovery(7, 17.5, [*before, *late, *after])
+    assert (found.new_step_s, found.restart_s, found.repeated) == (10.5, 7.5, 2)

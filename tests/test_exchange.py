@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from optimization import OPTIMIZATION
 from processes import Pair
 from torch import nn
 
@@ -183,16 +184,7 @@ def train_until_killed(rank: int, steps: int, dies: int) -> str:
     """An engine on shared memory; rank `dies` kills itself in the middle of the third step."""
     torch.manual_seed(0)
     model = nn.Linear(50, 50)
-    optim_cfg = SimpleNamespace(
-        OPTIMIZER="adamw",
-        LR=0.1,
-        WEIGHT_DECAY=0.1,
-        BETAS=None,
-        USE_AMP=False,
-        LOSS_SCALE_FP16=None,
-        GRAD_NORM_CLIP=1.0,
-        ENGINE="auto",
-    )
+    optim_cfg = SimpleNamespace(**{**OPTIMIZATION, "OPTIMIZER": "adamw", "LR": 0.1, "GRAD_NORM_CLIP": 1.0})
     engine = Engine(model, optim_cfg, World(rank, 2, 2), "shared_memory")
     for step in range(steps):
         engine.zero_grad()

@@ -269,13 +269,32 @@ def test_the_norm_of_many_numbers_is_right() -> None:
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_a_norm_that_is_not_finite_shows(value: float) -> None:
+def test_a_norm_that_is_not_finite_shows_and_changes_nothing(value: float) -> None:
     model = nn.Linear(3, 1)
     engine = engine_of(model, OPTIMIZER="adamw")
     engine.zero_grad()
     engine.backward(model(torch.ones(1, 3)).sum() * value, 1.0)
+    before = model.weight.detach().clone()
     assert not engine.step(0.1, None, ()).grad_norm.isfinite()
-    assert not model.weight.isfinite().any()
+    assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", ["flat", "ddp"])
+def test_a_live_state_is_the_memory_that_steps_change_and_reads_like_a_copy(kind: str, optimizer: str) -> None:
+    model = Branches()
+    engine = engine_of(model, OPTIMIZER=optimizer, ENGINE=kind)
+    for step in range(4):
+        live = engine.optimizer_state(live=True)
+        engine.zero_grad()
+        engine.backward(model(step).square().mean(), 1.0)
+        engine.step(0.1, 0.9, ())
+        after = engine.optimizer_state()
+        for position, entry in live["state"].items():
+            assert list(entry) == list(after["state"][position])
+            assert all(torch.equal(tensor, after["state"][position][name]) for name, tensor in entry.items())
+    again = engine.optimizer_state(live=True)
+    assert list(again["state"]) == list(after["state"]) and again["param_groups"] == after["param_groups"]
 
 
 # What flat buffers cannot hold

@@ -214,6 +214,7 @@ def steps_of(cfg: Config, device: str, count: int, profiler: Any = None) -> RunS
         {"CHANNELS_LAST": True},
         {"USE_AMP": True, "AMP_DTYPE": "bf16"},
         {"OPTIMIZER": "adamw", "ACCUMULATE": 2},
+        {"NONFINITE": "rollback", "SPIKE": {"WINDOW": 2}},
         pytest.param({"COMPILE": True}, marks=needs_gpu),
         pytest.param({"COMPILE": True, "CUDA_GRAPHS": True}, marks=needs_gpu),
     ],

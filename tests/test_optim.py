@@ -52,6 +52,10 @@ def optim_cfg(**changes):
         "USE_AMP": False,
         "LOSS_SCALE_FP16": None,
         "ENGINE": "auto",
+        "NONFINITE": "skip",
+        "NONFINITE_LIMIT": 10,
+        "ROLLBACK_EVERY": 100,
+        "SPIKE": None,
     }
     return SimpleNamespace(**{**defaults, **changes})
 

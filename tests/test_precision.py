@@ -30,6 +30,10 @@ def optim_cfg(**changes: Any) -> SimpleNamespace:
         "LOSS_SCALE_FP16": None,
         "GRAD_NORM_CLIP": 10.0,
         "ENGINE": "auto",
+        "NONFINITE": "skip",
+        "NONFINITE_LIMIT": 10,
+        "ROLLBACK_EVERY": 100,
+        "SPIKE": None,
     }
     return SimpleNamespace(**{**defaults, **changes})
 

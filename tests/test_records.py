@@ -31,6 +31,7 @@ def test_a_resume_drops_the_records_it_overwrites_and_keeps_events(tmp_path: Pat
         step(2),
         {"kind": "checkpoint", "time": 2, "step": 2},
         {"kind": "eval", "time": 3, "step": 3, "metrics": {}},
+        {"kind": "event", "time": 3, "event": "nonfinite", "step": 3, "message": "step 3: the loss is nan"},
         {"kind": "event", "time": 3, "event": "failure", "message": "gone"},
         run(2),
         step(3, loss=7.0),

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import mmap
 import os
+import random
 import resource
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import s3_server
 
-from raytrain.errors import ConfigError, StorageError
+from raytrain.errors import ConfigError, StorageError, masked
+from raytrain.patience import explained, may_pass, patiently
 from raytrain.storage import (
     ArrowStorage,
     LocalStorage,
@@ -47,8 +52,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]
 def test_files_come_back_as_they_were_written(storage: Storage) -> None:
     storage.write_bytes("a/b/one", b"first")
     storage.write_bytes("a/b/one", b"second")
-    with storage.open_write("a/two") as file:
-        file.write(b"xyz")
+    storage.write_bytes("a/two", b"xyz")
     assert storage.read_bytes("a/b/one") == b"second"
     with storage.open_read("a/two") as file:
         assert file.read(2) == b"xy"
@@ -67,6 +71,8 @@ def test_trees_are_renamed_and_removed(storage: Storage) -> None:
     storage.rename_tree("old", "deep/new")
     assert not storage.exists("old")
     assert storage.list("deep/new") == ["one", "two"]
+    if storage.is_local:
+        storage.rename_tree("old", "deep/new")  # again: the answer to the first was lost
     storage.remove_tree("deep/new/one")
     assert storage.list("deep/new") == ["two"]
     storage.remove_tree("deep/new")
@@ -80,6 +86,24 @@ def test_files_travel_between_this_machine_and_the_run_folder(storage: Storage, 
     storage.upload(local, "logs/copy.txt")
     storage.download("logs/copy.txt", tmp_path / "back.txt")
     assert (tmp_path / "back.txt").read_bytes() == local.read_bytes()
+
+
+def test_a_file_is_compared_with_memory(storage: Storage) -> None:
+    for size in (0, 5, 3 << 20, (9 << 20) + 4097):
+        memory = memoryview(mmap.mmap(-1, size + 1))
+        data = memory[:size]
+        data[:] = random.Random(1).randbytes(size)
+        for part in (data, data[1:]):  # aligned to pages, and not
+            storage.write_bytes("ckpt/x", part)
+            assert storage.same_bytes("ckpt/x", part)
+            assert storage.read_bytes("ckpt/x") == part
+        assert storage.list("ckpt") == ["x"]
+        storage.write_bytes("ckpt/x", data)
+        assert not storage.same_bytes("ckpt/x", memory)
+        if size:
+            data[size // 2] ^= 1
+            assert not storage.same_bytes("ckpt/x", data)
+            assert not storage.same_bytes("ckpt/x", data[:-1])
 
 
 def test_what_does_not_exist_is_a_storage_error_with_the_path(storage: Storage) -> None:
@@ -134,13 +158,10 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path
 
 
 def test_a_full_disk_says_so() -> None:
-    storage = open_storage("/dev")
-    if not storage.exists("full"):
+    if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
-    with (
-        pytest.raises(StorageError, match=r"/dev/full: cannot write: No space left on device. Free some space"),
-        storage.open_write("full") as file,
-    ):
+    told = r"/dev/full: cannot write: No space left on device. Free some space"
+    with pytest.raises(StorageError, match=told), explained("write", "/dev/full"), open("/dev/full", "wb") as file:
         file.write(b"x")
 
 
@@ -177,7 +198,96 @@ def test_object_store_errors_say_what_to_do(text: str, advice: str) -> None:
             raise OSError(text)
 
     with pytest.raises(StorageError, match=rf"s3://b/run/x: cannot look at: .*{advice}"):
-        ArrowStorage(Refusing(), "b/run", "s3://b/run").exists("x")
+        ArrowStorage(Refusing(), "b/run", "s3://b/run", patience_s=0.0).exists("x")
+
+
+@pytest.mark.parametrize(
+    ("passes", "error"),
+    [
+        (True, OSError("AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 7, Could not connect")),
+        (True, OSError("AWS Error SLOW_DOWN during PutObject operation: Please reduce your request rate.")),
+        (True, OSError("AWS Error UNKNOWN (HTTP status 503) during HeadObject operation: No response body.")),
+        (True, OSError("google::cloud::Status(UNAVAILABLE: Retry policy exhausted)")),
+        (True, OSError(errno.ESTALE, "Stale file handle")),
+        (True, ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")),
+        (
+            False,
+            OSError("AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 60, SSL peer certificate"),
+        ),
+        (False, OSError("AWS Error ACCESS_DENIED during HeadBucket operation: No response body.")),
+        (False, OSError("AWS Error UNKNOWN (HTTP status 403) during HeadObject operation: No response body.")),
+        (False, OSError("AWS Error NO_SUCH_BUCKET during PutObject operation: 503 timeouts")),
+        (False, OSError(errno.EIO, "Input/output error")),
+        (False, OSError(errno.ENOSPC, "No space left on device")),
+        (False, FileNotFoundError(errno.ENOENT, "No such file or directory")),
+    ],
+)
+def test_only_what_may_pass_is_tried_again(passes: bool, error: OSError) -> None:
+    assert may_pass(error) == passes
+    answers = [error, None]
+
+    def operation() -> str:
+        answer = answers.pop(0)
+        if answer is not None:
+            raise answer
+        return "done"
+
+    if passes:
+        assert patiently("read", "x", operation, 1.0) == "done"
+    else:
+        with pytest.raises(StorageError, match="x: cannot read"):
+            patiently("read", "x", operation, 1.0)
+        assert answers == [None]
+
+
+def test_what_does_not_pass_in_time_says_how_often_it_was_tried() -> None:
+    def operation() -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    drawn = random.getstate()
+    with pytest.raises(StorageError, match=r"x: cannot list: Stale file handle \(tried [23] times in [01] s\)\. "):
+        patiently("list", "x", operation, 0.5)
+    assert random.getstate() == drawn  # what training draws is not changed by a network
+
+
+def test_a_long_download_goes_on_where_it_broke_off(tmp_path: Path) -> None:
+    data = random.Random(2).randbytes(20 << 20)
+    with s3_server.serving() as server:
+        open_storage(server.uri("bucket/run")).write_bytes("x", data)
+        with server.spoilt(lambda number: "reset" if 3 <= number < 7 else None) as proxy:
+            open_storage(server.uri("bucket/run", proxy.port)).download("x", tmp_path / "x")
+            requests = next(proxy.requests) - 1
+    assert (tmp_path / "x").read_bytes() == data
+    assert proxy.spoilt == ["reset"] * 4
+    assert requests == 8  # one to look at it, three to read it in parts of 8 MiB, and four in vain
+
+
+def test_a_file_whose_writer_is_killed_in_mid_upload_is_the_old_one() -> None:
+    code = (
+        "import sys; from raytrain.storage import open_storage;"
+        "open_storage(sys.argv[1]).write_bytes('x', bytes(30 << 20))"
+    )
+    with s3_server.serving() as server:
+        storage = open_storage(server.uri("bucket/run"))
+        storage.write_bytes("x", b"old")
+        with server.spoilt(lambda number: "hang" if number >= 3 else None) as proxy:  # the second of three parts
+            command = [sys.executable, "-c", code, server.uri("bucket/run", proxy.port)]
+            with subprocess.Popen(command) as writer:
+                while not proxy.spoilt:
+                    assert writer.poll() is None
+                    time.sleep(0.01)
+                writer.kill()
+        assert storage.read_bytes("x") == b"old"
+        assert storage.list("") == ["x"]
+
+
+def test_secrets_are_not_shown() -> None:
+    assert masked("s3://key:se%2Fcret@bucket/a?x=1: no") == "s3://key:***@bucket/a?x=1: no"
+    assert masked("['OUTPUT', 's3://key:se/cret@bucket']") == "['OUTPUT', 's3://key:***@bucket']"
+    plain = "hdfs://host:8020/run@3, s3://bucket/a@b and https://host/a:b@c"
+    assert masked(plain) == plain
+    with pytest.raises(ConfigError, match=r"s3://key:\*\*\*@bucket/run: the secret in this URI was masked.*AWS_SECRET"):
+        open_storage("s3://key:***@bucket/run")
 
 
 def test_temporary_names_tell_whether_their_writer_lives() -> None:

@@ -21,7 +21,7 @@ from raytrain.checkpoint import Manifest
 from raytrain.errors import CheckpointError, StorageError, TaskError
 from raytrain.payload import dumps, load_payload
 from raytrain.progress import Progress
-from raytrain.storage import ArrowStorage, LocalStorage, Storage
+from raytrain.storage import ArrowStorage, Bytes, LocalStorage, Storage
 from raytrain.store import Store, checkpoint_name
 
 STEPS_PER_EPOCH = 10
@@ -389,9 +389,9 @@ def test_a_checkpoint_that_does_not_read_back_is_an_error_and_nothing_is_removed
 
         lies = False
 
-        def write_file(self, name: str, data: bytes | memoryview) -> None:
-            super().write_file(name, data)
-            if self.lies:
+        def write_bytes(self, name: str, data: Bytes) -> None:
+            super().write_bytes(name, data)
+            if self.lies and name.endswith(".pth"):
                 flip(self.local_path(name))
 
     disk = LyingDisk(tmp_path)

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "raytrain"
 ORDER = [
     "errors",
     "failure",
+    "budget",
     "progress",
     "board",
     "pulse",
@@ -31,6 +32,8 @@ ORDER = [
     "flat",
     "precision",
     "sync_bn",
+    "direct",
+    "patience",
     "storage",
     "checkpoint",
     "payload",
@@ -47,14 +50,18 @@ ORDER = [
     "delivery",
     "feed",
     "firsts",
+    "guard",
     "exchange",
     "overlap",
     "engine",
     "compilation",
     "state",
+    "memory",
     "saves",
+    "trouble",
     "loop",
     "resume",
+    "listing",
     "signals",
     "own_cluster",
     "cluster",
@@ -63,6 +70,8 @@ ORDER = [
     "ahead",
     "start",
     "lean",
+    "meeting",
+    "driver",
     "launch",
     "torchrun",
     "evaluation",
@@ -70,10 +79,21 @@ ORDER = [
     "cli",
     "__main__",
 ]
-RAY_AT = {"own_cluster", "cluster", "control", "worker", "ahead", "lean", "launch", "tune"}
+RAY_AT = {"own_cluster", "cluster", "control", "worker", "ahead", "lean", "meeting", "driver", "launch", "tune"}
 CONFIG = {"yamltree", "schema", "overrides", "tree", "config"}
-STORED = {"storage", "checkpoint", "store", "board", "pulse", "watchdog", "keeper"}
-WITHOUT_TORCH = {*CONFIG, *STORED, "errors", "progress", "schedule", "records", "display"}
+STORED = {"direct", "patience", "storage", "checkpoint", "store", "board", "pulse", "watchdog", "keeper"}
+WITHOUT_TORCH = {
+    *CONFIG,
+    *STORED,
+    "errors",
+    "failure",
+    "budget",
+    "progress",
+    "schedule",
+    "records",
+    "display",
+    "listing",
+}
 FROM_THE_START = {"errors", "progress", "config", "task", "loop", "worker", "launch", "cluster", "cli"}
 
 MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import os
 import signal
 import subprocess
@@ -9,14 +11,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import Run, family, gone
+from runs import TESTS, Run, family, gone
+
+from raytrain.cluster import ask_head
 
 pytestmark = pytest.mark.ray
 
 
 def test_a_worker_that_is_killed_is_one_screen(tmp_path: Path) -> None:
-    said = Run(tmp_path).with_a_worker_killed_at(9, None, rank=1, status=1)
+    run = Run(tmp_path, {"SCALE.MAX_FAILURES": 0})
+    said = run.with_a_worker_killed_at(9, None, rank=1, status=1)
     assert said.count("failed on rank 1") == 1 and "died without a word" in said and "Traceback" not in said
+    assert "(raylet)" not in said
 
 
 def test_a_driver_that_is_killed_takes_its_cluster_with_it(tmp_path: Path) -> None:
@@ -30,6 +36,52 @@ def test_a_driver_that_is_killed_takes_its_cluster_with_it(tmp_path: Path) -> No
     gone(everyone)
 
 
+def test_it_listens_on_loopback_only_and_wants_a_token(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.hold(9)
+    launched = run.start("--num_workers", "2", env={"RAY_ADDRESS": ""})
+    workers = run.held(2, launched)
+    everyone = set(family(launched.pid))
+    try:
+        sockets = {pid: listening(pid) for pid in everyone}
+        head = next(pid for pid in everyone if "gcs_server" in command_of(pid))
+        answers = [ask_head("127.0.0.1", port, 5.0) for _, port in sockets[head]]
+    finally:
+        launched.kill(workers)
+    assert [pid for pid in sockets if sockets[pid]], "none listens: this looks at the wrong processes"
+    heard = [f"{command_of(pid)} {where}" for pid in sockets for where in sockets[pid] if not where[0].is_loopback]
+    assert heard == []
+    assert answers == ["refused"]
+
+
+def listening(pid: int) -> list[tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]]:
+    """(address, port) of each socket on which a process takes connections."""
+    rows = [line.split() for kind in ("tcp", "tcp6") for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]
+    waiting = {row[9]: row[1] for row in rows if row[3] == "0A"}
+    with contextlib.suppress(OSError):  # one that ends meanwhile
+        links = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
+        inodes = {link.removeprefix("socket:[").removesuffix("]") for link in links if link.startswith("socket:[")}
+        return [address_of(waiting[inode]) for inode in sorted(inodes & waiting.keys())]
+    return []
+
+
+def address_of(text: str) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]:
+    """`0100007F:1F90` of /proc/net/tcp: words of four bytes in the machine's order, and a port."""
+    address, _, port = text.partition(":")
+    words = [
+        bytes.fromhex(address[i : i + 8])[:: -1 if sys.byteorder == "little" else 1] for i in range(0, len(address), 8)
+    ]
+    found = ipaddress.ip_address(b"".join(words))
+    return getattr(found, "ipv4_mapped", None) or found, int(port, 16)
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0].decode()
+    except OSError:
+        return ""
+
+
 def test_what_a_run_is_refused_for_is_said_and_its_cluster_ended(tmp_path: Path) -> None:
     launched = Run(tmp_path).start("--num_workers", "2", "--resume", "nowhere", env={"RAY_ADDRESS": ""})
     said = launched.ended(2)
@@ -40,6 +92,6 @@ def test_what_a_run_is_refused_for_is_said_and_its_cluster_ended(tmp_path: Path)
 def test_ray_keeps_its_own_way_where_its_version_is_not_known(tmp_path: Path) -> None:
     code = "from raytrain import own_cluster; own_cluster.TESTED = (); from raytrain.cli import main; exit(main())"
     words = [sys.executable, "-c", code, *Run(tmp_path).words("--num_workers", "2")]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    env = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0 and "finished after epoch 3" in done.stdout, done.stdout + done.stderr

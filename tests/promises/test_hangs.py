@@ -12,7 +12,10 @@ from runs import TESTS, Launched, Run, assert_same_bits, wait_for
 
 HANG_S = 5.0  # a step of these runs takes a millisecond, their first one a second
 # Stragglers are told after some seconds, not after half a minute.
-QUICK = "from raytrain import pulse; pulse.WINDOW_S = 0.5; from raytrain.cli import main; raise SystemExit(main())"
+QUICK = (
+    "from raytrain import pulse; pulse.WINDOW_STEPS, pulse.WINDOW_S = 40, 0.5; "
+    "from raytrain.cli import main; raise SystemExit(main())"
+)
 
 
 def hanging(folder: Path, **changes: Any) -> Run:
@@ -33,7 +36,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends_as_if_it_had_not(tmp_path: 
 
 @pytest.mark.ray
 def test_a_call_that_holds_the_interpreter_for_ever_is_what_the_screen_shows(tmp_path: Path) -> None:
-    run = hanging(tmp_path)
+    run = hanging(tmp_path, **{"SCALE.MAX_FAILURES": 0})
     (run.gate / "eval").write_text("0")
     said = run.run("--num_workers", "2", status=1)
     assert "Training failed on rank 1 at step 6" in said and "in eval at step 6" in said
@@ -43,7 +46,7 @@ def test_a_call_that_holds_the_interpreter_for_ever_is_what_the_screen_shows(tmp
 def test_a_straggler_and_a_loader_worker_that_hangs_are_named_under_torchrun(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"OPTIMIZATION.NUM_EPOCHS": 1000, "CHECKPOINT.EVERY_STEPS": None, "EVAL": {"EVERY": None}}
     # Loader workers take their time to start.
-    run = hanging(tmp_path, **{**changes, "LOADER.WORKERS": 1, "SCALE.HANG_TIMEOUT": 2 * HANG_S})
+    run = hanging(tmp_path, **{**changes, "LOADER.WORKERS": 1, "SCALE.HANG_TIMEOUT": 1.5 * HANG_S})
     (run.gate / "slow_forward").write_text("0.02")
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
     env = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,224 @@
+"""Which steps must not change the weights: a loss or gradient that is not finite, or far above the usual.
+
+One such step ruins weights, moments and BatchNorm's statistics for good. Every rank judges the same summed
+numbers, so all come to the same verdict without a word; what a GPU says is read two steps late, without waiting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from raytrain.firsts import copy_fitting, fits
+
+KINDS = ("", "spike", "nonfinite")  # verdicts, in the order of their numbers; 0: nothing is wrong
+SPIKE, NONFINITE = 1, 2
+LATE_STEPS = 2  # after these, what a GPU computed has arrived on the host
+
+
+@dataclasses.dataclass(frozen=True)
+class Trouble:
+    """A step that changed nothing, as one rank knows it.
+
+    kind:            "nonfinite" or "spike"
+    ago:             how many steps before the one that has just been taken
+    in_a_row:        so many such steps, this one included
+    loss, grad_norm: of the step, over all ranks
+    loss_here:       this rank's part of the loss
+    parameters:      names of those whose gradient is not finite: on this rank, or if ago > 0 in the sum over all
+                     (there those too that lie within 4096 numbers of one that is not)
+    """
+
+    kind: str
+    ago: int
+    in_a_row: int
+    loss: float
+    grad_norm: float
+    loss_here: float
+    parameters: list[str]
+
+    @property
+    def here(self) -> bool:
+        """Whether numbers of this very rank are not finite."""
+        return (self.ago == 0 and bool(self.parameters)) or not math.isfinite(self.loss_here)
+
+
+class Guard:
+    """The verdict on each step, what OPTIMIZATION says is done about a bad one, and the state to go back to.
+
+    actions:        by kind: "skip", "rollback" or "stop"
+    limit:          so many bad steps in a row end the run
+    rollback_every: steps between the states that a rollback goes back to (anchors); None: it never does
+    scaled:         fp16: gradients overflow as a matter of course, and the loss scaler answers that
+
+    All that a resumed run needs of it are tensors, which change in place.
+    """
+
+    def __init__(self, optim_cfg: Any, device: torch.device, scaled: bool) -> None:
+        spike = optim_cfg.SPIKE
+        self.actions = {"nonfinite": optim_cfg.NONFINITE} | ({"spike": spike.ACTION} if spike else {})
+        self.limit: int = optim_cfg.NONFINITE_LIMIT
+        self.rollback_every = optim_cfg.ROLLBACK_EVERY if "rollback" in self.actions.values() else None
+        self.scaled = scaled
+        self.in_a_row = torch.zeros((), device=device)
+        self._calm = False  # whether in_a_row is known to be 0
+        self.unread = torch.zeros(LATE_STEPS, 5, device=device)  # verdicts of the last steps, where they come late
+        self.window: torch.Tensor | None = None
+        if spike is not None:  # loss and norm of the last good steps, newest last; NaN: there were not so many yet
+            self.factor = float(spike.FACTOR)
+            self.window = torch.full((2, spike.WINDOW), math.nan, device=device)
+        self.anchor: dict[str, torch.Tensor] = {}
+        self.anchor_step = torch.zeros((), dtype=torch.int64)
+
+    def read(self, loss: torch.Tensor, norm: torch.Tensor) -> int:
+        """What is wrong with a step of this loss and gradient norm, an index of KINDS. Waits for their device."""
+        if self.window is not None:
+            return int(self.judge(loss, norm))
+        finite = math.isfinite(loss.item()) and (self.scaled or math.isfinite(norm.item()))
+        if not finite:
+            self.in_a_row.add_(1)
+        elif not self._calm:
+            self.in_a_row.zero_()
+        self._calm = finite
+        return 0 if finite else NONFINITE
+
+    def judge(self, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        """What `read` says, a f32 scalar on the device, without waiting for it."""
+        judged = loss if self.scaled else loss + norm
+        verdict = (judged * 0 != 0).float() * NONFINITE  # infinities and NaN times 0 are NaN
+        if self.window is not None:
+            verdict = self._with_spikes(self.window, verdict, torch.stack([loss.float(), norm.float()]))
+        self.in_a_row.add_(1).mul_(verdict > 0)
+        return verdict
+
+    def _with_spikes(self, window: torch.Tensor, verdict: torch.Tensor, latest: torch.Tensor) -> torch.Tensor:
+        """Also a loss or norm far above its median; what is neither comes into the window. latest: (2,)"""
+        if self.scaled:  # an overflow is no spike and no usual norm
+            latest = torch.where(latest * 0 == 0, latest, math.nan)
+        ordered = window.sort(dim=1).values  # NaN last
+        medians = ordered[:, (window.shape[1] - 1) // 2]
+        # By distance, so that a negative loss has spikes too; NaN while the window is not full.
+        limits = medians + (self.factor - 1) * medians.abs() + 0 * ordered[:, -1]
+        high = (latest > limits) & (medians != 0)  # a median of 0 says nothing of what is usual
+        verdict = torch.maximum(verdict, high.any() * float(SPIKE))
+        left_out = verdict > 0
+        if self.scaled:
+            left_out = left_out | latest.isnan().any()
+        torch.where(left_out, window, torch.cat([window[:, 1:], latest[:, None]], dim=1), out=window)
+        return verdict
+
+    def why_end(self, trouble: Trouble) -> str | None:
+        """What ends the run with this step; None if it goes on."""
+        key = "NONFINITE" if trouble.kind == "nonfinite" else "SPIKE.ACTION"
+        if self.actions[trouble.kind] == "stop":
+            return f"OPTIMIZATION.{key} is stop, so the run ends here"
+        if trouble.in_a_row >= self.limit:
+            return f"The run ends: {self.limit} such steps in a row are too many (OPTIMIZATION.NONFINITE_LIMIT)"
+        return None
+
+    def takes_again(self, trouble: Trouble) -> bool:
+        """Whether a run that ends with this step ends before it, and begins with it when it goes on."""
+        return self.actions[trouble.kind] == "stop" and trouble.ago == 0
+
+    def anchor_due(self, step: int) -> bool:
+        """Whether the state after `step` steps is one to go back to."""
+        return self.rollback_every is not None and (step % self.rollback_every == 0 or not self.anchor)
+
+    def drop_anchor(self, step: int, living: Mapping[str, torch.Tensor]) -> None:
+        """`living`, as it is after `step` steps, is what a rollback goes back to."""
+        before = self.anchor
+        self.anchor = {n: before[n] if fits(t, before.get(n)) else torch.empty_like(t) for n, t in living.items()}
+        copy_fitting(self.anchor, living)
+        self.anchor_step.fill_(step)
+
+    def roll_back(self, living: Mapping[str, torch.Tensor]) -> None:
+        """`living` becomes what it was at the anchor; moments that did not exist then become zero, as they began."""
+        copy_fitting(living, self.anchor)
+        for name, tensor in living.items():
+            if name.startswith("moments.") and name not in self.anchor:
+                tensor.zero_()
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; the tensors live on."""
+        found: dict[str, Any] = {"in_a_row": self.in_a_row, "unread": self.unread}
+        if self.window is not None:
+            found["window"] = self.window
+        if self.rollback_every is not None:
+            found |= {"anchor": self.anchor, "anchor_step": self.anchor_step}
+        return found
+
+    def load(self, state: Mapping[str, Any], living: Mapping[str, torch.Tensor]) -> None:
+        """Take over what fits of a `state`; an anchor of another model than `living` is not."""
+        self._calm = False
+        own = {name: tensor for name, tensor in self.state().items() if name != "anchor"}
+        copy_fitting(own, {name: state[name].to(tensor.device) for name, tensor in own.items() if name in state})
+        anchor = {name: tensor.to(self.in_a_row.device) for name, tensor in state.get("anchor", {}).items()}
+        weights = {name: tensor for name, tensor in living.items() if name.startswith("params.")}
+        whole = all(fits(tensor, anchor.get(name)) for name, tensor in weights.items())
+        self.anchor = {n: t.clone() for n, t in anchor.items()} if whole and self.rollback_every is not None else {}
+
+
+class Late:
+    """Small tensors on their way to the host, each handed out LATE_STEPS after it was put in."""
+
+    def __init__(self, first: Sequence[list[float]] = ()) -> None:
+        """first: what is handed out first, oldest first."""
+        self._under_way: deque[tuple[Any, torch.cuda.Event | None]] = deque((values, None) for values in first)
+
+    def swap(self, tensor: torch.Tensor) -> list[float] | None:
+        """Puts `tensor` in; the numbers of the one that was put in two steps ago, None if there is none."""
+        host, event = tensor.to("cpu", non_blocking=True), None
+        if tensor.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+        self._under_way.append((host, event))
+        if len(self._under_way) <= LATE_STEPS:
+            return None
+        host, event = self._under_way.popleft()
+        if event is not None and not event.query():
+            event.synchronize()
+        return list(host.tolist() if isinstance(host, torch.Tensor) else host)
+
+
+class Snapshot:
+    """Copies of tensors `of`, taken anew by `take`: small ones together, since a copy of each costs 2 us.
+
+    values: by the keys of `of`, as they were taken last
+    """
+
+    def __init__(self, of: Mapping[Any, torch.Tensor]) -> None:
+        self.of = of
+        self.values: dict[Any, torch.Tensor] = {}
+        self._together: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
+        small = {key: tensor for key, tensor in of.items() if tensor.is_contiguous()}
+        for dtype in {tensor.dtype for tensor in small.values()}:
+            parts = {key: tensor.view(-1) for key, tensor in small.items() if tensor.dtype is dtype}
+            memory = torch.cat(list(parts.values()))
+            views = memory.split([part.numel() for part in parts.values()])
+            self.values |= {key: view.view(of[key].shape) for key, view in zip(parts, views, strict=True)}
+            self._together.append((memory, list(parts.values())))
+        self._alone = {key: tensor for key, tensor in of.items() if key not in small}
+        self.values |= {key: tensor.clone() for key, tensor in self._alone.items()}
+
+    @torch.no_grad()
+    def take(self) -> None:
+        for memory, parts in self._together:
+            torch.cat(parts, out=memory)
+        for key, tensor in self._alone.items():
+            self.values[key].copy_(tensor)
+
+
+def put_back(tensors: Mapping[Any, torch.Tensor], before: Mapping[Any, torch.Tensor], bad: torch.Tensor) -> None:
+    """Where the scalar `bad` is not 0, each of `tensors` becomes its value `before`; without waiting for the device."""
+    fitting = [key for key, tensor in tensors.items() if fits(tensor, before.get(key))]
+    for dtype in {tensors[key].dtype for key in fitting}:  # together: a launch for each would take longer than a step
+        keys = [key for key in fitting if tensors[key].dtype is dtype]
+        was, now = (torch.cat([side[key].reshape(-1) for key in keys]) for side in (before, tensors))
+        parts = torch.where(bad > 0, was, now).split([tensors[key].numel() for key in keys])
+        shaped = [part.view(tensors[key].shape) for key, part in zip(keys, parts, strict=True)]
+        torch._foreach_copy_([tensors[key] for key in keys], shaped)

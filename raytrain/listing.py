@@ -1,0 +1,302 @@
+"""What lies in a run folder: its checkpoints, whether they are sound, what a resume would take. Nothing is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from raytrain.checkpoint import Manifest, is_verified, verify_checkpoint
+from raytrain.config import Checkpoint
+from raytrain.errors import CheckpointError, PreflightError, masked
+from raytrain.records import number
+from raytrain.resume import Origin, is_complete, newest_to_trust, origin_of
+from raytrain.runfolder import JOURNAL
+from raytrain.storage import Storage, parse_temporary
+from raytrain.store import FOLDER, SUPERSEDED, Listed, Store, listed, verified
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+ATTEMPTS = 9  # to see a folder in which nothing that is told of goes meanwhile; a run that trains removes old ones
+TAKEN = "resume takes this"
+NEITHER = "Give a run folder (OUTPUT/<group>/<name of the YAML>/<extra_tag>), or the config of the run with --cfg_file"
+
+Watch = Callable[[list[Listed]], Iterable[Listed]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One checkpoint. state: "ok" (every byte was read), "not checked" (sizes are right), or "damaged: <why>"."""
+
+    name: str
+    manifest: Manifest | None
+    state: str
+    marks: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What a run folder holds, newest first; `says` in sentences what a resume would take, and why.
+
+    usable: whether a resume has something sound to take, or may begin at step 0
+    """
+
+    rows: list[Row]
+    says: list[str]
+    usable: bool
+    metric: str | None
+
+    @property
+    def damaged(self) -> list[Row]:
+        return [row for row in self.rows if row.state.startswith("damaged")]
+
+
+def check_run_folder(storage: Storage, of_config: bool = False) -> None:
+    """PreflightError, saying what to give in its place, unless this is a run's folder."""
+    path = storage.path_of("")
+    if any(storage.exists(name) for name in (FOLDER, JOURNAL, "config.yaml")):
+        return
+    if of_config:
+        raise PreflightError(f"{path}: there is nothing yet: this config has not been trained")
+    if not storage.exists(""):
+        raise PreflightError(f"{path}: there is no such folder. {NEITHER}")
+    if storage.exists("manifest.json") or any(name.startswith("checkpoint_") for name in storage.list("")):
+        raise PreflightError(f"{path}: this lies within a run folder. Give the folder that holds {FOLDER}/")
+    inside = [name for name in storage.list("") if storage.exists(f"{name}/{FOLDER}")]
+    if inside:
+        raise PreflightError(f"{path}: this holds several runs. Give one of them: {masked(storage.path_of(inside[0]))}")
+    raise PreflightError(f"{path}: this is no run folder. {NEITHER}")
+
+
+def survey(storage: Storage, cfg: Any = None, every_byte: bool = False, watch: Watch = iter) -> Survey:
+    """What the run folder holds at one moment, also while a run trains in it.
+
+    cfg:        the run's config, where it is known; else what its newest checkpoint says counts
+    every_byte: read all checkpoints in full, not only the one that a resume would take
+    watch:      what those that are read go through, to show how far it is
+    """
+    states: dict[str, str] = {}
+    for _ in range(ATTEMPTS):
+        entries = listed(storage)
+        store = Store(storage, cfg.CHECKPOINT if cfg is not None else policy_of(entries), "")
+        if every_byte:
+            unread = [entry for entry in entries if entry.manifest is not None and entry.name not in states]
+            states |= {entry.name: state_of(storage, entry) for entry in watch(unread)}
+        found = _survey(store, entries, states, cfg)
+        if all(storage.exists(f"{FOLDER}/{row.name}") for row in (found.damaged if found.usable else found.rows)):
+            break
+    return found
+
+
+def policy_of(entries: list[Listed]) -> Checkpoint:
+    """The CHECKPOINT section of the newest checkpoint that holds one, by which the best one is told."""
+    for entry in entries:
+        if entry.manifest is not None:
+            try:
+                return Checkpoint.model_validate(entry.manifest.config.get("CHECKPOINT"))
+            except ValueError:  # of another version, or made by others
+                continue
+    return Checkpoint()
+
+
+def state_of(storage: Storage, entry: Listed) -> str:
+    """ "ok", after every byte has been read, or "damaged: <why>"."""
+    try:
+        verified(storage, entry.name)
+    except CheckpointError as error:
+        return damaged(storage, entry.name, str(error))
+    return "ok"
+
+
+def damaged(storage: Storage, name: str, why: str) -> str:
+    return f"damaged: {why.removeprefix(masked(storage.path_of(f'{FOLDER}/{name}')) + ': ')}"
+
+
+def _survey(store: Store, entries: list[Listed], states: dict[str, str], cfg: Any) -> Survey:
+    storage, refusal = store.storage, ""
+    left, recovered = leftovers(storage)
+    taken, passed_over = newest_to_trust(store)
+    states = states | {name: damaged(storage, name, why) for name, why in passed_over}
+    try:
+        origin = origin_of(taken, passed_over)
+    except CheckpointError as error:
+        origin, refusal = None, str(error)
+    if recovered and (origin is None or origin.manifest is None or recovered[1] > origin.manifest.progress):
+        says = [f"resume goes on from {recovered[0]}, which a writer that died had finished: the next start renames it"]
+        says += origin.notes if origin else refusal.splitlines()[1:-1]
+        origin, refusal = None, ""
+    elif refusal:
+        says = ["nothing can be trusted: " + refusal]
+    else:
+        says = origin_says(origin, cfg)
+    for name in storage.list(FOLDER):  # said once in a line is enough
+        says = [line.replace(f"{masked(storage.path_of(f'{FOLDER}/{name}'))}: ", f"{name}: ") for line in says]
+        says = [line.replace(f"{name}: {name}: ", f"{name}: ") for line in says]
+    if origin is not None and origin.name is not None:
+        states = states | {origin.name: "ok"}
+    rows = rows_of(store, entries, states, origin.name if origin else None)
+    return Survey(rows, [*says, *left, *superseded(storage)], not refusal, store.policy.METRIC)
+
+
+def rows_of(store: Store, entries: list[Listed], states: dict[str, str], taken: str | None) -> list[Row]:
+    rows = []
+    told = {e.name: damaged(store.storage, e.name, e.damage) for e in entries if e.manifest is None}
+    told = {**{entry.name: "not checked" for entry in entries}, **states, **told}
+    best = [entry.name for entry in store.ranked(entries) if not told[entry.name].startswith("damaged")][:1]
+    newest = [entry.name for entry in entries if not told[entry.name].startswith("damaged")][:1]
+    for entry in entries:
+        marks = {"newest": newest, "best": best, TAKEN: [taken] if taken else []}
+        here = [mark for mark, names in marks.items() if entry.name in names]
+        rows.append(Row(entry.name, entry.manifest, told[entry.name], here))
+    return rows
+
+
+def origin_says(origin: Origin | None, cfg: Any) -> list[str]:
+    """What a start would do, and what it passes over on the way there."""
+    if origin is None or origin.manifest is None:
+        return ["there is no checkpoint yet: training begins at step 0"]
+    progress = origin.manifest.progress
+    optimization = origin.manifest.config.get("OPTIMIZATION") or {}
+    num_epochs = cfg.OPTIMIZATION.NUM_EPOCHS if cfg is not None else optimization.get("NUM_EPOCHS", 0)
+    if isinstance(num_epochs, int) and 0 < num_epochs <= progress.epoch:
+        if is_complete(origin, num_epochs):
+            first = f"nothing is left to do: {origin.name} has all {num_epochs} epochs, trained and evaluated"
+        else:
+            first = f"resume takes {origin.name}, evaluates it, and is done: all {num_epochs} epochs are trained"
+    else:
+        first = f"resume goes on from {origin.name} ({place(origin.manifest)}), the newest that is whole"
+    return [first, *origin.notes]
+
+
+def place(manifest: Manifest) -> str:
+    """`epoch 3, 120 of 1,438 samples`, or `after epoch 2`."""
+    progress, samples = manifest.progress, manifest.world.get("num_samples")
+    if progress.cursor == 0:
+        return f"after epoch {progress.epoch}"
+    of = f" of {samples:,}" if isinstance(samples, int) else ""
+    return f"epoch {progress.epoch + 1}, {progress.cursor:,}{of} samples"
+
+
+def leftovers(storage: Storage) -> tuple[list[str], tuple[str, Any] | None]:
+    """A line for each unfinished save; and path and progress of the newest that the next start puts in place.
+
+    As Store.clean_leftovers will treat them.
+    """
+    lines, recovered = [], None
+    for name in storage.list(FOLDER):
+        left = parse_temporary(name)
+        if left is None or left.kind != "writing":
+            continue
+        path = f"{FOLDER}/{name}"
+        if left.writer_lives:
+            lines.append(f"{left.name} is being saved now ({name})")
+            continue
+        try:
+            found = (left.name, verify_checkpoint(storage, path).progress)
+        except CheckpointError:
+            found = None
+        if found is None or is_verified(storage, f"{FOLDER}/{left.name}"):
+            lines.append(f"leftover: {name}, of a save that no process here is at; the next start removes it")
+        else:
+            lines.append(f"leftover: {name} holds the whole of {left.name}; the next start puts it in its place")
+            recovered = max(recovered or found, found, key=lambda pair: pair[1])
+    return lines, recovered
+
+
+def superseded(storage: Storage) -> list[str]:
+    """A line for each launch that went back to an older checkpoint, on those that it moved aside."""
+    return [
+        f"superseded: {', '.join(storage.list(f'{SUPERSEDED}/{launch}'))} (moved aside by launch {launch}, which went "
+        f"back; kept in {SUPERSEDED} until you remove them)"
+        for launch in storage.list(SUPERSEDED)
+    ]
+
+
+def report(found: Survey, now: float) -> list[RenderableType]:
+    """The table and the sentences, to be printed. now: unix seconds."""
+    from rich.table import Table
+    from rich.text import Text
+
+    sentences: list[RenderableType] = [Text(clean(line)) for line in found.says]
+    if not found.rows:
+        return sentences
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("checkpoint", "epoch", "step", "samples", "saved", "size", "metrics", "launch", "state", ""):
+        right = title in ("epoch", "step", "samples", "size")
+        table.add_column(title, justify="right" if right else "left", overflow="fold", no_wrap=title == "checkpoint")
+    for row in found.rows:
+        style = "red" if row in found.damaged else "green" if TAKEN in row.marks else ""
+        table.add_row(*(Text(clean(cell)) for cell in cells(row, found.metric, now)), style=style)
+    return [table, Text(), *sentences]
+
+
+def cells(row: Row, metric: str | None, now: float) -> list[str]:
+    """What the table says of one checkpoint."""
+    marks = ", ".join(row.marks)
+    if row.manifest is None:
+        return [row.name, *[""] * 7, row.state, marks]
+    manifest, progress = row.manifest, row.manifest.progress
+    metrics = manifest.found
+    shown = {metric: metrics[metric]} if metric in metrics else dict(list(metrics.items())[:1])
+    return [
+        row.name,
+        f"{progress.epoch:,}",
+        f"{progress.step:,}",
+        f"{progress.cursor:,}",
+        saved_at(manifest.created, now),
+        size(sum(facts["size_bytes"] for facts in manifest.files.values())),
+        "  ".join(f"{name} {number(value)}" for name, value in shown.items()),
+        manifest.launch,
+        row.state,
+        marks,
+    ]
+
+
+def saved_at(created: str, now: float) -> str:
+    """`11-23 17:40:02 (3 min ago)`, in local time; as it was written where it is no time."""
+    try:
+        moment = datetime.datetime.fromisoformat(created).astimezone()
+    except (ValueError, OverflowError):
+        return created
+    return f"{moment:%m-%d %H:%M:%S} ({age(now - moment.timestamp())})"
+
+
+def age(seconds: float) -> str:
+    """`40 s ago`, `3 min ago`, `5 h ago`, `2 d ago`."""
+    units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+    unit_s, unit = next((pair for pair in units if seconds >= 2 * pair[0]), units[-1])
+    return f"{max(0, int(seconds / unit_s))} {unit} ago"
+
+
+def size(size_bytes: float) -> str:
+    """`412 B`, `1.2 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.3g} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:,.3g} TB"
+
+
+def clean(text: str) -> str:
+    """`text` without what would steer a terminal: manifests may come from elsewhere."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def rendered(found: Survey, console: Console, now: float) -> str:
+    """The survey as text, in colours where the console has them. now: unix seconds."""
+    with console.capture() as captured:
+        for part in report(found, now):
+            console.print(part, soft_wrap=not console.is_terminal)
+    return captured.get().rstrip("\n")
+
+
+def shown_on(console: Console) -> Watch:
+    """A `watch` that shows on a terminal how far the reading is."""
+    from rich.progress import track
+
+    def watch(entries: list[Listed]) -> Iterable[Listed]:
+        return track(entries, "reading", console=console, transient=True, disable=not console.is_terminal)
+
+    return watch

@@ -1,0 +1,120 @@
+"""Calls to disks and servers: what may pass is tried again, what will not is explained at once."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
+
+from raytrain.errors import StorageError
+
+PATIENCE_S = 60.0  # how long what may pass is tried again
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
+
+# The network's, and those of a network file system that is mounted. A bad sector (EIO) stays bad.
+PASSING = {
+    *(errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.EPIPE, errno.EHOSTUNREACH, errno.ENETUNREACH),
+    *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED),
+}
+# Of AWS, Google Cloud and Hadoop. NO_SUCH_UPLOAD: the answer to one that got through was lost; all is sent again.
+PASSING_TEXTS = (
+    r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT"
+    r"|NO_SUCH_UPLOAD|UNKNOWN \(HTTP status (408|429|5\d\d)\))(?!.*curlCode: (3|51|58|60|77)\b)"  # those: certificates
+    r"|google::cloud::Status\((UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|INTERNAL)\b"
+    r"|(?i:timed out|connection (reset|refused|aborted|closed)|RetriableException|StandbyException)"
+)
+
+T = TypeVar("T")
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def patiently(action: str, path: str, operation: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
+    """What `operation` gives, which may be done twice.
+
+    An OSError that may pass is waited out, for patience_s in all, in ever longer pauses; any other
+    and the last one is a StorageError: `path` cannot `action`.
+    """
+    began, tries, pause_s = time.monotonic(), 1, FIRST_PAUSE_S
+    while True:
+        try:
+            return operation()
+        except OSError as error:
+            waited_s = time.monotonic() - began
+            if not may_pass(error) or waited_s + pause_s > patience_s:
+                tried = f" (tried {tries} times in {waited_s:.0f} s)" if tries > 1 else ""
+                raise _failure(error, action, path, tried) from error
+        # Workers that failed together shall not come back together. Never the generator that training draws from.
+        time.sleep(random.SystemRandom().uniform(0.5, 1.0) * pause_s)
+        tries, pause_s = tries + 1, min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def patient(action: str) -> Callable[[Method], Method]:
+    """For methods of a storage, whose first argument is a name: called as by `patiently`."""
+
+    def decorate(method: Method) -> Method:
+        @functools.wraps(method)
+        def tried(self: Any, name: str, *args: Any) -> Any:
+            operation = functools.partial(method, self, name, *args)
+            return patiently(action, self.path_of(name), operation, self.patience_s)
+
+        return cast(Method, tried)
+
+    return decorate
+
+
+@contextlib.contextmanager
+def explained(action: str, path: str) -> Iterator[None]:
+    """An OSError is told as by `patiently`: for what cannot be done twice."""
+    try:
+        yield
+    except OSError as error:
+        raise _failure(error, action, path) from error
+
+
+def may_pass(error: OSError) -> bool:
+    """True if the same call may well succeed later. pyarrow tells most of its errors only as text."""
+    if error.errno is not None:
+        return error.errno in PASSING
+    return re.search(PASSING_TEXTS, str(error)) is not None
+
+
+def _failure(error: OSError, action: str, path: str, tried: str = "") -> StorageError:
+    what = (error.strerror or str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+    return StorageError(f"{path}: cannot {action}: {what}{tried}. {_advice(error)}")
+
+
+def _advice(error: OSError) -> str:
+    """What a person can do about `error`; pyarrow gives most of its own only as text."""
+    match error.errno:
+        case errno.EACCES | errno.EPERM:
+            return "Give the user that runs raytrain access to it, or choose another OUTPUT"
+        case errno.EROFS:
+            return "The file system is read-only; choose another OUTPUT"
+        case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
+            return "Free some space or lower CHECKPOINT.KEEP_LAST, then run the same command again"
+        case errno.ENOTDIR | errno.EEXIST | errno.ENOTEMPTY:
+            return "Something else stands at this path; move it away or choose another OUTPUT"
+    text = str(error).lower()
+    if re.search(r"libjvm|libhdfs|classpath", text):
+        return (
+            "hdfs:// needs Java and Hadoop on every node: set JAVA_HOME, HADOOP_HOME and CLASSPATH "
+            "(`hadoop classpath --glob` prints it)"
+        )
+    if re.search(r"no_?such_?bucket|bucket does not exist|^bucket .* not found", text):
+        return "Create the bucket or correct its name in OUTPUT"
+    if re.search(r"permanent_?redirect|http status 301", text):
+        return "The bucket is in another region: name it in the URI, as s3://bucket/folder?region=eu-west-1"
+    if re.search(r"signature", text):
+        return "The secret does not belong to the access key: check AWS_SECRET_ACCESS_KEY, on every node"
+    if re.search(r"access.?denied|credential|access.?key|expired.?token|http status 40[13]|forbidden", text):
+        return "Check the credentials of the machine that raytrain runs on (every node has its own) and their rights"
+    if re.search(r"connect|timeout|timed out|resolve|network|curl", text):
+        return "Check the network of this machine and the endpoint in the URI"
+    if isinstance(error, FileNotFoundError):
+        return "It does not exist, or something removed it meanwhile"
+    return "Check that the path is right and the storage is healthy"

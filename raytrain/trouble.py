@@ -1,0 +1,89 @@
+"""What is told of a step whose numbers were bad: which ranks, parameters and samples it came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from raytrain.engine import is_finite
+from raytrain.feed import Step
+from raytrain.guard import Trouble
+from raytrain.journal import Journal
+from raytrain.state import RunState
+from raytrain.task import ModelReturn
+
+SHOWN = 5  # parameters of an event
+SAMPLES_SHOWN = 24
+
+
+def suspects(trouble: Trouble, taken: Sequence[Step], returns: Sequence[ModelReturn]) -> list[int]:
+    """Ids of this rank's samples of a bad step: of its micro-batches whose loss is not finite, else of all.
+
+    taken: the steps up to now;  returns: of the last one
+    """
+    if trouble.ago >= len(taken):  # it was taken in another epoch, or before the run was resumed
+        return []
+    keys = [key for of_worker in taken[-1 - trouble.ago].micro_batches.values() for key in of_worker]
+    bad = []
+    if trouble.ago == 0:
+        bad = [key for key, each in zip(keys, returns, strict=True) if not is_finite(each.loss.detach())]
+    return [sample for key in bad or keys for sample in key.ids]
+
+
+def answer(run: RunState, journal: Journal, trouble: Trouble, samples: list[int]) -> str | None:
+    """Collective. Tell of a bad step, which has changed nothing, and roll back if that is asked for.
+
+    Returns what happened and why that ends the run, None if it goes on.
+
+    samples: ids of those on this rank that it may come from
+    """
+    guard, step = run.engine.guard, run.progress.step - trouble.ago
+    everyone = run.world.all_objects((trouble, samples))
+    ranks = culprits([each for each, _ in everyone])
+    parameters = list(dict.fromkeys(name for rank in ranks for name in everyone[rank][0].parameters))
+    ids = [sample for rank in ranks for sample in everyone[rank][1]]
+    told = f"{described(step, trouble, ranks, parameters, ids)}: it changed nothing"
+    if guard.actions[trouble.kind] == "rollback":
+        told += f", and the run went back to the weights of step {run.engine.roll_back()}"
+    if trouble.in_a_row > 1:
+        told += f"; {trouble.in_a_row} such steps in a row"
+    journal.write(
+        "event",
+        event=trouble.kind,
+        step=step,
+        ranks=ranks,
+        parameters=parameters[:SHOWN],
+        samples=ids[:SAMPLES_SHOWN],
+        action=guard.actions[trouble.kind],
+        in_a_row=trouble.in_a_row,
+        loss=trouble.loss,
+        grad_norm=trouble.grad_norm,
+        message=told,
+    )
+    reason = guard.why_end(trouble)
+    return None if reason is None else f"{told}. {reason}"
+
+
+def culprits(told: Sequence[Trouble]) -> list[int]:
+    """The ranks that a bad step comes from, by what each rank tells of it; all, where it shows in the sum alone."""
+    if told[0].kind == "spike":
+        return [max(range(len(told)), key=lambda rank: told[rank].loss_here)]
+    return [rank for rank, trouble in enumerate(told) if trouble.here] or list(range(len(told)))
+
+
+def described(step: int, trouble: Trouble, ranks: Sequence[int], parameters: Sequence[str], ids: Sequence[int]) -> str:
+    """A bad step, in words."""
+    if trouble.kind == "spike":
+        what = f"the loss is {trouble.loss:.4g} and the gradient's norm {trouble.grad_norm:.4g}, far above the usual"
+    elif math.isfinite(trouble.loss):
+        what = f"the gradient's norm is {trouble.grad_norm}"
+    else:
+        what = f"the loss is {trouble.loss}"
+    where = [f"rank {', '.join(map(str, ranks))}"]
+    if parameters:
+        where.append(f"first in the gradient of {', '.join(parameters[:SHOWN])}{', ...' if parameters[SHOWN:] else ''}")
+    if ids:
+        left = len(ids) - SAMPLES_SHOWN
+        more = f" and {left} more" if left > 0 else ""
+        where.append(f"samples {', '.join(map(str, ids[:SAMPLES_SHOWN]))}{more}")
+    return f"step {step}: {what} ({'; '.join(where)})"

@@ -1,0 +1,386 @@
+"""A step whose numbers are bad leaves no trace: the run is, to the bit, the one that never took it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from optimization import OPTIMIZATION
+from processes import Pair
+from test_loop import config
+from torch import nn
+
+from raytrain import loop
+from raytrain.control import Control
+from raytrain.engine import Engine, Stepped
+from raytrain.feed import Feed
+from raytrain.guard import Guard, Late, Trouble, put_back
+from raytrain.journal import Journal
+from raytrain.optim import options_of, stepped_groups
+from raytrain.runfolder import RunFolder
+from raytrain.saves import Saves
+from raytrain.state import RunState, build_run
+from raytrain.stepper import TorchStepper
+from raytrain.store import Store
+from raytrain.task import load_task_class
+from raytrain.trouble import culprits, described
+from raytrain.worker import build_datasets, plan_of
+from raytrain.world import World
+
+OPTIM = {**OPTIMIZATION, "LR": 0.02, "GRAD_NORM_CLIP": 0.5, "OPTIMIZER": "adamw"}
+NAN = math.nan
+
+
+class Net(nn.Module):
+    """BatchNorm, a buffer that counts, an f64 parameter, and a branch for some steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.linear = nn.Linear(4, 3)
+        self.branch = nn.Linear(3, 3)
+        self.fine = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor, branch: bool = True) -> torch.Tensor:
+        self.passes += 1
+        x = self.linear(self.norm(x))
+        return ((self.branch(x) if branch else x) * self.fine).square().mean()
+
+
+def engine_of(kind: str, world: World | None = None, reduction: str = "auto", **changes: Any) -> Engine:
+    """kind: flat, ddp, or ddp on fused kernels as on a GPU; `late` after it: as where reading waits for the device."""
+    torch.manual_seed(0)
+    cfg = SimpleNamespace(**{**OPTIM, "ENGINE": kind.split()[0], **changes})
+    device = torch.device("cuda" if "cuda" in kind else "cpu")
+    engine = Engine(Net().to(device), cfg, world or World(virtual_workers=2, device=device), reduction)
+    if device.type == "cuda":
+        return engine
+    if "fused" in kind:
+        groups = stepped_groups(engine.model, cfg)
+        engine.stepper = TorchStepper(groups, options_of(cfg), engine.precision.scaler, None, fused=True)
+    engine.late = "late" in kind
+    return engine
+
+
+def inputs(step: int, v: int) -> torch.Tensor:
+    return torch.randn(5, 4, generator=torch.Generator().manual_seed(10 * step + v))
+
+
+def take(engine: Engine, step: int, spoil: float = 1.0, branch: bool = True) -> Stepped:
+    """One step; virtual worker 1's first input is multiplied by `spoil`."""
+    engine.zero_grad()
+    for v in engine.world.block:
+        x = inputs(step, v)
+        x[0, 0] *= spoil if v == 1 else 1.0
+        x = x.to(engine.world.device)
+        with engine.virtual_worker():
+            engine.backward(engine.model(x, branch), 1 / engine.world.virtual_workers)
+    return engine.step(0.05, 0.9, ())
+
+
+def everything(engine: Engine) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in engine.living().items()}
+
+
+def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Moments that one of them does not have yet are zero, which is what they begin with."""
+    for name in {**found, **expected}:
+        both = [side.get(name, torch.zeros(())).cpu() for side in (found, expected)]
+        assert torch.equal(*both) or (name.startswith("moments.") and not any(tensor.any() for tensor in both)), name
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+ON_A_GPU = [pytest.param(f"{kind} cuda", marks=needs_gpu) for kind in ("flat", "ddp")]
+ENGINES = pytest.mark.parametrize("kind", ["flat", "flat late", "ddp", "ddp fused late", *ON_A_GPU])
+
+
+@ENGINES
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("spoil", [NAN, math.inf])
+def test_a_step_that_is_not_finite_leaves_no_trace(kind: str, optimizer: str, spoil: float) -> None:
+    spoilt, spared = (engine_of(kind, OPTIMIZER=optimizer) for _ in range(2))
+    for step in range(4):
+        for engine in (spoilt, spared):
+            take(engine, step, branch=step > 0)
+        before = everything(spoilt)
+        assert not take(spoilt, 50 + step, spoil).loss.isfinite()
+        assert_same_bits(everything(spoilt), before)
+    assert_same_bits(everything(spoilt), everything(spared))
+
+
+@ENGINES
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_bad_first_step_is_no_first_step(kind: str, optimizer: str) -> None:
+    spoilt, spared = (engine_of(kind, OPTIMIZER=optimizer) for _ in range(2))
+    take(spoilt, 50, NAN)
+    for engine in (spoilt, spared):
+        take(engine, 0)
+    assert_same_bits(everything(spoilt), everything(spared))
+
+
+def test_the_host_hears_of_it_at_once_or_where_that_would_wait_two_steps_later() -> None:
+    kinds = {"flat": 0, "flat late": 2} | ({"flat cuda": 2, "ddp cuda": 2} if torch.cuda.is_available() else {})
+    for kind, ago in kinds.items():
+        engine = engine_of(kind)
+        told = [take(engine, step, NAN if step in (2, 3) else 1.0).trouble for step in range(7)]
+        found = {step: trouble for step, trouble in enumerate(told) if trouble is not None}
+        assert {step: (each.ago, each.in_a_row) for step, each in found.items()} == {
+            2 + ago: (ago, 1),
+            3 + ago: (ago, 2),
+        }
+        assert all(each.kind == "nonfinite" and math.isnan(each.loss) and each.here for each in found.values())
+        assert engine.guard.in_a_row == 0
+
+
+def test_where_it_comes_late_the_parameters_are_those_near_the_bad_numbers() -> None:
+    model = nn.ModuleDict({name: nn.Linear(100, 100) for name in "abc"})
+    engine = Engine(model, SimpleNamespace(**OPTIM), World())
+    engine.late, told = True, []
+    for step in range(4):
+        engine.zero_grad()
+        engine.backward(sum(layer(torch.ones(100)).sum() for layer in model.values()), 1.0)  # type: ignore[arg-type]
+        if step == 1:
+            model["b"].weight.grad[30, 5] = NAN  # of 10 000 numbers, in the row of 4096 where its neighbour ends
+        told.append(engine.step(0.1, None, ()).trouble)
+    assert [trouble.parameters for trouble in told if trouble] == [["b.weight"]]
+    assert told[3] is not None and not told[3].here and culprits([told[3], told[3]]) == [0, 1]
+
+
+def spoilt_gradient(
+    rank: int, kind: str, reduction: str
+) -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Rank 1's loss is finite, the gradient of one of its parameters is not."""
+    engine = engine_of(kind, World(rank, 2, 2), reduction)
+    take(engine, 0)
+    before = everything(engine)
+    if rank == 1:
+        engine.model.branch.bias.register_hook(lambda grad: grad * NAN)
+    return take(engine, 1).trouble, before, everything(engine)
+
+
+@pytest.mark.parametrize("kind", ["flat", "ddp"])
+@pytest.mark.parametrize("reduction", ["shared_memory", "collective"])
+def test_all_ranks_come_to_one_verdict_and_the_one_at_fault_names_its_parameters(
+    pair: Pair, kind: str, reduction: str
+) -> None:
+    found = pair.run(spoilt_gradient, kind, reduction)
+    for rank, (trouble, before, after) in enumerate(found):
+        assert (trouble.kind, trouble.in_a_row, trouble.here) == ("nonfinite", 1, rank == 1)
+        assert trouble.parameters == (["branch.bias"] if rank == 1 else []) and math.isfinite(trouble.loss)
+        assert_same_bits(after, before)
+    assert culprits([trouble for trouble, _, _ in found]) == [1]
+
+
+def test_fp16_overflows_are_the_scalers_and_a_loss_that_is_not_finite_is_trouble() -> None:
+    engine = engine_of("ddp", USE_AMP=True)
+    before = everything(engine)
+    overflow = engine.model.branch.bias.register_hook(lambda grad: grad * math.inf)
+    stepped = take(engine, 0)
+    assert not stepped.grad_norm.isfinite() and stepped.trouble is None
+    assert engine.precision.scaler.get_scale() == 32768.0
+    overflow.remove()
+    trouble = take(engine, 1, NAN).trouble
+    assert trouble is not None and trouble.kind == "nonfinite"
+    weights = [name for name in before if name.startswith("params.")]
+    assert_same_bits({n: everything(engine)[n] for n in weights}, {n: before[n] for n in weights})
+
+
+# Spikes
+
+
+def guard_of(scaled: bool = False) -> Guard:
+    spike = SimpleNamespace(FACTOR=3.0, WINDOW=5, ACTION="skip")
+    return Guard(SimpleNamespace(**{**OPTIM, "SPIKE": spike}), torch.device("cpu"), scaled)
+
+
+def verdicts(guard: Guard, losses: list[float], norms: list[float] | None = None) -> str:
+    """A letter a step: s for a spike, n for what is not finite."""
+    norms = norms or [1.0] * len(losses)
+    read = [guard.read(torch.tensor(a), torch.tensor(b)) for a, b in zip(losses, norms, strict=True)]
+    return "".join(" sn"[each] for each in read)
+
+
+@pytest.mark.parametrize("usual", [2.0, -2.0])
+def test_a_spike_is_far_above_the_median_of_a_full_window_of_good_steps(usual: float) -> None:
+    high = usual + 2.1 * abs(usual)
+    assert verdicts(guard_of(), [high, usual, high, usual, usual, usual, high, -high, high]) == "      s s"
+    assert verdicts(guard_of(), [usual] * 7, [1.0] * 5 + [3.1, 2.9]) == "     s "
+    assert verdicts(guard_of(), [usual] * 5 + [NAN, usual], [1.0] * 6 + [math.inf]) == "     nn"
+
+
+def test_spikes_do_not_become_the_usual_and_a_median_of_zero_has_none() -> None:
+    guard = guard_of()
+    assert verdicts(guard, [1.0] * 5 + [9.0] * 20) == " " * 5 + "s" * 20
+    assert guard.in_a_row == 20
+    assert verdicts(guard_of(), [0.0] * 5 + [9.0] * 2) == " " * 7
+    overflows = [1.0, math.inf, 1.0, math.inf, 1.0, 1.0, 1.0, math.inf, 9.0]  # fp16's are neither a spike nor usual
+    assert verdicts(guard_of(scaled=True), [1.0] * 9, overflows) == " " * 8 + "s"
+
+
+@pytest.mark.parametrize("kind", ["flat", "flat late", *ON_A_GPU])
+def test_a_spike_leaves_no_trace_either(kind: str) -> None:
+    spike = SimpleNamespace(FACTOR=4.0, WINDOW=3, ACTION="skip")
+    engine = engine_of(kind, SPIKE=spike)
+    for step in range(5):
+        assert take(engine, step).trouble is None
+    engine.model.linear.weight.data.mul_(1000.0)
+    before = everything(engine)
+    told = [take(engine, 5).trouble, take(engine, 6).trouble, take(engine, 7).trouble]
+    trouble = told[2 if engine.late else 0]
+    assert trouble is not None and trouble.kind == "spike"
+    assert_same_bits(everything(engine), before)
+
+
+# Going back
+
+
+@pytest.mark.parametrize("kind", ["flat", "ddp", "flat late", *ON_A_GPU])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_after_a_rollback_a_run_is_the_one_that_stood_there(kind: str, optimizer: str) -> None:
+    """Also if moments that it has now did not exist there."""
+    run, fresh = (engine_of(kind, OPTIMIZER=optimizer, NONFINITE="rollback") for _ in range(2))
+    run.guard.drop_anchor(0, run.living())
+    for step in range(4):
+        take(run, step, branch=step > 1)
+    assert run.roll_back() == 0
+    for step in range(5, 8):
+        for engine in (run, fresh):
+            take(engine, step, branch=step > 5)
+    assert_same_bits(everything(run), everything(fresh))
+
+
+def test_what_the_guard_knows_is_tensors_that_a_resumed_run_takes_over() -> None:
+    spike = SimpleNamespace(FACTOR=4.0, WINDOW=3, ACTION="rollback")
+    whole, resumed = (engine_of("flat late", SPIKE=spike, NONFINITE="rollback") for _ in range(2))
+    whole.guard.drop_anchor(7, whole.living())
+    for step in range(4):
+        take(whole, step)
+    take(whole, 4, NAN)
+    state, living = whole.guard.state(), everything(whole)
+    resumed.load_optimizer_state(whole.optimizer_state())
+    for name, tensor in resumed.living().items():
+        tensor.copy_(living[name])
+    resumed.load_guard(state)
+    for step in (5, 6):
+        told = [take(engine, step).trouble for engine in (whole, resumed)]
+        assert [trouble is None for trouble in told] == [step == 5] * 2
+    assert len({repr(dataclasses.replace(trouble, parameters=[])) for trouble in told if trouble}) == 1
+    assert whole.roll_back() == resumed.roll_back() == 7
+    assert_same_bits(everything(resumed), everything(whole))
+    for name, tensor in whole.guard.state().items():
+        assert tensor is state[name] or name == "anchor"  # where it was
+
+
+def test_a_checkpoint_without_a_guard_or_with_an_anchor_of_another_model_is_taken_over_all_the_same() -> None:
+    engine = engine_of("flat", NONFINITE="rollback")
+    engine.load_guard({})
+    assert engine.guard.anchor_due(5) and engine.guard.in_a_row == 0
+    engine.load_guard({"in_a_row": torch.tensor(3.0), "anchor": {"params.0": torch.zeros(2)}})
+    assert engine.guard.anchor_due(5) and engine.guard.in_a_row == 3
+    engine.guard.drop_anchor(5, engine.living())
+    assert not engine.guard.anchor_due(6) and engine.guard.anchor_due(200)
+    assert not engine_of("flat").guard.anchor_due(0)
+
+
+# Parts
+
+
+def test_values_are_put_back_without_asking_what_the_verdict_is() -> None:
+    shapes: list[tuple[Any, torch.dtype]] = [
+        ((), torch.int64),
+        ((2, 3), torch.float32),
+        (4, torch.bool),
+        (5, torch.float32),
+    ]
+    before = {i: torch.ones(shape, dtype=dtype) for i, (shape, dtype) in enumerate(shapes)}
+    for bad in (0.0, 1.0):
+        now = {i: torch.zeros_like(tensor) for i, tensor in before.items()} | {9: torch.zeros(7)}
+        now[1] = torch.full((2, 3), NAN)
+        put_back(now, {**before, 3: torch.ones(6)}, torch.tensor(bad))
+        assert (now[0].item(), now[2].all().item(), now[1].isnan().any().item()) == (bad, bool(bad), not bad)
+        assert not now[3].any() and not now[9].any()  # what has no earlier value of its shape stays
+
+
+def test_what_is_late_comes_in_order_after_two_steps() -> None:
+    late = Late()
+    assert [late.swap(torch.tensor([float(i)])) for i in range(4)] == [None, None, [0.0], [1.0]]
+    assert [Late([[7.0], [8.0]]).swap(torch.tensor([1.0]))] == [[7.0]]
+
+
+def test_a_bad_step_is_told_in_one_line() -> None:
+    trouble = Trouble("nonfinite", 0, 1, NAN, NAN, 1.0, ["a", "b"])
+    told = described(12, trouble, [1], ["a.weight", "b", "c", "d", "e", "f"], list(range(30)))
+    assert told.startswith(
+        "step 12: the loss is nan (rank 1; first in the gradient of a.weight, b, c, d, e, ...; samples 0, 1"
+    )
+    assert told.endswith("22, 23 and 6 more)")
+    assert "gradient's norm is inf (rank 0)" in described(
+        3, Trouble("nonfinite", 2, 1, 1.0, math.inf, 1.0, []), [0], [], []
+    )
+    high = [Trouble("spike", 0, 1, 9.0, 2.0, here, []) for here in (1.0, 7.0, 2.0)]
+    assert culprits(high) == [1] and "the loss is 9 and the gradient's norm 2, far above" in described(
+        3, high[0], [1], [], []
+    )
+    in_sum = [Trouble("nonfinite", 0, 1, math.inf, 1.0, 3e38, [])] * 2
+    assert culprits(in_sum) == [0, 1]
+
+
+# In the loop
+
+
+def test_where_verdicts_come_late_a_run_skips_the_same_steps(tmp_path: Path) -> None:
+    found = []
+    for late in (False, True):
+        run, events = spoilt_run(tmp_path / str(late), late)
+        assert [(e["step"], e["in_a_row"], e["action"], e["ranks"]) for e in events] == [(3, 1, "skip", [0])]
+        found.append((everything(run.engine), events[0]["samples"]))
+    (at_once, suspects), (later, more_suspects) = found
+    assert_same_bits(later, at_once)
+    assert len(suspects) == 4 and len(more_suspects) == 8  # of its bad micro-batch, and of the whole step
+    assert set(suspects) < set(more_suspects)
+
+
+def test_parameters_that_are_unfrozen_or_replaced_while_training_are_named_once() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+    engine = Engine(model, SimpleNamespace(**OPTIM), World())
+    assert engine.strangers() == []
+    model[1].requires_grad_(True)
+    model[0].bias = nn.Parameter(torch.zeros(2))
+    assert engine.strangers() == ["0.bias", "1.weight", "1.bias"]
+    assert engine.strangers() == []
+
+
+def spoilt_run(folder: Path, late: bool) -> tuple[RunState, list[dict[str, Any]]]:
+    """A run of 6 steps of two micro-batches, one of which has no finite loss in step 3; and what was told of it."""
+    cfg = config(folder, "SpoiltTask", {"ACCUMULATE": 2, "NUM_EPOCHS": 1})
+    task = load_task_class(cfg.TASK)(cfg)
+    datasets = build_datasets(task, cfg.SEED)
+    run = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), World()), World())
+    run.engine.late = late
+    feed = Feed(task, datasets, run.plan, run.world, cfg.LOADER, cfg.SEED, lambda epoch: False)
+    kept = Kept()
+    with contextlib.closing(Journal([kept], cfg.LOG)) as journal:
+        saves = Saves(Store(RunFolder(str(folder)).storage, cfg.CHECKPOINT, "launch"), None)
+        assert loop.train_model(run, task, feed, saves, journal, Control())
+    return run, [record for record in kept.records if record["kind"] == "event"]
+
+
+class Kept:
+    """A journal's sink that keeps the records."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
