@@ -147,8 +147,10 @@ class Watchdog:
             if each.looked_at(passed_s):
                 self.hangs = [hang for hang in self.hangs if hang.at > each.added]
         culprits = culprits_of(watched)
-        for each in culprits:
-            self._end(each)
+        # All of them: somebody has suspended the run (Ctrl-Z under torchrun), and will let it go on.
+        if not all(each.is_stopped for each in watched):
+            for each in culprits:
+                self._end(each)
         if culprits:
             for each in watched:  # they wait for what is to come instead
                 each.still_s = 0.0

@@ -57,8 +57,12 @@ def test_one_that_the_others_are_ahead_of_waits_for_nobody(tmp_path: Path) -> No
         assert ended(processes) == [1]
 
 
-def test_a_process_that_is_stopped_is_killed_and_told_of(tmp_path: Path) -> None:
+def test_a_process_that_is_stopped_is_killed_unless_all_are(tmp_path: Path) -> None:
     with watched(tmp_path, [REDUCE, REDUCE], [5, 5]) as (watchdog, processes):
-        os.kill(processes[0].pid, signal.SIGSTOP)
+        for process in processes:
+            os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(2 * TIMEOUT_S + 1)
+        assert not watchdog.hangs
+        os.kill(processes[1].pid, signal.SIGCONT)
         assert ended(processes) == [0]
         assert "was stopped (SIGSTOP)" in watchdog.hangs[0].told["message"]
