@@ -141,6 +141,7 @@ def train_step(
     returns = []
     run.pulse.step(at + 1)
     if run.engine.guard.anchor_due(at):
+        run.engine.wait_for_readers()
         run.engine.guard.drop_anchor(at, run.engine.living())
     run.engine.zero_grad()
     last = max(step.micro_batches), len(step.micro_batches[max(step.micro_batches)]) - 1

@@ -139,6 +139,7 @@ class Memory:
         """
         payload = payload_of(run)
         leaves = leaves_of(payload)
+        on_gpu = run.world.device.type == "cuda"
         if self._blueprint is None or not self._blueprint.fits(leaves):
             self._sheets.clear()
             self._blueprint = blueprint_of(leaves)
@@ -155,7 +156,11 @@ class Memory:
             return False
         is_new = slot not in self._sheets
         if is_new:
+            if on_gpu:
+                pin(memory)
             self._sheets[slot] = self._blueprint.sheet(memory)
+        if on_gpu:
+            leaves = without_buffers(leaves, run)
         self._transfer.begin(run, functools.partial(self._sheets[slot].fill, leaves))
         if is_new:
             check_loadable(memory)
@@ -218,6 +223,24 @@ def blueprint_of(leaves: Leaves) -> Blueprint | None:
         return Blueprint(leaves)
     except OddPayload:
         return None
+
+
+def pin(memory: memoryview) -> None:
+    """A GPU copies to this memory without the host; it may be pinned already."""
+    runtime: Any = torch.cuda.cudart()
+    runtime.cudaHostRegister(torch.frombuffer(memory, dtype=torch.uint8).data_ptr(), len(memory), 0)
+
+
+def without_buffers(leaves: Leaves, run: RunState) -> Leaves:
+    """With copies on the device of the model's buffers: the next forward pass changes those, and waits for nobody."""
+    buffers = {buffer.data_ptr() for buffer in run.model.buffers()}
+    stream, tensors = side_stream(run.world.device), []
+    for tensor in leaves.tensors:
+        if tensor.data_ptr() in buffers and tensor.is_cuda:
+            tensor = tensor.clone()
+            tensor.record_stream(stream)
+        tensors.append(tensor)
+    return leaves._replace(tensors=tensors)
 
 
 @functools.cache
