@@ -29,6 +29,8 @@ BOARD_BYTES = 64 * 1024
 WORD = 8
 LINE = 8  # words in a cache line
 FIRST_SLOT = LINE  # word number; the first line counts what the keeper has answered
+FIRST_PULSE, PULSE_WORDS = 64 * LINE, 2 * LINE
+PULSES = (BOARD_BYTES // WORD - FIRST_PULSE) // PULSE_WORDS  # so many workers can be watched on a host
 START_S = 10.0
 
 
@@ -83,6 +85,14 @@ class Board:
 
     def size_bytes(self, slot: int) -> int:
         return self._words[FIRST_SLOT + slot * LINE + 4]
+
+    def pulse(self, place: int) -> memoryview:
+        """The words in which the worker at this place says what it is at (pulse.py)."""
+        return self._words[FIRST_PULSE + place * PULSE_WORDS :][:PULSE_WORDS]
+
+    def pulses(self) -> list[memoryview]:
+        """Those of all places, taken or not."""
+        return [self.pulse(place) for place in range(PULSES)]
 
     def forget(self) -> None:
         """No slot is whole any more."""

@@ -10,6 +10,7 @@ from typing import Any
 from raytrain import cluster
 from raytrain.cluster import Cluster, Mailbox
 from raytrain.records import Record
+from raytrain.watchdog import failure_by, hangs_here
 from raytrain.worker import Job
 
 Show = Callable[[Record], None]
@@ -143,7 +144,8 @@ class Fit:
     def _look_inside(self, inside: Any, now: float) -> None:
         """What died, which nodes go, and whether it is time for spare processes."""
         while not inside.died.empty():
-            self._inbox.died(inside.died.get())
+            how, hangs = inside.died.get(), hangs_here(self._job.run_uri)
+            self._inbox.died("; ".join(f"rank {hang['rank']} hung in step {hang['step']}" for hang in hangs) or how)
         if self._inbox.attempt != self._seen:
             self._spares_at = now + (SPARES_AGAIN_S if self._seen else SPARES_S)
             self._seen = self._inbox.attempt
@@ -176,6 +178,8 @@ class Fit:
         given_up = getattr(self._inside, "given_up", "")
         if own and not silent:
             return {**own[0], "given_up": given_up}
+        for hang in hangs_here(self._job.run_uri):
+            return {**failure_by(hang, self._job.run_uri), "given_up": given_up or AGAIN}
         last_words = str(getattr(raised, "controller_failure", raised) or "the workers ended without saying why")
         if silent:
             last_words = str(ends[silent[0]]).strip().splitlines()[-1]

@@ -74,16 +74,21 @@ def users_traceback(error: BaseException) -> str:
     """
     summary = traceback.TracebackException(type(error), error, error.__traceback__)
     files = [frame.filename for frame in summary.stack]
-    users = [index for index, file in enumerate(files) if not _is_ours(file) and not _is_library(file)]
+    users = [index for index, file in enumerate(files) if is_users(file)]
     if isinstance(error, SyntaxError) and not users:
         summary.stack.clear()  # the error names its file and line itself
     if users:
-        last = max(index for index, file in enumerate(files) if not _is_ours(file))
+        last = max(index for index, file in enumerate(files) if not is_ours(file))
         summary.stack[:] = summary.stack[users[0] : last + 1]
     return "".join(summary.format()).rstrip()
 
 
-def _is_ours(file: str) -> bool:
+def is_users(file: str) -> bool:
+    """Whether code in this file is the user's."""
+    return not is_ours(file) and not _is_library(file)
+
+
+def is_ours(file: str) -> bool:
     return Path(file).parent == HERE  # what lies in tasks/ is the user's
 
 

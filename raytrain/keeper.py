@@ -28,6 +28,7 @@ from raytrain.progress import Progress
 from raytrain.runfolder import locked
 from raytrain.storage import open_storage
 from raytrain.store import Store
+from raytrain.watchdog import Watchdog
 
 TICK_S = 0.25
 GRACE_S = 30.0  # so long workers may be away while their driver lives, or lives where it cannot be seen
@@ -59,6 +60,7 @@ class Keeper:
         self.workers: set[Line] = set()
         self.about: dict[str, Any] = {}
         self.writer = Writer(self)
+        self.watchdog = Watchdog(self.board, run_uri)
         self.alone_since = time.monotonic()
         self.takers: list[tuple[Line, float]] = []
 
@@ -110,6 +112,7 @@ class Keeper:
             return False
 
     def drop(self, line: Line) -> None:
+        self.watchdog.drop(line)
         self.workers.discard(line)
         self.takers = [taker for taker in self.takers if taker[0] is not line]
         if line in self.lines:
@@ -128,7 +131,12 @@ class Keeper:
             return
         self.workers.add(line)
         slots = self.slots
-        self.tell(line, slot_bytes=slots.slot_bytes if slots else 0, about=self.about)
+        self.tell(
+            line,
+            slot_bytes=slots.slot_bytes if slots else 0,
+            about=self.about,
+            hangs=[hang.told for hang in self.watchdog.hangs],
+        )
         line.give(self.board.descriptor)
         if slots:
             line.give(slots.descriptor)
@@ -147,6 +155,14 @@ class Keeper:
 
     def on_metrics(self, line: Line, **order: Any) -> None:
         self.writer.take(Order(line, manifest={}, **order))
+
+    def on_watch(self, line: Line, **worker: Any) -> None:
+        """This worker's pulse shall be looked at."""
+        self.tell(line, place=self.watchdog.add(line, line.take(), **worker))
+
+    def on_hangs(self, line: Line) -> None:
+        """Somebody wants to know why a worker has died."""
+        self.tell(line, hangs=[hang.told for hang in self.watchdog.hangs])
 
     def on_take_over(self, line: Line, patience_s: float) -> None:
         self.takers.append((line, time.monotonic() + patience_s))

@@ -32,6 +32,7 @@ class Kept:
     """This process's side of the keeper of its host.
 
     leads: whether it is the first of its host;  keeps: whether it copies states to the keeper's memory
+    hangs: why workers before this one were killed (watchdog.Hang.told)
     """
 
     def __init__(self, run_uri: str, launch: str, leads: bool = True, keeps: bool = True) -> None:
@@ -50,6 +51,7 @@ class Kept:
                 f"{self._run_uri}: another run is training in this folder on this host. Wait for it or end it, "
                 "or give this one a folder of its own (--extra_tag NAME)"
             )
+        self.hangs: list[dict[str, Any]] = told["hangs"]
         self.board = Board(self.line.take())
         self.slots = Slots(self.line.take(), told["slot_bytes"]) if told["slot_bytes"] else None
 
@@ -105,12 +107,15 @@ def join_keeper(run_uri: str, launch: str, world: World) -> tuple[Kept | None, l
             kept = Kept(run_uri, launch, leads, world.rank in sorted(set(firsts))[:2])
         except (OSError, EOFError) as error:
             refusal = str(error) or "its process ended"
-    refusals = [told for told in world.all_objects(refusal) if told]  # from here on each host's keeper stands
+    answers = world.all_objects((refusal, kept.hangs if kept else []))  # from here on each host's keeper stands
+    refusals = [refusal for refusal, _ in answers if refusal]
     if refusals:
         if kept is not None:
             kept.end()
         return None, [f"{WITHOUT}: {refusals[0]}"]
-    return kept or Kept(run_uri, launch, leads=False, keeps=False), []
+    kept = kept or Kept(run_uri, launch, leads=False, keeps=False)
+    kept.hangs = [hang for _, hangs in answers for hang in hangs]
+    return kept, []
 
 
 class Memory:

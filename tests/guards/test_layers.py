@@ -17,6 +17,7 @@ ORDER = [
     "budget",
     "progress",
     "board",
+    "pulse",
     "yamltree",
     "schema",
     "overrides",
@@ -40,6 +41,7 @@ ORDER = [
     "records",
     "journal",
     "runfolder",
+    "watchdog",
     "keeper",
     "display",
     "task",
@@ -79,7 +81,7 @@ ORDER = [
 ]
 RAY_AT = {"own_cluster", "cluster", "control", "worker", "ahead", "lean", "meeting", "driver", "launch", "tune"}
 CONFIG = {"yamltree", "schema", "overrides", "tree", "config"}
-STORED = {"direct", "patience", "storage", "checkpoint", "store", "board", "keeper"}
+STORED = {"direct", "patience", "storage", "checkpoint", "store", "board", "pulse", "watchdog", "keeper"}
 WITHOUT_TORCH = {
     *CONFIG,
     *STORED,
