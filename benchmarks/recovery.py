@@ -124,7 +124,8 @@ def killed_run(command: Callable[[Path], list[str]], folder: Path) -> Recovery:
             before = awaited(own, process, lambda begun: begun[-1].step >= KILLED_IN)
             os.kill(before[-1].pid, signal.SIGKILL)
             killed_at = time.time()
-            after = awaited(own, process, partial(has_recovered, before[-1].step))
+            old = {each.pid for each in before}
+            after = awaited(own, process, lambda begun: new_step(old, begun) is not None)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(TIMEOUT_S)
             if process.returncode != 0:
@@ -132,7 +133,7 @@ def killed_run(command: Callable[[Path], list[str]], folder: Path) -> Recovery:
         finally:
             if process.poll() is None:
                 end_all(process)
-    return recovery(before[-1].step, killed_at, after)
+    return recovery(old, killed_at, after)
 
 
 def awaited(folder: Path, process: subprocess.Popen[bytes], come: Callable[[list[Begun]], bool]) -> list[Begun]:
@@ -159,16 +160,17 @@ def failed(folder: Path, process: subprocess.Popen[bytes]) -> BenchmarkError:
     return BenchmarkError(f"`{process.args!r}` {how}; the end of what it printed:\n{tail}")
 
 
-def has_recovered(highest: int, begun: list[Begun]) -> bool:
-    """Whether a step beyond `highest` has begun."""
-    return begun[-1].step > highest
+def new_step(old: set[int], begun: list[Begun]) -> Begun | None:
+    """The first step of other processes than `old` that none of those had begun; they may go on for a step."""
+    highest = max(each.step for each in begun if each.pid in old)
+    return next((each for each in begun if each.pid not in old and each.step > highest), None)
 
 
-def recovery(highest: int, killed_at: float, begun: list[Begun]) -> Recovery:
-    """highest: the step that was under way when a worker was killed"""
-    old = {each.pid for each in begun if each.at < killed_at}
-    again = next(each for each in begun if each.pid not in old)
-    new = next(each for each in begun if each.pid not in old and each.step > highest)
+def recovery(old: set[int], killed_at: float, begun: list[Begun]) -> Recovery:
+    """old: the processes of which one was killed"""
+    new, again = new_step(old, begun), next(each for each in begun if each.pid not in old)
+    assert new is not None  # it was waited for
+    highest = max(each.step for each in begun if each.pid in old)
     return Recovery(new.at - killed_at, again.at - killed_at, highest - again.step)
 
 

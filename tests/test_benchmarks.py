@@ -166,7 +166,7 @@ def test_a_recovery_is_to_the_first_step_that_no_worker_had_begun():
     from benchmarks.recovery import Begun, recovery
 
     before = [Begun(at=10.0 + step, step=step, pid=pid) for step in range(8) for pid in (1, 2)]
-    late = [Begun(at=17.6, step=8, pid=1)]  # by a worker that was not killed, and that Ray ends
+    late = [Begun(at=18.0, step=8, pid=1)]  # by a worker that was not killed, and that Ray ends
     after = [Begun(at=20.0 + step, step=step, pid=pid) for step in range(5, 10) for pid in (3, 4)]
-    found = recovery(7, 17.5, [*before, *late, *after])
-    assert (found.new_step_s, found.restart_s, found.repeated) == (10.5, 7.5, 2)
+    found = recovery({1, 2}, 17.5, [*before, *late, *after])
+    assert (found.new_step_s, found.restart_s, found.repeated) == (11.5, 7.5, 3)
