@@ -24,6 +24,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
+from raytrain.board import started_at
 from raytrain.direct import direct, equal, holds, write_all
 from raytrain.errors import ConfigError, StorageError
 from raytrain.patience import PATIENCE_S, explained, patient, patiently
@@ -457,7 +458,7 @@ def temporary_name(kind: str, name: str) -> str:
     """
     folder, slash, last = name.rpartition("/")
     pid = os.getpid()
-    return f"{folder}{slash}.{kind}-{last}-{pid}.{_start_of(pid)}-{secrets.token_hex(4)}"
+    return f"{folder}{slash}.{kind}-{last}-{pid}.{started_at(pid) or ''}-{secrets.token_hex(4)}"
 
 
 def parse_temporary(name: str) -> Temporary | None:
@@ -470,19 +471,11 @@ def parse_temporary(name: str) -> Temporary | None:
     if match is None:
         return None
     kind, of, pid, start = match.groups()
-    return Temporary(kind, of, int(pid) != os.getpid() and start != "" and _start_of(int(pid)) == start)
+    return Temporary(kind, of, int(pid) != os.getpid() and start != "" and started_at(int(pid)) == start)
 
 
 def _folder_of(name: str) -> str:
     return name.rpartition("/")[0]
-
-
-def _start_of(pid: int) -> str:
-    """When process `pid` began, in clock ticks since boot; "" if it is gone, or the system does not tell."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return ""
 
 
 def _sync_folder(path: Path) -> None:

@@ -176,6 +176,8 @@ class Store:
         whole = [entry for entry in entries if entry.manifest is not None and entry.name not in damaged]
         kept = {sure.name, *(entry.name for entry in whole[: self.policy.KEEP_LAST])}
         kept |= {entry.name for entry in self.ranked(whole)[: self.policy.KEEP_BEST]}
+        if not whole:
+            return  # somebody has deleted even the one that was just saved
         oldest = min(_position(entry, entries) for entry in whole if entry.name in kept)
         for entry in entries:
             if entry.name not in kept and (entry in whole or _position(entry, entries) < oldest):

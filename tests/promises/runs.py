@@ -97,7 +97,7 @@ class Run:
         return Launched(
             [sys.executable, "-m", "raytrain", *self.words(*flags)],
             self.folder,
-            {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "COLUMNS": "200", **(env or {})},
+            {**environment(), **(env or {})},
         )
 
     def run(self, *flags: str, status: int = 0) -> str:
@@ -166,6 +166,11 @@ class Run:
         """All that were ever written, in their order."""
         every = [yaml.safe_load(line) for line in (self.run_dir / "journal.jsonl").read_text().splitlines()]
         return [r for r in every if r["kind"] == kind]
+
+
+def environment() -> dict[str, str]:
+    """Of a command that tests start."""
+    return {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "COLUMNS": "200"}
 
 
 class Launched:
@@ -241,6 +246,25 @@ def children_of(pid: int) -> list[int]:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 found += map(int, (task / "children").read_text().split())
     return found
+
+
+def keeper_of(run: Run) -> int:
+    """The pid of its keeper."""
+    [keeper] = keepers_of(run)
+    return keeper
+
+
+def keepers_of(run: Run) -> list[int]:
+    """Pids of the keepers that there are; not of a process that only starts one, and leads its session."""
+
+    def is_keeper(process: Path) -> bool:
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            return {b"raytrain.keeper", os.fsencode(run.run_dir)} <= set(words) and os.getsid(int(process.name)) != int(process.name)
+        except OSError:
+            return False
+
+    return [int(process.name) for process in Path("/proc").glob("[0-9]*") if is_keeper(process)]
 
 
 def loader_workers_of(pid: int) -> list[int]:

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from runs import EPOCHS, TESTS, Run, assert_same_bits, assert_uses_once, wait_for
+from runs import EPOCHS, TESTS, Run, assert_same_bits, assert_uses_once, keeper_of, wait_for
 
 from raytrain import board
 
@@ -117,17 +117,3 @@ def test_a_second_run_of_the_same_user_in_another_folder_has_a_keeper_of_its_own
 def test_the_keeper_starts_without_torch() -> None:
     code = "import sys, raytrain.keeper; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=TESTS.parent).returncode == 0
-
-
-def keeper_of(run: Run) -> int:
-    """The pid of its keeper."""
-
-    def words(process: Path) -> list[str]:
-        try:
-            return (process / "cmdline").read_text().split("\0")
-        except OSError:
-            return []
-
-    found = [p for p in Path("/proc").glob("[0-9]*") if {"raytrain.keeper", str(run.run_dir)} <= set(words(p))]
-    assert len(found) == 1, found
-    return int(found[0].name)

@@ -1,0 +1,106 @@
+"""A task that something happens to at a chosen step, in a chosen phase of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tasks_for_tests import Exact, Net, Points
+
+from raytrain import ModelReturn
+
+MANY = 1 << 20  # weights: a state of 12 MB takes some ms to copy, and some more to write
+INSIDE = {"saving": ("payload.py", "fill"), "reduce": ("exchange.py", "share")}  # where a process is in that phase
+
+
+class HeavyNet(Net):
+    """A Net with many weights more, of which each sample moves one."""
+
+    def __init__(self, num_epochs: int, num_samples: int) -> None:
+        super().__init__(num_epochs, num_samples)
+        self.many = torch.nn.Parameter(torch.zeros(MANY))
+
+
+class Faulty(Exact):
+    """An Exact in which, once, what the file `fault` in its gate says happens: see `suffer`."""
+
+    step = 0
+
+    def build_dataset(self, split: str) -> Points:
+        data = super().build_dataset(split)
+        if split == "train":
+            data.__class__ = FaultyPoints
+            data.task = self
+        return data
+
+    def build_model(self, dataset: Points) -> HeavyNet:
+        return HeavyNet(self.cfg.OPTIMIZATION.NUM_EPOCHS, self.cfg.DATA_CONFIG.NUM_SAMPLES)
+
+    def model_func(self, model: HeavyNet, batch: dict[str, torch.Tensor]) -> ModelReturn:
+        if model.training:
+            self.step = int(model.forwards)
+            for phase in INSIDE:
+                if is_due(self.gate, phase, self.step):
+                    threading.Thread(target=wait_inside, args=(self.gate, phase, self.step), daemon=True).start()
+            suffer(self.gate, "forward", self.step)
+        returned = super().model_func(model, batch)
+        loss = returned.loss + model.many[batch["id"] * 1000].square().sum() + model.many[batch["id"]].sum()
+        if model.training:
+            loss.register_hook(lambda _: suffer(self.gate, "backward", self.step))
+        return ModelReturn(loss, returned.tb_dict, returned.disp_dict)
+
+    def predict(self, model: HeavyNet, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        suffer(self.gate, "eval", self.step)
+        return super().predict(model, batch)
+
+
+class FaultyPoints(Points):
+    task: Faulty
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        suffer(self.task.gate, "data", self.task.step)
+        return super().__getitem__(index)
+
+
+def is_due(gate: Path, phase: str, step: int) -> bool:
+    """Whether the file `fault` ("PHASE STEP RANK WORD") means this phase, this step or an earlier one, this process."""
+    try:
+        wanted, at, rank, _ = (gate / "fault").read_text().split()
+    except (FileNotFoundError, ValueError):  # none, or it is just being written
+        return False
+    return wanted == phase and step >= int(at) and int(rank) == (dist.get_rank() if dist.is_initialized() else 0)
+
+
+def suffer(gate: Path, phase: str, step: int) -> None:
+    """If it is due, this process raises an error (WORD `raise`), or sends itself the signal that WORD names."""
+    if is_due(gate, phase, step):
+        word = (gate / "fault").read_text().split()[3]
+        (gate / "fault").unlink()
+        if word == "raise":
+            raise RuntimeError(f"failed in {phase}, as the test wished")
+        os.kill(os.getpid(), signal.Signals[word])
+
+
+def wait_inside(gate: Path, phase: str, step: int) -> None:
+    """Suffers as soon as the main thread is in that phase."""
+    main = threading.main_thread().ident
+    assert main is not None
+    while is_due(gate, phase, step):
+        if is_in(sys._current_frames().get(main), *INSIDE[phase]):
+            suffer(gate, phase, step)
+
+
+def is_in(frame: FrameType | None, file: str, function: str) -> bool:
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == function and code.co_filename.endswith(f"raytrain/{file}"):
+            return True
+        frame = frame.f_back
+    return False
