@@ -164,6 +164,11 @@ class Keeper:
         """Somebody wants to know why a worker has died."""
         self.tell(line, hangs=[hang.told for hang in self.watchdog.hangs])
 
+    def on_newest(self, line: Line) -> None:
+        """Somebody wants to know what is held here."""
+        slot = self.board.newest()
+        self.tell(line, newest=None if slot is None else dataclasses.astuple(self.board.progress(slot)))
+
     def on_take_over(self, line: Line, patience_s: float) -> None:
         self.takers.append((line, time.monotonic() + patience_s))
 
