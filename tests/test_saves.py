@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import Pair
 from test_loop import config
 
 from raytrain import board
@@ -26,7 +27,7 @@ from raytrain.start import driver
 from raytrain.state import RunState, build_run, payload_of
 from raytrain.store import Store
 from raytrain.task import make_task
-from raytrain.worker import build_datasets, plan_of
+from raytrain.worker import bring_from_memory, build_datasets, plan_of
 from raytrain.world import World
 
 DEVICES = [
@@ -274,3 +275,21 @@ def test_the_interval_between_saves_follows_what_they_cost(scene: Scene) -> None
     save.stall_s = 3.0
     saves._record(save, 5.0, 0.0)
     assert not saves.time_due(1000.0 + 299.0) and saves.time_due(1000.0 + 301.0)  # 3 s are 1 % of 300
+
+
+def brought(rank: int, folder: Path) -> tuple[set[float], Progress, bool]:
+    """What a rank stands at once the state in memory of rank 1's host has come to all."""
+    world = World.joined(2, torch.device("cpu"))
+    scene = Scene(folder / str(rank), launch=f"20260101-{rank}")
+    scene.run.world = world
+    if rank == 1:
+        scene.stand_at(5)
+        scene.saves.after_step(scene.run)
+        scene.stand_at(0)
+    origin = bring_from_memory(scene.run, scene.kept if rank == 1 else None, None)
+    scene.kept.end()
+    return weights({"model_state": scene.run.model.state_dict()}), scene.run.progress, bool(origin and origin.is_memory)
+
+
+def test_a_state_that_only_one_host_has_comes_to_the_others(pair: Pair, tmp_path: Path) -> None:
+    assert pair.run(brought, tmp_path) == [({5.0}, Progress(0, 5, 5), True)] * 2
