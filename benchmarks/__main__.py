@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import feed, launch, loop
+from benchmarks import feed, launch, loop, recovery
 from benchmarks.measure import machine, machine_line, run, write_json
 
 
@@ -30,6 +30,9 @@ def main() -> int:
     show(launch.shown(report["launch"]))
     report["feed"] = feed.measure(args.rounds, share=0.1 if args.quick else 1.0)
     show(feed.shown(report["feed"]))
+    report["recovery"] = recovery.measure(list(recovery.CONTENDERS), args.rounds)
+    wrong += [f"recovery: {key} failed" for key in recovery.CONTENDERS if key not in report["recovery"]]
+    show(recovery.shown(report["recovery"]))
     write_json(args.json, report)
     for line in wrong:
         print(f"WRONG: {line}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """The same work in the loops of Lightning, Accelerate and OpenPCDet, where they are installed.
 
-`torchrun ... -m benchmarks.frameworks accelerate WORKLOAD WARMUP TIMED EPOCHS FOLDER`
+`torchrun ... -m benchmarks.frameworks accelerate WORKLOAD WARMUP TIMED EPOCHS AFTER FOLDER`
 """
 
 from __future__ import annotations

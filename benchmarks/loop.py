@@ -35,7 +35,7 @@ TIMEOUT_S = 300.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help=f"timed steps of a run (default: {STEPS})")
-    parser.add_argument("--workload", choices=[*WORKLOADS, "all"], default="all")
+    parser.add_argument("--workload", choices=[*STEPS, "all"], default="all")
 
 
 def chosen(only: str | None) -> list[Contender]:
@@ -155,7 +155,7 @@ def shown(report: dict[str, Any]) -> str:
 def measure_all(args: argparse.Namespace, show: Callable[[str], None]) -> tuple[list[dict[str, Any]], list[str]]:
     """The report of each workload asked for, shown as soon as it is there; and what was wrong with the weights."""
     contenders = chosen(args.only)
-    names = list(WORKLOADS) if args.workload == "all" else [args.workload]
+    names = list(STEPS) if args.workload == "all" else [args.workload]
     reports = []
     for name in names:
         steps = args.steps or STEPS[name]

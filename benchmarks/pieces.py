@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -78,9 +79,19 @@ def conv_net() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, NUM_CLASSES))
 
 
+def wide_mlp(width: int) -> nn.Module:
+    """Twelve linear layers of width to width: what is trained hardly matters, how large its state is does."""
+    layers: list[nn.Module] = []
+    for _ in range(12):
+        layers += [nn.Linear(width, width), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(width, NUM_CLASSES))
+
+
 OVERHEAD = Workload("overhead", 8, (64,), mlp)
 CONV = Workload("conv", 20, (3, 32, 32), conv_net)
-WORKLOADS = {workload.name: workload for workload in (OVERHEAD, CONV)}
+HEAVY = Workload("heavy", 160, (2048,), functools.partial(wide_mlp, 2048))  # 50.4 M numbers, with AdamW's 605 MB
+LIGHT = Workload("light", 160, (640,), functools.partial(wide_mlp, 640))  # 4.9 M, 59 MB
+WORKLOADS = {workload.name: workload for workload in (OVERHEAD, CONV, HEAVY, LIGHT)}
 
 
 class Samples(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -109,11 +120,12 @@ class CostlySamples(Samples):
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Which steps a loop runs: warm-up, then the timed ones, then at least one more to mark their end."""
+    """Which steps a loop runs: warm-up, the timed ones, then at least `after` more, the first to mark their end."""
 
     warmup: int
     timed: int
     epochs: int = 2
+    after: int = 1
 
     @property
     def last(self) -> int:
@@ -122,7 +134,7 @@ class Span:
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil((self.last + 1) / self.epochs)
+        return math.ceil((self.last + self.after) / self.epochs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,18 +146,20 @@ class Assignment:
     folder: Path
 
     def words(self) -> list[str]:
-        span = self.span
-        return [self.workload.name, str(span.warmup), str(span.timed), str(span.epochs), str(self.folder)]
+        counts = dataclasses.astuple(self.span)
+        return [self.workload.name, *map(str, counts), str(self.folder)]
 
     @classmethod
     def of_words(cls, words: Sequence[str] | None = None) -> Assignment:
         parser = argparse.ArgumentParser(description="One run of one loop; `python -m benchmarks.loop` runs them all.")
         parser.add_argument("workload", choices=WORKLOADS)
-        for count in ("warmup", "timed", "epochs"):
+        counts = [field.name for field in dataclasses.fields(Span)]
+        for count in counts:
             parser.add_argument(count, type=int)
         parser.add_argument("folder", type=Path)
         given = parser.parse_args(words)
-        return cls(WORKLOADS[given.workload], Span(given.warmup, given.timed, given.epochs), given.folder)
+        span = Span(*(getattr(given, count) for count in counts))
+        return cls(WORKLOADS[given.workload], span, given.folder)
 
     def num_samples(self, ranks: int) -> int:
         """Full batches only: every loop then takes the same number of samples in each step."""

@@ -1,4 +1,4 @@
-"""The workloads as raytrain's tasks: `TASK: benchmarks.workloads:Overhead` or `:Conv`."""
+"""The workloads as raytrain's tasks: `TASK: benchmarks.workloads:Overhead`, `:Conv`, ...."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks.pieces import CONV, OVERHEAD, WATCH, Samples, Stopwatch, Workload
+from benchmarks.pieces import CONV, HEAVY, LIGHT, OVERHEAD, WATCH, Samples, Stopwatch, Workload
 from raytrain import ModelReturn, Task
 
 
@@ -43,3 +43,11 @@ class Overhead(Timed):
 
 class Conv(Timed):
     workload = CONV
+
+
+class Heavy(Timed):
+    workload = HEAVY
+
+
+class Light(Timed):
+    workload = LIGHT

@@ -29,7 +29,10 @@ BOARD_BYTES = 64 * 1024
 WORD = 8
 LINE = 8  # words in a cache line
 FIRST_SLOT = LINE  # word number; the first line counts what the keeper has answered
-START_S = 10.0
+FIRST_PULSE, PULSE_WORDS = 64 * LINE, 2 * LINE
+PULSES = (BOARD_BYTES // WORD - FIRST_PULSE) // PULSE_WORDS  # so many workers can be watched on a host
+START_S = 60.0
+ANSWER_S = 5.0
 
 
 def is_possible() -> bool:
@@ -83,6 +86,14 @@ class Board:
 
     def size_bytes(self, slot: int) -> int:
         return self._words[FIRST_SLOT + slot * LINE + 4]
+
+    def pulse(self, place: int) -> memoryview:
+        """The words in which the worker at this place says what it is at (pulse.py)."""
+        return self._words[FIRST_PULSE + place * PULSE_WORDS :][:PULSE_WORDS]
+
+    def pulses(self) -> list[memoryview]:
+        """Those of all places, taken or not."""
+        return [self.pulse(place) for place in range(PULSES)]
 
     def forget(self) -> None:
         """No slot is whole any more."""
@@ -206,11 +217,27 @@ def started(run_uri: str, launch: str) -> Line:
             stderr=subprocess.PIPE,
             start_new_session=True,
         ) as process:
-            _, told = process.communicate(timeout=START_S)
+            try:
+                _, told = process.communicate(timeout=START_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                told = f"it took more than {START_S:g} s".encode()
         line = connected(run_uri)
         if line is None:
             raise OSError(f"the keeper of {run_uri} did not start: {told.decode(errors='replace').strip()[-2000:]}")
     return line
+
+
+def held(run_uri: str) -> Progress | None:
+    """Where the newest state stands that is in memory on this host for this run folder; None if there is none."""
+    line = connected(run_uri) if is_possible() else None
+    if line is None:
+        return None
+    with contextlib.closing(line), contextlib.suppress(EOFError, OSError):
+        line.say(op="newest")
+        if line.hears(ANSWER_S) and (found := line.hear()["newest"]):
+            return Progress(*found)
+    return None
 
 
 def take_over(run_uri: str, patience_s: float) -> None:

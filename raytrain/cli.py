@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import functools
 import importlib
+import json
 import os
 import sys
 import time
@@ -281,7 +282,7 @@ def train_as_asked(cfg: Any, options: dict[str, Any]) -> Any:
 
     with contextlib.ExitStack() as stack:
         stop, ahead = stack.enter_context(signals_wish_stop()), None
-        if cfg.SCALE.NUM_WORKERS != 0 and options["address"] is None:
+        if cfg.SCALE.NUM_WORKERS != 0 and options["address"] is None and not seems_complete(cfg, options):
             from raytrain.cluster import starting
 
             ahead = stack.enter_context(starting(None, dashboard=options["dashboard"], scale=cfg.SCALE))
@@ -289,6 +290,19 @@ def train_as_asked(cfg: Any, options: dict[str, Any]) -> Any:
         from raytrain.start import Options
 
         return launch(cfg, Options(**options), stop=stop, ahead=ahead)
+
+
+def seems_complete(cfg: Any, options: dict[str, Any]) -> bool:
+    """Whether the manifest of the last epoch's checkpoint says that nothing is left to do: no cluster need start.
+
+    A guess, made in no time: `launch` verifies the checkpoint, and starts a cluster if it has to.
+    """
+    run_dir = Path(cfg.OUTPUT, cfg.EXP_GROUP_PATH, cfg.TAG, cfg.EXTRA_TAG)
+    path = run_dir / "ckpt" / f"checkpoint_epoch_{cfg.OPTIMIZATION.NUM_EPOCHS}" / "manifest.json"
+    try:
+        return options["resume"] == "auto" and json.loads(path.read_bytes())["metrics"] is not None
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def train_with_torchrun(cfg: Any, args: argparse.Namespace, options: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.errors import PreflightError
-from raytrain.own_cluster import OwnCluster, Warm, on_loopback
+from raytrain.own_cluster import OwnCluster, Warm, hush_raylets, is_tested, let_raylets_speak, on_loopback
 
 AHEAD_S = 30.0  # processes that have not said by then that they stand are not waited for
 ANSWER_S = 5.0  # a Ray head that has not answered by then is not there
@@ -58,6 +58,10 @@ class Cluster:
         ahead = Mailbox("ahead")
         while count > len(ahead.keys("process-")) and time.monotonic() < give_up:
             time.sleep(0.02)
+
+    def make_spares(self) -> bool:
+        """Have processes start as those that started ahead, for a restart; to be called until it says that they do."""
+        return self._own is None or self._own.warm.count == 0 or self._own.make_spares()
 
     def connect(self) -> None:
         """Returns once this process is connected; a PreflightError says why it cannot be."""
@@ -108,6 +112,8 @@ def starting(
             own.close()
         elif "ray" in sys.modules:
             sys.modules["ray"].shutdown()
+            if is_tested():
+                let_raylets_speak()
         for name, value in kept.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -137,6 +143,8 @@ def join(address: str) -> None:
     """Connect to the cluster at `address`, or a PreflightError that says why not."""
     import ray
 
+    if is_tested():
+        hush_raylets()
     try:
         with on_loopback() if is_on_loopback_only(address) else contextlib.nullcontext():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -294,6 +302,13 @@ def room(resources: dict[str, float], per_worker: dict[str, float]) -> int:
     return min(int(resources.get(name, 0.0) / need + 1e-9) for name, need in per_worker.items() if need > 0)
 
 
+def address_of(node_id: str) -> str:
+    """Of a node, for people."""
+    import ray
+
+    return next((str(node["NodeManagerAddress"]) for node in ray.nodes() if node["NodeID"] == node_id), node_id)
+
+
 def free_workers(per_worker: dict[str, float]) -> int:
     """How many workers the cluster has room for at this moment, at most."""
     import ray
@@ -368,11 +383,15 @@ class Mailbox:
 
         return sorted(k.decode() for k in _internal_kv_list(prefix, namespace=self.namespace))
 
-    def clear(self) -> None:
-        """Remove all that this launch has put."""
+    def remove(self, prefix: str) -> None:
+        """Remove what was put under keys that begin so."""
         from ray.experimental.internal_kv import _internal_kv_del
 
-        _internal_kv_del("", del_by_prefix=True, namespace=self.namespace)
+        _internal_kv_del(prefix, del_by_prefix=True, namespace=self.namespace)
+
+    def clear(self) -> None:
+        """Remove all that this launch has put."""
+        self.remove("")
 
 
 def wait_reason(per_worker: dict[str, float], num_workers: int) -> str:

@@ -190,7 +190,9 @@ class Scale(Section):
     RESOURCES: dict[str, NonNegative] = {}  # custom Ray resources of each worker
     REDUCTION: Literal["auto", "shared_memory", "collective"] = "auto"  # how gradients are summed over processes
     THREADS: Annotated[Count, Field(le=1024)] = 1  # torch's, in each worker
-    MAX_FAILURES: Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=-1)] = 0  # -1: no limit
+    # Restarts in a row without a new step; -1: no limit; None: 2 where a process dies, 0 where the task's code raises.
+    MAX_FAILURES: Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=-1)] | None = None
+    HANG_TIMEOUT: Positive | None = 1200.0  # seconds without progress until a worker is killed; None: never
 
     @field_validator("VIRTUAL_WORKERS")
     @classmethod

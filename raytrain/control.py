@@ -75,7 +75,7 @@ class RayControl(Control):
         self._lock = threading.Lock()
         self._posted: list[Record] = []
         self._step: Record | None = None
-        self._number, self._sent = 0, 0
+        self._number, self._sent, self._step_sent = 0, 0, None
         self._stop = threading.Event()
         self._ending = threading.Event()
         self._reports: queue.Queue[tuple[Pending | None, dict[str, float]] | None] = queue.Queue()
@@ -129,6 +129,10 @@ class RayControl(Control):
         if number != self._sent:
             self._mailbox.put("records", {"attempt": self._attempt, "records": records})
             self._sent = number
+        step = self.place().get("step")
+        if step != self._step_sent:  # records of steps are few; whether a run gets on is not to depend on LOG.EVERY
+            self._mailbox.put("step", step)
+            self._step_sent = step
 
     def _report(self) -> None:
         import ray.train

@@ -118,6 +118,12 @@ class Engine:
         self.late = world.device.type != "cpu"  # whether reading a verdict at once would wait for the device
         self._late_verdicts = Late(self.guard.unread.tolist())
 
+    def wait_for_readers(self) -> None:
+        """What a GPU does from here on comes after the copy of the state that is being made beside it, if one is."""
+        if self.fence is not None:
+            torch.cuda.current_stream().wait_event(self.fence)
+            self.fence = None
+
     def zero_grad(self) -> None:
         """Forget the gradients of every parameter, stepped or not (the heritage forgets some not, D6)."""
         for param in self.trainable:
@@ -183,9 +189,7 @@ class Engine:
                 granted = tuple(others)
                 if some_moved and self.world.device.type == "cpu":  # a GPU would learn of it too late
                     copy_fitting(firsts, self.world.broadcast_object(moved))
-        if self.fence is not None:
-            torch.cuda.current_stream().wait_event(self.fence)
-            self.fence = None
+        self.wait_for_readers()
         norm = self.stepper.norm(used)
         step = partial(self.stepper.step, lr, momentum, norm, self.grad_norm_clip)
         trouble = (self._step_if_good_late if self.late else self._step_if_good)(step, loss, norm)

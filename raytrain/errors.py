@@ -61,5 +61,13 @@ class DataError(RaytrainError):
     """A sample could not be produced or a batch could not be made of samples."""
 
 
+class LostLoaderError(DataError):
+    """The process that loads samples has died."""
+
+
 class TrainingError(RaytrainError):
     """Training failed on a worker; the message is the one screen a user sees."""
+
+
+class LostWorkerError(TrainingError):
+    """Another worker process has died or got stuck, and this one waited for it."""

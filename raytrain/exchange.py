@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from raytrain.board import started_at
-from raytrain.errors import PreflightError, TrainingError
+from raytrain.errors import LostWorkerError, PreflightError
 from raytrain.firsts import LINE, copy_fitting, fits, num_bytes, room_in, rounded
 from raytrain.world import World
 
@@ -194,7 +194,7 @@ class SharedMemory(Exchange):
             checked = now
             self._check_peers(counters)
             if now - began > PATIENCE_S:
-                raise TrainingError(
+                raise LostWorkerError(
                     f"rank {rank} (process {self._pids[rank][0]}) lives, but has not come to the end of this step for "
                     f"{PATIENCE_S / 60:.0f} minutes, while rank {self.world.rank} waited; "
                     "py-spy dump --pid shows what it does"
@@ -204,7 +204,7 @@ class SharedMemory(Exchange):
         for rank in self._others:
             pid, started = self._pids[rank]
             if started_at(pid) != started and counters[rank][0] < self._turn:
-                raise TrainingError(
+                raise LostWorkerError(
                     f"rank {rank} (process {pid}) has died; rank {self.world.rank} waited for its gradients. "
                     "The same command goes on from the newest checkpoint"
                 )

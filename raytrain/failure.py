@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from raytrain.errors import EXIT_FAILED, DataError, RaytrainError
+from raytrain.errors import EXIT_FAILED, DataError, LostLoaderError, LostWorkerError, RaytrainError
 
 HERE = Path(__file__).parent
 
@@ -23,6 +23,8 @@ def failure_of(error: BaseException, rank: int, at: dict[str, Any], logs: str) -
         **at,
         "error": f"{type(error).__name__}: {error}",
         "expected": explains_itself(error),
+        "lost_another": lost_another(error),
+        "lost_loader": isinstance(error, LostLoaderError),
         "message": str(error),
         "traceback": str(error) if isinstance(error, DataError) else users_traceback(error),
         "exit_status": getattr(error, "exit_status", EXIT_FAILED),
@@ -39,8 +41,16 @@ def explains_itself(error: BaseException) -> bool:
 
 
 def lost_another(error: BaseException) -> bool:
-    """True if gloo tells by it that the process at the other end is gone: what ended that one is not known here."""
-    return isinstance(error, RuntimeError) and "gloo" in str(error) and "by peer" in str(error)
+    """True if it tells that another worker process is gone: what ended that one is not known here.
+
+    (gloo says so in words, NCCL by torch's errors of a lost connection.)
+    """
+    by_gloo = isinstance(error, RuntimeError) and "gloo" in str(error) and "by peer" in str(error)
+    return (
+        isinstance(error, LostWorkerError)
+        or by_gloo
+        or type(error).__name__ in ("DistBackendError", "DistNetworkError")
+    )
 
 
 def keep_traceback(error: BaseException, run_uri: str) -> str:
@@ -64,16 +74,21 @@ def users_traceback(error: BaseException) -> str:
     """
     summary = traceback.TracebackException(type(error), error, error.__traceback__)
     files = [frame.filename for frame in summary.stack]
-    users = [index for index, file in enumerate(files) if not _is_ours(file) and not _is_library(file)]
+    users = [index for index, file in enumerate(files) if is_users(file)]
     if isinstance(error, SyntaxError) and not users:
         summary.stack.clear()  # the error names its file and line itself
     if users:
-        last = max(index for index, file in enumerate(files) if not _is_ours(file))
+        last = max(index for index, file in enumerate(files) if not is_ours(file))
         summary.stack[:] = summary.stack[users[0] : last + 1]
     return "".join(summary.format()).rstrip()
 
 
-def _is_ours(file: str) -> bool:
+def is_users(file: str) -> bool:
+    """Whether code in this file is the user's."""
+    return not is_ours(file) and not _is_library(file)
+
+
+def is_ours(file: str) -> bool:
     return Path(file).parent == HERE  # what lies in tasks/ is the user's
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import multiprocessing.queues
 import os
@@ -26,9 +27,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_convert
 
 from raytrain.delivery import Delivery
-from raytrain.errors import DataError, PreflightError, TaskError
+from raytrain.errors import DataError, LostLoaderError, PreflightError, TaskError
 from raytrain.failure import users_traceback
 from raytrain.progress import Plan, Progress
+from raytrain.pulse import write_stacks_to
 from raytrain.randomness import random_state, seed_all
 from raytrain.sampler import cut, epoch_order, step_samples
 from raytrain.task import Task
@@ -127,6 +129,7 @@ class Feed:
         self._reader: KeyedBatches | None = None
         self._wait_s = 0.0
         self.current: BatchKey | None = None
+        self.stacks_path: str | None = None  # where loader workers write their stacks when they are asked (pulse.py)
 
     def start(self, progress: Progress, evaluate_first: bool = False) -> None:
         """Begin to read ahead from `progress`; loader workers start here."""
@@ -146,7 +149,7 @@ class Feed:
             prefetch_factor=self.loader_cfg.PREFETCH if workers else None,
             pin_memory=self.world.device.type == "cuda",
             multiprocessing_context=_loader_context(type(self.task).__module__) if workers else None,
-            worker_init_fn=_init_loader_worker if workers else None,
+            worker_init_fn=functools.partial(_init_loader_worker, self.stacks_path) if workers else None,
         )
         with _main_module_hidden(), _signals_held_back(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Got pickle error")  # the TaskError says it
@@ -202,7 +205,7 @@ class Feed:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise DataError(
+            raise LostLoaderError(
                 f"a loader worker died: {error}\n\n"
                 "Most often the machine ran out of memory or of /dev/shm (lower LOADER.WORKERS or LOADER.PREFETCH),\n"
                 "or native code crashed (with --workers 0 it does so in the training process)"
@@ -327,7 +330,7 @@ def _signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
-def _init_loader_worker(_: int) -> None:
+def _init_loader_worker(stacks_path: str | None, _: int) -> None:
     """A loader worker lives as long as the training process: no longer, and through signals meant for all.
 
     Ctrl-C, and a SIGTERM to the whole process group, let the training process finish its step,
@@ -337,6 +340,8 @@ def _init_loader_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    if stacks_path is not None:
+        write_stacks_to(stacks_path)
     torch.set_num_threads(1)
     multiprocessing.queues.Queue._on_queue_feeder_error = _send_error_instead  # type: ignore[attr-defined]
 

@@ -138,6 +138,11 @@ class FlatStepper:
         for run in self._runs:
             self._step_run(run, divisor, taken, bad)
 
+    def are_finite(self) -> torch.Tensor:
+        """Whether all values that are stepped are finite: a scalar on the device."""
+        extremes = [each.double() for flat in self._values.values() for each in torch.aminmax(flat)]  # NaN is both
+        return torch.stack(extremes).isfinite().all()
+
     def in_bad_rows(self, row_norms: Sequence[torch.Tensor]) -> list[nn.Parameter]:
         """Those of which a part lies in a row of the gradient whose norm is not finite. Waits for the device."""
         bad = dict(zip(self._gradients, ((~norms.isfinite()).tolist() for norms in row_norms), strict=True))

@@ -25,9 +25,10 @@ from raytrain.board import Board, Line, Slots, address_of, host, is_own, started
 from raytrain.checkpoint import Manifest
 from raytrain.errors import RaytrainError
 from raytrain.progress import Progress
-from raytrain.runfolder import locked
+from raytrain.runfolder import JOURNAL, locked
 from raytrain.storage import open_storage
 from raytrain.store import Store
+from raytrain.watchdog import Watchdog
 
 TICK_S = 0.25
 SOON_S = 0.01
@@ -61,6 +62,7 @@ class Keeper:
         self.newcomers: list[Line] = []
         self.about: dict[str, Any] = {}
         self.writer = Writer(self)
+        self.watchdog = Watchdog(self.board, run_uri)
         self.alone_since = time.monotonic()
         self.takers: list[tuple[Line, float]] = []
 
@@ -113,6 +115,7 @@ class Keeper:
             return False
 
     def drop(self, line: Line) -> None:
+        self.watchdog.drop(line)
         self.workers.discard(line)
         self.newcomers = [newcomer for newcomer in self.newcomers if newcomer is not line]
         self.takers = [taker for taker in self.takers if taker[0] is not line]
@@ -134,16 +137,17 @@ class Keeper:
         self.newcomers.append(line)
 
     def welcome(self) -> None:
-        """Workers that have come get the memory, once nothing is written from it that dead ones have asked for.
+        """Workers that have come get the memory, once all that dead ones have asked for is written from it.
 
         They could not know which slots that takes, would fill these anew, and a mixture would be saved.
         """
-        if not self.writer.is_idle:
+        others = [line for line in self.lines if line not in self.newcomers]
+        if not self.newcomers or not self.writer.is_idle or wait(others, 0):  # type: ignore[arg-type]
             return
         slots = self.slots
         for line in self.newcomers:
             with contextlib.suppress(OSError):  # it has died
-                line.say(slot_bytes=slots.slot_bytes if slots else 0)
+                line.say(slot_bytes=slots.slot_bytes if slots else 0, hangs=[hang.told for hang in self.watchdog.hangs])
                 line.give(self.board.descriptor)
                 if slots:
                     line.give(slots.descriptor)
@@ -164,6 +168,19 @@ class Keeper:
     def on_metrics(self, line: Line, **order: Any) -> None:
         self.writer.take(Order(line, manifest={}, **order))
 
+    def on_watch(self, line: Line, **worker: Any) -> None:
+        """This worker's pulse shall be looked at."""
+        self.tell(line, place=self.watchdog.add(line, line.take(), **worker))
+
+    def on_hangs(self, line: Line) -> None:
+        """Somebody wants to know why a worker has died."""
+        self.tell(line, hangs=[hang.told for hang in self.watchdog.hangs])
+
+    def on_newest(self, line: Line) -> None:
+        """Somebody wants to know what is held here."""
+        slot = self.board.newest()
+        self.tell(line, newest=None if slot is None else dataclasses.astuple(self.board.progress(slot)))
+
     def on_take_over(self, line: Line, patience_s: float) -> None:
         self.takers.append((line, time.monotonic() + patience_s))
 
@@ -178,10 +195,8 @@ class Keeper:
         if self.slots is None or slot is None or not self.about:
             return
         progress = self.board.progress(slot)
-        if self.writer.newest is not None and progress <= self.writer.newest:
-            return
         store = self.store()
-        if store.storage.is_local and not store.storage.exists("ckpt"):
+        if store.storage.is_local and not store.storage.exists(JOURNAL):
             return  # somebody has removed the run
         with locked(store.storage, LOCK_S):
             if any(e.manifest and self.is_overtaken_by(e.manifest, progress) for e in store.listed()):
@@ -203,10 +218,7 @@ class Keeper:
 
 
 class Writer:
-    """A thread that carries out orders, one after another.
-
-    newest: the progress of what it has saved last
-    """
+    """A thread that carries out orders, one after another."""
 
     def __init__(self, keeper: Keeper) -> None:
         self._keeper = keeper
@@ -215,7 +227,6 @@ class Writer:
         self._replaced: set[int] = set()
         self._waiting: Order | None = None
         self.is_idle = True
-        self.newest: Progress | None = None
         self._thread = threading.Thread(target=self._write_all, name="raytrain-writer", daemon=True)
         self._thread.start()
 
@@ -262,9 +273,7 @@ class Writer:
         if order.slot is None:
             store.add_metrics(order.name, order.metrics)
             return
-        progress = self._keeper.board.progress(order.slot)
         self._keeper.save(store, order.slot, order.manifest)
-        self.newest = progress
 
 
 def main(run_uri: str, launch: str) -> None:

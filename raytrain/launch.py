@@ -6,16 +6,17 @@ import contextlib
 import dataclasses
 import os
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from raytrain import board, cluster
+from raytrain.budget import Budget
 from raytrain.cluster import Cluster, Mailbox
 from raytrain.config import Config, load_config, with_overrides
 from raytrain.control import LocalControl
 from raytrain.display import Display, failure_screen
+from raytrain.driver import Fit, Inbox, Show, say
 from raytrain.errors import RaytrainError, TrainingError
 from raytrain.failure import explains_itself, failure_of, keep_traceback
 from raytrain.own_cluster import is_tested
@@ -23,21 +24,12 @@ from raytrain.records import Record
 from raytrain.resume import is_complete
 from raytrain.signals import signals_wish_stop
 from raytrain.start import Options, Start, find_start
-from raytrain.storage import parent_and_name
+from raytrain.storage import open_storage, parent_and_name
 from raytrain.task import load_task_class
 from raytrain.worker import Job, device_here, run_job, torch_put_back, train_loop_per_worker
 from raytrain.world import World
 
-Show = Callable[[Record], None]
-
-POLL_S = 0.2  # how often records are fetched from the workers
 BEREAVED_S = 15.0  # so long workers of a run that has failed may take to die
-NOTICE_S = 10.0  # how often a run that waits for resources says so
-DIED = (
-    "The worker process died without a word. Most often the machine ran out of memory and the system killed it\n"
-    "(`dmesg` tells: fewer workers, a smaller batch or LOADER.WORKERS 0 need less), or native code crashed.\n"
-    "The same command goes on from the newest checkpoint; with SCALE.MAX_FAILURES the run does so by itself."
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,91 +156,36 @@ def run_on_ray(start: Start, stop: threading.Event, show: Show, ahead: Cluster |
         per_worker = cluster.resources_per_worker(job.cfg.SCALE, use_gpu)
         cluster.check_resources(num_workers, per_worker)
         cluster.check_reachable(start.run_dir)
-        # Ray would take up from its own list, which may name checkpoints that retention has removed (RAY.md F6, F36).
-        start.store.storage.remove_tree("checkpoint_manager_snapshot.json")
-        trainer = ray_trainer(job, per_worker, used.is_ours)
         used.wait_for_workers()
-        return "stopped" if stop.is_set() else fit(job, trainer, per_worker, stop, show)
+        return "stopped" if stop.is_set() else train_on_ray(job, used, per_worker, stop, show)
 
 
-def fit(job: Job, trainer: Any, per_worker: dict[str, float], stop: threading.Event, show: Show) -> str:
-    """Ray Train's fit in a thread, while this one shows records and passes on the wish to stop."""
-    scale, mailbox = job.cfg.SCALE, Mailbox(job.launch)
-    assert scale.NUM_WORKERS is not None  # Start.job has settled it
-    crowded = cluster.free_workers(per_worker) < scale.NUM_WORKERS
-    raised: list[BaseException] = []
-
-    def run_fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=run_fit, name="raytrain-fit", daemon=True)
-    thread.start()
-    inbox, asked, notice_at = Inbox(mailbox, show), False, time.monotonic() + NOTICE_S
-    while thread.is_alive():
-        thread.join(POLL_S)
-        inbox.fetch()
-        begun = inbox.last_number > 0
-        # Workers that have died wait too before they begin again; that only a controller in that thread can tell.
-        waits = getattr(trainer, "awaits_room", crowded and not begun)
-        if stop.is_set() and not asked:
-            mailbox.put("stop", "signal to the driver")
-            inbox.say("stopping", "the state is saved after the step under way; once more to stop at once")
-            asked = True
-        if asked and (waits or not begun):
-            # No worker trains; one that still does finds the wish in the mailbox.
-            if hasattr(trainer, "abandon"):  # one whose controller is in that thread, not in an actor
-                trainer.abandon()
-                thread.join()
-                mailbox.clear()
-            return "stopped"
-        if not waits:
-            notice_at = time.monotonic() + NOTICE_S
-        elif time.monotonic() > notice_at:
-            notice_at += NOTICE_S
-            inbox.say("waiting", cluster.wait_reason(per_worker, scale.NUM_WORKERS))
-    inbox.fetch()
-    outcome, failure = mailbox.get("outcome"), first_failure(mailbox, raised, job)
-    mailbox.clear()
-    if outcome is not None and not raised:
-        return str(outcome["status"])
-    raise as_seen(failure) from (raised[0] if raised else None)
+def train_on_ray(job: Job, used: Cluster, per_worker: dict[str, float], stop: threading.Event, show: Show) -> str:
+    """The run in worker processes of a cluster, on others when their nodes are taken away; how it ended."""
+    mailbox, budget = Mailbox(job.launch), Budget(job.cfg.SCALE.MAX_FAILURES)
+    inbox = Inbox(mailbox, show)
+    try:
+        while True:
+            # Ray would take up from its own list, which may name checkpoints that retention has removed (RAY.md F6).
+            open_storage(job.run_uri).remove_tree("checkpoint_manager_snapshot.json")
+            trainer = ray_trainer(job, per_worker, used.is_ours, budget, mailbox)
+            fit = Fit(job, trainer, used, per_worker, inbox)
+            status = fit.follow(stop)
+            if fit.failure is not None:
+                raise as_seen(fit.failure) from fit.raised
+            if status != "stopped" or stop.is_set() or not fit.was_moved:
+                return status
+            mailbox.remove("outcome")
+            inbox.expect()
+    finally:
+        mailbox.clear()
 
 
-class Inbox:
-    """What the workers post, shown once each in the order it was written."""
-
-    def __init__(self, mailbox: Mailbox, show: Show) -> None:
-        self._mailbox, self._show = mailbox, show
-        self._attempt: str | None = None
-        self.last_number = 0
-
-    def fetch(self) -> None:
-        posted = self._mailbox.get("records") or {"attempt": None, "records": []}
-        if self._attempt not in (None, posted["attempt"]):
-            self.last_number = 0  # they count anew
-            self.say("restart", "the workers were started again after a failure")
-        self._attempt = posted["attempt"]
-        for record in sorted(posted["records"], key=lambda r: r["number"]):
-            if record["number"] > self.last_number:
-                self.last_number = record["number"]
-                self._show(record)
-
-    def say(self, event: str, message: str) -> None:
-        say(self._show, event, message)
-
-
-def say(show: Show, event: str, message: str) -> None:
-    """Shows an event that the driver itself tells of."""
-    show({"kind": "event", "time": time.time(), "event": event, "message": message})
-
-
-def ray_trainer(job: Job, per_worker: dict[str, float], alone: bool) -> Any:
+def ray_trainer(job: Job, per_worker: dict[str, float], alone: bool, budget: Budget, mailbox: Mailbox) -> Any:
     """Ray Train's TorchTrainer for `job`; its results lie in the run folder, under the run's own name.
 
-    alone: on a cluster that no one else uses
+    alone:   on a cluster that no one else uses
+    budget, mailbox: see lean.LeanTrainer; where Ray's own trainer has to do, it counts all failures alike
     """
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -258,7 +195,7 @@ def ray_trainer(job: Job, per_worker: dict[str, float], alone: bool) -> Any:
     if is_tested():
         from raytrain.lean import LeanTrainer
 
-        trainer_class = partial(LeanTrainer, alone=alone)
+        trainer_class = partial(LeanTrainer, alone=alone, budget=budget, mailbox=mailbox)
         if alone:
             from raytrain.meeting import MeetingByFile
 
@@ -278,7 +215,7 @@ def ray_trainer(job: Job, per_worker: dict[str, float], alone: bool) -> Any:
         run_config=RunConfig(
             name=name,
             storage_path=parent,
-            failure_config=FailureConfig(max_failures=scale.MAX_FAILURES),
+            failure_config=FailureConfig(max_failures=scale.MAX_FAILURES or 0),
             callbacks=worker_callbacks(job.launch),
             logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]
         ),
@@ -301,24 +238,9 @@ def worker_callbacks(launch_id: str) -> list[Any]:
     return [StopOnSignal()]
 
 
-def first_failure(mailbox: Mailbox, raised: list[BaseException], job: Job) -> dict[str, Any]:
-    """The failure to show: the first that a worker told of, since the others often only follow from it."""
-    told = sorted((mailbox.get(key) for key in mailbox.keys("failure-")), key=lambda failure: failure["time"])
-    told = [failure for failure in told if failure["attempt"] == told[-1]["attempt"]]
-    ends: dict[int, Exception] = getattr(raised[0], "worker_failures", {}) if raised else {}
-    silent = sorted(set(ends) - {failure["rank"] for failure in told})
-    if told and not silent:
-        return told[0]
-    text = str(raised[0]) if raised else "the workers ended without saying why"
-    rank = silent[0] if silent else None
-    if rank is not None:  # what others tell only follows from it
-        text = f"{DIED}\n\nRay says: {str(ends[rank]).strip().splitlines()[-1]}"
-    logs = f"{job.run_uri}/logs"
-    return {"rank": rank, "error": text, "traceback": text, "logs": logs, "exit_status": 1, "expected": False}
-
-
 def as_seen(failure: dict[str, Any]) -> RaytrainError:
     """The error that a user sees: the message alone where it explains itself, else the failure screen."""
-    error = TrainingError(failure["message"] if failure["expected"] else failure_screen(failure))
+    text = failure["message"] if failure["expected"] else failure_screen(failure)
+    error = TrainingError("\n\n".join(filter(None, [text, failure.get("given_up")])))
     error.exit_status = failure["exit_status"]
     return error

@@ -7,6 +7,7 @@ import datetime
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from raytrain import board
 from raytrain.checkpoint import Manifest, is_verified, verify_checkpoint
 from raytrain.config import Checkpoint
 from raytrain.errors import CheckpointError, PreflightError, masked
@@ -137,7 +138,16 @@ def _survey(store: Store, entries: list[Listed], states: dict[str, str], cfg: An
     if origin is not None and origin.name is not None:
         states = states | {origin.name: "ok"}
     rows = rows_of(store, entries, states, origin.name if origin else None)
+    says += in_memory(storage, entries)
     return Survey(rows, [*says, *left, *superseded(storage)], not refusal, store.policy.METRIC)
+
+
+def in_memory(storage: Storage, entries: list[Listed]) -> list[str]:
+    """What the keeper of this host holds, if that is newer than every checkpoint."""
+    held = board.held(storage.path_of(""))
+    if held is None or any(e.manifest and e.manifest.progress >= held for e in entries):
+        return []
+    return [f"in memory on this host: the state after step {held.step}; it is saved when the run ends, however it ends"]
 
 
 def rows_of(store: Store, entries: list[Listed], states: dict[str, str], taken: str | None) -> list[Row]:

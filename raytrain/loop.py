@@ -22,6 +22,7 @@ from raytrain.errors import RaytrainError, TaskError, TrainingError
 from raytrain.feed import BatchKey, Feed, Step
 from raytrain.guard import LATE_STEPS
 from raytrain.journal import Journal
+from raytrain.pulse import BACKWARD, CHECKPOINT, DATA, EVAL, FORWARD, REDUCE, REST
 from raytrain.randomness import seed_all
 from raytrain.saves import Pending, Saves
 from raytrain.state import RunState
@@ -43,15 +44,19 @@ def train_model(run: RunState, task: Task, feed: Feed, saves: Saves, journal: Jo
     try:
         done = train_epochs(run, task, feed, saves, journal, control)
     except BaseException:
+        run.pulse.phase(CHECKPOINT)
         with contextlib.suppress(RaytrainError):  # the failure above is the one to tell
             tell_saved(saves, journal, wait=True)
+        run.pulse.phase(REST)
         raise
     tell_saved(saves, journal, wait=True)
+    run.pulse.phase(REST)
     return done
 
 
 def train_epochs(run: RunState, task: Task, feed: Feed, saves: Saves, journal: Journal, control: Control) -> bool:
     """Collective. Train and evaluate what is left of the run; False if stopped on the way."""
+    run.pulse.phase(DATA)
     feed.start(run.progress, evaluate_first=run.unevaluated is not None)
     if run.unevaluated is not None:  # the run ended between saving an epoch and evaluating it
         finish_evaluation(run, task, feed, saves, journal, control, run.unevaluated)
@@ -86,6 +91,7 @@ def train_one_epoch(run: RunState, task: Task, feed: Feed, saves: Saves, journal
         began = run.progress
         stepped, returns = train_step(run, task, feed, step, wishes)
         taken.append(step)
+        run.pulse.phase(CHECKPOINT)
         write_notes(run, task, journal)
         run.progress = run.plan.advanced(began, step.consumed)
         step_end, data_s = time.perf_counter(), feed.take_wait_s()
@@ -113,6 +119,7 @@ def train_one_epoch(run: RunState, task: Task, feed: Feed, saves: Saves, journal
         if saves.after_step(run):
             journal.hand_over()  # what a run that goes on from that memory would not measure again
         tell_saved(saves, journal)
+        tell_stragglers(run, journal)
         stop_granted, save_granted = stepped.wishes
         if stop_granted:
             return False
@@ -132,7 +139,9 @@ def train_step(
     """
     at = run.progress.step
     returns = []
+    run.pulse.step(at + 1)
     if run.engine.guard.anchor_due(at):
+        run.engine.wait_for_readers()
         run.engine.guard.drop_anchor(at, run.engine.living())
     run.engine.zero_grad()
     last = max(step.micro_batches), len(step.micro_batches[max(step.micro_batches)]) - 1
@@ -140,14 +149,18 @@ def train_step(
         share = 1.0 / (len(keys) * run.plan.virtual_workers)
         with run.engine.virtual_worker():
             for i, key in enumerate(keys):
+                run.pulse.phase(DATA)
                 batch = feed.fetch(key)
+                run.pulse.phase(FORWARD)
                 if run.compilation is not None:
                     run.compilation.try_out(batch, partial(rehearse, run, task))
                 seed_all(run.seed, "step", at, v, i)
                 with run.engine.precision.autocast():
                     returned = task.model_func(run.model, batch)
+                run.pulse.phase(BACKWARD)
                 run.engine.backward(loss_of(returned, task), share, is_last=(v, i) == last)
                 returns.append(returned)
+    run.pulse.phase(REDUCE)
     stepped = run.engine.step(run.schedule.lr(at), run.schedule.momentum(at), wishes())
     return stepped, returns
 
@@ -160,6 +173,7 @@ def end_badly(run: RunState, saves: Saves, journal: Journal, control: Control, w
     if run.world.broadcast_object(missing):
         control.saved(save_checkpoint(run, saves, journal, control), {})
         tell_saved(saves, journal, wait=True)
+    run.pulse.phase(REDUCE)
     run.world.all_objects(None)  # whoever ends first takes the others along, and rank 0 has to save
     kept = f"{name} holds the state, which is good" if trained else "not one step was good, so nothing is lost"
     raise TrainingError(
@@ -199,6 +213,7 @@ def predict_split(run: RunState, task: Task, feed: Feed) -> list[tuple[int, Any]
     run.model.eval()
     found: list[tuple[int, Any]] = []
     for key in feed.validation_keys(run.progress.epoch):
+        run.pulse.phase(EVAL)
         batch = feed.fetch(key)
         if run.compilation is not None:
             run.compilation.try_out(batch, partial(rehearse, run, task))
@@ -223,13 +238,16 @@ def evaluate(run: RunState, task: Task, feed: Feed) -> tuple[dict[str, float], l
     feed.current = BatchKey("val", run.progress.epoch, ())  # what fails from here on is no batch's fault
     metrics: dict[str, float] = {}
     in_order: list[Any] = []
+    run.pulse.phase(REDUCE)
     gathered = run.world.gather_objects(found)
     if run.world.is_first:
+        run.pulse.phase(EVAL)
         in_order = [value for _, value in sorted((pair for part in gathered for pair in part), key=lambda p: p[0])]
         if task.has_predict():
             metrics = checked_metrics(task.score(in_order, feed.datasets["val"]), task)
         else:
             metrics = {"loss": sum(loss * n for loss, n in in_order) / sum(n for _, n in in_order)}
+    run.pulse.phase(REDUCE)
     return run.world.broadcast_object(metrics), in_order
 
 
@@ -239,6 +257,7 @@ def finish_evaluation(
     """Collective. Evaluate, and write the metrics to the journal and to checkpoint `name`."""
     started = time.perf_counter()
     metrics, predictions = evaluate(run, task, feed)
+    run.pulse.phase(CHECKPOINT)
     if run.plan.finished(run.progress):  # those of earlier epochs would take up memory while training goes on
         run.predictions = predictions
     write_notes(run, task, journal)
@@ -268,6 +287,11 @@ def write_notes(run: RunState, task: Task, journal: Journal) -> None:
         journal.write("event", event="note", message=note)
 
 
+def tell_stragglers(run: RunState, journal: Journal) -> None:
+    for message in run.stragglers.found(time.monotonic()) if run.stragglers else ():
+        journal.write("event", event="straggler", message=message)
+
+
 def save_checkpoint(
     run: RunState,
     saves: Saves,
@@ -283,9 +307,8 @@ def save_checkpoint(
     """
     if not run.world.is_first:
         return None
-    # Parameters only: a buffer may hold infinities on purpose, as attention masks do.
-    bad = [name for name, param in run.model.named_parameters() if not bool(param.isfinite().all())]
-    if bad:
+    if not bool(run.engine.stepper.are_finite()):
+        bad = [name for name, param in run.model.named_parameters() if not bool(param.isfinite().all())]
         raise TrainingError(
             f"after step {run.progress.step} the weights are no longer finite ({', '.join(bad[:3])}"
             f"{', ...' if len(bad) > 3 else ''}); they were not saved and the last good checkpoint is untouched. "

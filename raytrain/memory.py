@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +32,7 @@ class Kept:
     """This process's side of the keeper of its host.
 
     leads: whether it is the first of its host;  keeps: whether it copies states to the keeper's memory
+    hangs: why workers before this one were killed (watchdog.Hang.told)
     """
 
     def __init__(self, run_uri: str, launch: str, leads: bool = True, keeps: bool = True) -> None:
@@ -51,6 +51,7 @@ class Kept:
                 f"{self._run_uri}: another run is training in this folder on this host. Wait for it or end it, "
                 "or give this one a folder of its own (--extra_tag NAME)"
             )
+        self.hangs: list[dict[str, Any]] = told["hangs"]
         self.board = Board(self.line.take())
         self.slots = Slots(self.line.take(), told["slot_bytes"]) if told["slot_bytes"] else None
 
@@ -106,12 +107,15 @@ def join_keeper(run_uri: str, launch: str, world: World) -> tuple[Kept | None, l
             kept = Kept(run_uri, launch, leads, world.rank in sorted(set(firsts))[:2])
         except (OSError, EOFError) as error:
             refusal = str(error) or "its process ended"
-    refusals = [told for told in world.all_objects(refusal) if told]  # from here on each host's keeper stands
+    answers = world.all_objects((refusal, kept.hangs if kept else []))  # from here on each host's keeper stands
+    refusals = [refusal for refusal, _ in answers if refusal]
     if refusals:
         if kept is not None:
             kept.end()
         return None, [f"{WITHOUT}: {refusals[0]}"]
-    return kept or Kept(run_uri, launch, leads=False, keeps=False), []
+    kept = kept or Kept(run_uri, launch, leads=False, keeps=False)
+    kept.hangs = [hang for _, hangs in answers for hang in hangs]
+    return kept, []
 
 
 class Memory:
@@ -135,6 +139,7 @@ class Memory:
         """
         payload = payload_of(run)
         leaves = leaves_of(payload)
+        on_gpu = run.world.device.type == "cuda"
         if self._blueprint is None or not self._blueprint.fits(leaves):
             self._sheets.clear()
             self._blueprint = blueprint_of(leaves)
@@ -151,7 +156,11 @@ class Memory:
             return False
         is_new = slot not in self._sheets
         if is_new:
+            if on_gpu:
+                pin(memory)
             self._sheets[slot] = self._blueprint.sheet(memory)
+        if on_gpu:
+            leaves = without_buffers(leaves, run)
         self._transfer.begin(run, functools.partial(self._sheets[slot].fill, leaves))
         if is_new:
             check_loadable(memory)
@@ -186,9 +195,7 @@ class Transfer:
 
     def begin(self, run: RunState, fill: Callable[[], None]) -> None:
         """`fill` is called, and what it launches on a GPU is waited for by the next optimizer step alone."""
-        params = [p.detach() for p in run.model.parameters() if p.numel()]
-        peaks = torch._foreach_norm(params, math.inf)
-        finite = torch.stack([peak.float() for peak in peaks]).isfinite().all()
+        finite = run.engine.stepper.are_finite()
         if self._device.type != "cuda":
             self._finite = finite
             fill()
@@ -216,6 +223,24 @@ def blueprint_of(leaves: Leaves) -> Blueprint | None:
         return Blueprint(leaves)
     except OddPayload:
         return None
+
+
+def pin(memory: memoryview) -> None:
+    """A GPU copies to this memory without the host; it may be pinned already."""
+    runtime: Any = torch.cuda.cudart()
+    runtime.cudaHostRegister(torch.frombuffer(memory, dtype=torch.uint8).data_ptr(), len(memory), 0)
+
+
+def without_buffers(leaves: Leaves, run: RunState) -> Leaves:
+    """With copies on the device of the model's buffers: the next forward pass changes those, and waits for nobody."""
+    buffers = {buffer.data_ptr() for buffer in run.model.buffers()}
+    stream, tensors = side_stream(run.world.device), []
+    for tensor in leaves.tensors:
+        if tensor.data_ptr() in buffers and tensor.is_cuda:
+            tensor = tensor.clone()
+            tensor.record_stream(stream)
+        tensors.append(tensor)
+    return leaves._replace(tensors=tensors)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import logging
@@ -26,6 +27,19 @@ TESTED = ("2.60.0",)
 PRELOADED = (
     "raytrain.ahead"  # imported by worker processes as they start, while the driver does what comes before a run
 )
+
+IDLE = "ray::IDLE"  # what Ray calls a worker process without work
+
+# Processes that wait for work are kept: they are few, and all are wanted.
+SYSTEM_CONFIG = {
+    "preload_python_modules": [PRELOADED],
+    "num_workers_soft_limit": 10_000,
+    "idle_worker_killing_time_threshold_ms": 10**9,
+}
+
+
+class Nothing:
+    """An actor that is asked for, and never made."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +73,8 @@ class OwnCluster:
         self.dashboard_url = ""
         self._bare = is_tested() and not dashboard
         self.warm = warm if self._bare else Warm()
+        self._raylet, self._spares_begun = 0, 0
+        self._spares: list[Any] = []
         self._failure: BaseException | None = None
         self._stands, self._unwanted = threading.Event(), threading.Event()
         # The kernel ends Ray's processes with the thread that started them, so one thread has to last as long as they.
@@ -70,6 +86,26 @@ class OwnCluster:
         self._stands.wait()
         if self._failure is not None:
             raise self._failure
+
+    def make_spares(self) -> bool:
+        """Have as many processes start as at first, for a restart to find; to be called until it says that they do.
+
+        Ray starts a process for each actor that is asked for, and keeps it if by then no one wants the actor any
+        more. (One that has had work, were it a task of nothing, is never given to an actor.)
+        """
+        import ray
+
+        below = children_of(self._raylet)
+        if not self._spares:
+            if below.count(IDLE) > 0:  # left by a restart that came before they were ready
+                return True
+            self._spares_begun = len(below) + self.warm.count
+            nothing: Any = ray.remote(num_cpus=0)(Nothing)
+            self._spares = [nothing.remote() for _ in range(self.warm.count)]
+        elif len(below) >= self._spares_begun:
+            while self._spares:
+                ray.kill(self._spares.pop())
+        return not self._spares
 
     def close(self) -> None:
         self._unwanted.set()
@@ -105,6 +141,8 @@ class OwnCluster:
             self.dashboard_url = ray.init("local", **asked, **said).dashboard_url or ""
             return None
         node = start_node(temp_dir, self._num_cpus, self.warm)
+        self._raylet = node.all_processes["raylet"][0].process.pid
+        hush_raylets()
         try:
             ray.init(node.gcs_address, **said)
         except BaseException:
@@ -156,11 +194,41 @@ def start_node(temp_dir: str, num_cpus: int | None, warm: Warm) -> Any:
         include_log_monitor=False,  # type: ignore[arg-type]
         no_monitor=True,
         temp_dir=temp_dir,
-        _system_config={"preload_python_modules": [PRELOADED]},  # type: ignore[dict-item]
+        _system_config=SYSTEM_CONFIG,  # type: ignore[arg-type]
         # Ray sets it when it gives a process to a worker, by the CPUs that this reserves: too late for what is loaded.
         env_vars={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, int(warm.cpus))))},
     )
     return BareNode(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True, ray_init_cluster=True)
+
+
+def children_of(pid: int) -> list[str]:
+    """The names of the processes that `pid` has started."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append((folder / "cmdline").read_text(errors="replace").rstrip("\0 "))
+    return found
+
+
+def hush_raylets() -> None:
+    """Until `let_raylets_speak` Ray prints no screenful of each worker that dies: a restart says it in a line."""
+    from ray._private import worker
+
+    said = worker.print_to_stdstream
+
+    @functools.wraps(said)
+    def unless_of_raylets(data: Any, ignore_prefix: bool) -> None:
+        if data["pid"] != "raylet":
+            said(data, ignore_prefix)
+
+    worker.print_to_stdstream = unless_of_raylets
+
+
+def let_raylets_speak() -> None:
+    from ray._private import worker
+
+    worker.print_to_stdstream = getattr(worker.print_to_stdstream, "__wrapped__", worker.print_to_stdstream)
 
 
 def end(node: Any) -> None:
@@ -168,6 +236,8 @@ def end(node: Any) -> None:
     import ray
 
     ray.shutdown()
+    if is_tested():
+        let_raylets_speak()
     if node is not None:
         node.kill_all_processes(check_alive=False, allow_graceful=True)
 

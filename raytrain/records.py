@@ -11,9 +11,9 @@ step        step (iterations done), epoch, iteration (of the epoch, from 0), los
 eval        step, epoch, metrics {}; shown where given: samples, seconds, best (true: the best so far)
 pictures    step, epoch, folder (below the run folder), names (of the files NAME.png in it)
 checkpoint  step, epoch, name
-event       event (what happened: failure, restart, note ...), message;
+event       event (what happened: failure, restart, straggler, note ...), message;
             nonfinite, spike: a step without effect: step, ranks, parameters, samples (ids), action, in_a_row, loss,
-            grad_norm
+            grad_norm;   hang: a worker that was killed for it: rank, step, phase, calls
 end         status (finished, complete, stopped, failed), step, epoch; shown where given: metrics {},
             best {}, checkpoint, best_checkpoint, pictures, run_dir, seconds, message
 """

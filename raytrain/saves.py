@@ -74,9 +74,13 @@ class Pace:
             every = 1 if self._cost_s is None else math.ceil(self._cost_s / (self._share * self._step_s))
         return every is not None and self._since >= every
 
+    def begin_anew(self) -> None:
+        """The state has just been copied, and the clock of the next step starts."""
+        self._since, self._ended_at = 0, time.perf_counter()
+
     def took(self, cost_s: float, first: bool) -> None:
         """It was done, and took so long. The first in its place takes longer than others: all is laid out for it."""
-        self._since, self._ended_at = 0, time.perf_counter()
+        self.begin_anew()
         if self._cost_s is None and first and cost_s > HEAVY_S:
             self._cost_s = cost_s
         elif not first:
@@ -191,6 +195,7 @@ class Saves:
             self._do_without(run, error)
             return None
         self._memory.settle(wait=True)
+        self._pace.begin_anew()
         return slot
 
     def _do_without(self, run: RunState, error: OSError) -> None:

@@ -16,6 +16,7 @@ from raytrain.engine import Engine
 from raytrain.errors import CheckpointError, TaskError
 from raytrain.payload import load_weights_file
 from raytrain.progress import Plan, Progress
+from raytrain.pulse import Pulse, Stragglers
 from raytrain.randomness import seed_all
 from raytrain.schedule import Schedule, build_schedule
 from raytrain.task import Task
@@ -32,6 +33,8 @@ class RunState:
     unevaluated: the checkpoint that the run stands at, if its evaluation is still owed
     compilation: where OPTIMIZATION.COMPILE asks for it
     notes:       what a user should know and no journal has yet, a line each
+    pulse:       where this process says what it is at
+    stragglers:  on rank 0 of a run that is watched
     """
 
     model: torch.nn.Module
@@ -47,6 +50,8 @@ class RunState:
     unevaluated: str | None = None
     compilation: Compilation | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
+    pulse: Pulse = dataclasses.field(default_factory=Pulse)
+    stragglers: Stragglers | None = None
 
     @property
     def seed(self) -> int:

@@ -73,6 +73,11 @@ class TorchStepper:
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # type: ignore[attr-defined]
         self.optimizer.step()
 
+    def are_finite(self) -> torch.Tensor:
+        """Whether all values that are stepped are finite: a scalar on the device."""
+        norms = torch._foreach_norm([p.detach() for p in self.params])
+        return torch.stack([norm.double() for norm in norms]).isfinite().all()
+
     def in_bad_rows(self, row_norms: Sequence[torch.Tensor]) -> list[nn.Parameter]:
         """Nothing is known of rows here."""
         return []

@@ -22,6 +22,7 @@ from raytrain.resume import is_complete
 from raytrain.signals import signals_wish_stop
 from raytrain.start import Options, Start, find_start
 from raytrain.task import load_task_class
+from raytrain.watchdog import failure_by, hangs_here
 from raytrain.worker import Job, device_here, redirect_output, run_job
 from raytrain.world import World
 
@@ -115,7 +116,8 @@ def run_as_worker(job: Job, world: World, store: Any, stop: threading.Event) -> 
                     f"another worker process has died; rank {world.rank} waited for it. torchrun says below which one, "
                     "and by what signal. The same command goes on from the newest checkpoint"
                 )
-            seen = as_seen(failure_of(error, world.rank, control.place(), logs))
+            hung = [failure_by(hang, job.run_uri) for hang in hangs_here(job.run_uri)]
+            seen = as_seen((hung or [failure_of(error, world.rank, control.place(), logs)])[0])
             if not world.is_first:
                 print(f"raytrain: {seen}", file=screen, flush=True)
             raise seen from error

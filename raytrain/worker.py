@@ -30,6 +30,7 @@ from raytrain.journal import Journal
 from raytrain.memory import Kept, join_keeper
 from raytrain.precision import fp32_precisions, set_fp32_precisions, set_tf32
 from raytrain.progress import Plan, Progress
+from raytrain.pulse import Stacks, Stragglers, watched
 from raytrain.randomness import seed_all
 from raytrain.records import header_lines, model_lines
 from raytrain.resume import Origin, bring, choose, compare
@@ -100,6 +101,8 @@ def run_job(job: Job, world: World, control: Control) -> Outcome:
         run.notes.extend(told)
         if kept is not None:
             stack.callback(kept.close)
+            if torch.distributed.is_initialized():  # else nothing would start this process again, or a debugger has it
+                watch(run, feed, kept)
         control.place = lambda: place_of(run, feed)
         if world.is_first:
             stack.enter_context(folder.locked())
@@ -112,6 +115,8 @@ def run_job(job: Job, world: World, control: Control) -> Outcome:
         if run.unevaluated is not None and not feed.evaluate_after(run.progress.epoch):
             run.unevaluated = None
         journal = open_journal(folder, run, job, control, origin, notes)
+        for hang in kept.hangs if kept else ():
+            journal.write("event", event="hang", **hang)
         stack.callback(journal.close)
         stack.callback(feed.close)
         if world.broadcast_object(owes_checkpoint(run, store, origin)):
@@ -128,6 +133,16 @@ def run_job(job: Job, world: World, control: Control) -> Outcome:
         if kept is not None and kept.leads:
             kept.end()
         return Outcome(status, run.progress, run.metrics, run.best)
+
+
+def watch(run: RunState, feed: Feed, kept: Kept) -> None:
+    """From now on the keeper kills this process if it stops making progress, and rank 0 looks for stragglers."""
+    stacks = Stacks()
+    feed.stacks_path = stacks.path
+    timeout_s = run.config["SCALE"]["HANG_TIMEOUT"]
+    run.pulse = watched(kept.line, kept.board, stacks, run.world.rank, len(run.world.block), timeout_s)
+    if run.world.is_first:
+        run.stragglers = Stragglers(kept.board, time.monotonic())
 
 
 def device_here(cfg: Config) -> torch.device:

@@ -82,6 +82,20 @@ def test_other_weights_than_the_hand_written_loops_are_a_failure():
         assert line.startswith("overhead: raytrain, --num_workers 0: weights differ by")
 
 
+def test_ways_of_saving_are_compared_on_training_that_ends_with_the_same_weights(tmp_path):
+    out = tmp_path / "out.json"
+    words = ["--only", "raytrain", "--light", "--saves", "1", "--rounds", "1", "--json", str(out)]
+    done = run_module("benchmarks.checkpoint", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ways = json.loads(out.read_text())["checkpoint"]["ways"]
+    assert set(ways) == {"none", "torch-save", "raytrain-none", "raytrain"}
+    assert ways["torch-save"]["saved"] == [3]
+    assert ways["raytrain"]["saved"][0] in (1, 2, 3)  # on a busy machine a newer one takes the place of one that waits
+    for key in ("torch-save", "raytrain"):
+        assert len(ways[key]["x_torch_save"]) == len(ways[key]["x_no_saves"]) == 1
+        assert f"| {ways[key]['name']}" in done.stdout
+
+
 def test_feed_reads_every_sample_of_both_loaders():
     from benchmarks import feed
 
@@ -146,3 +160,13 @@ def test_a_command_that_fails_is_told_with_what_it_printed(tmp_path):
 
     with pytest.raises(BenchmarkError, match="ended with status 3; the end of what it printed:\nno such luck"):
         run_command([sys.executable, "-c", "print('no such luck'); raise SystemExit(3)"], tmp_path, timeout_s=30.0)
+
+
+def test_a_recovery_is_to_the_first_step_that_no_worker_had_begun():
+    from benchmarks.recovery import Begun, recovery
+
+    before = [Begun(at=10.0 + step, step=step, pid=pid) for step in range(8) for pid in (1, 2)]
+    late = [Begun(at=18.0, step=8, pid=1)]  # by a worker that was not killed, and that Ray ends
+    after = [Begun(at=20.0 + step, step=step, pid=pid) for step in range(5, 10) for pid in (3, 4)]
+    found = recovery({1, 2}, 17.5, [*before, *late, *after])
+    assert (found.new_step_s, found.restart_s, found.repeated) == (11.5, 7.5, 3)

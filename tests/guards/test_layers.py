@@ -14,8 +14,10 @@ PACKAGE = Path(__file__).parents[2] / "raytrain"
 ORDER = [
     "errors",
     "failure",
+    "budget",
     "progress",
     "board",
+    "pulse",
     "yamltree",
     "schema",
     "overrides",
@@ -39,6 +41,7 @@ ORDER = [
     "records",
     "journal",
     "runfolder",
+    "watchdog",
     "keeper",
     "display",
     "task",
@@ -68,6 +71,7 @@ ORDER = [
     "start",
     "lean",
     "meeting",
+    "driver",
     "launch",
     "torchrun",
     "evaluation",
@@ -75,10 +79,21 @@ ORDER = [
     "cli",
     "__main__",
 ]
-RAY_AT = {"own_cluster", "cluster", "control", "worker", "ahead", "lean", "meeting", "launch", "tune"}
+RAY_AT = {"own_cluster", "cluster", "control", "worker", "ahead", "lean", "meeting", "driver", "launch", "tune"}
 CONFIG = {"yamltree", "schema", "overrides", "tree", "config"}
-STORED = {"direct", "patience", "storage", "checkpoint", "store", "board", "keeper"}
-WITHOUT_TORCH = {*CONFIG, *STORED, "errors", "progress", "schedule", "records", "display", "listing"}
+STORED = {"direct", "patience", "storage", "checkpoint", "store", "board", "pulse", "watchdog", "keeper"}
+WITHOUT_TORCH = {
+    *CONFIG,
+    *STORED,
+    "errors",
+    "failure",
+    "budget",
+    "progress",
+    "schedule",
+    "records",
+    "display",
+    "listing",
+}
 FROM_THE_START = {"errors", "progress", "config", "task", "loop", "worker", "launch", "cluster", "cli"}
 
 MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"}

@@ -259,9 +259,8 @@ def keepers_of(run: Run) -> list[int]:
 
     def is_keeper(process: Path) -> bool:
         try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            leads = os.getsid(int(process.name)) == int(process.name)
-            return not leads and {b"raytrain.keeper", os.fsencode(run.run_dir)} <= set(words)
+            words, pid = (process / "cmdline").read_bytes().split(b"\0"), int(process.name)
+            return {b"raytrain.keeper", os.fsencode(run.run_dir)} <= set(words) and os.getsid(pid) != pid
         except OSError:
             return False
 

@@ -188,7 +188,7 @@ def test_a_folder_of_checkpoints_that_is_deleted_comes_back_with_the_next_save(r
 
 
 def test_a_process_killed_right_after_its_checkpoints_were_deleted_has_lost_nothing(run: Run) -> None:
-    launched = halted_at(run, 3)
+    launched = halted_at(run, 5)
     shutil.rmtree(run.ckpt)
     launched.kill()
 

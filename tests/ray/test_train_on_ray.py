@@ -17,7 +17,7 @@ import pytest
 import s3_server
 
 import raytrain
-from raytrain import launch
+from raytrain import driver, launch
 from raytrain.config import Config
 from raytrain.errors import TrainingError
 from raytrain.payload import load_weights_file
@@ -104,13 +104,14 @@ def test_a_rank_that_fails_is_one_screen_with_rank_step_and_the_users_own_lines(
     assert "RuntimeError: no anchors for 4 points" in log.read_text()
 
 
-def test_a_worker_that_the_system_kills_is_one_screen_with_its_rank_and_the_likely_reason(
+def test_a_worker_that_dies_three_times_in_one_step_is_one_screen_with_its_rank_and_the_likely_reason(
     ray_address: str, tmp_path: Path
 ) -> None:
     with pytest.raises(TrainingError) as raised:
         raytrain.train(config(tmp_path, "DiesOnRank1"), quiet=True)
     screen = str(raised.value)
-    for part in ("failed on rank 1", "died without a word", "ran out of memory", "MAX_FAILURES", str(tmp_path)):
+    given_up = "It failed 3 times in a row without getting beyond step 3, so it was given up"
+    for part in ("failed on rank 1", "died without a word", "ran out of memory", given_up, str(tmp_path)):
         assert part in screen, screen
     assert len(screen.split("\n")) <= 12 and "ActorMetadata" not in screen
 
@@ -120,7 +121,7 @@ def test_a_run_that_waits_for_room_on_a_busy_cluster_says_so_and_ends_soon_after
 ) -> None:
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    monkeypatch.setattr(launch, "NOTICE_S", 0.5)
+    monkeypatch.setattr(driver, "NOTICE_S", 0.5)
     others = placement_group([{"CPU": 7.0}])
     assert others.wait(10)
     stop, wished_at, said = threading.Event(), 0.0, []

@@ -1,0 +1,207 @@
+"""The driver while Ray trains: it shows what workers tell, passes on what is wished, and sees what becomes of nodes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from raytrain import cluster
+from raytrain.cluster import Cluster, Mailbox
+from raytrain.records import Record
+from raytrain.watchdog import failure_by, hangs_here
+from raytrain.worker import Job
+
+Show = Callable[[Record], None]
+
+POLL_S = 0.2  # how often records are fetched from the workers
+NOTICE_S = 10.0  # how often a run that waits for resources says so
+NODES_S = 2.0  # how often it is asked which nodes are to be taken away
+# That the workers have trained before processes for a restart are made, which takes 3 s of CPU each: a short run is
+# spared that. Where some have died others may, so then they are made sooner.
+SPARES_S, SPARES_AGAIN_S = 10.0, 1.0
+DIED = (
+    "The worker process died without a word. Most often the machine ran out of memory and the system killed it\n"
+    "(`dmesg` tells: fewer workers, a smaller batch or LOADER.WORKERS 0 need less), or native code crashed."
+)
+AGAIN = (
+    "The same command goes on from the newest checkpoint; SCALE.MAX_FAILURES sets how often a run does so by itself."
+)
+
+
+def say(show: Show, event: str, message: str) -> None:
+    """Shows an event that the driver itself tells of."""
+    show({"kind": "event", "time": time.time(), "event": event, "message": message})
+
+
+class Inbox:
+    """What the workers post, shown once each in the order it was written.
+
+    attempt: which start of the workers has posted last, as cluster.attempt tells them; "" before the first
+    begun:   whether the workers that were asked for last have
+    """
+
+    def __init__(self, mailbox: Mailbox, show: Show) -> None:
+        self._mailbox, self.show = mailbox, show
+        self.attempt, self.begun = "", False
+        self._died: list[str] = []
+        self._last_number = 0
+
+    def expect(self) -> None:
+        """Others are started from here on, for reasons that were told."""
+        self._mailbox.remove("records")
+        self.begun = False
+
+    def died(self, who: str) -> None:
+        """The workers are to be started again; said as soon as they have."""
+        self._died.append(who)
+
+    def fetch(self) -> None:
+        posted = self._mailbox.get("records")
+        if posted is None:
+            return
+        records = sorted(posted["records"], key=lambda record: record["number"])
+        if posted["attempt"] != self.attempt:
+            if self.attempt:
+                self.say("restart", self._restarted(records))
+            self.attempt, self._last_number = posted["attempt"], 0  # they count anew
+        self.begun = True
+        for record in records:
+            if record["number"] > self._last_number:
+                self._last_number = record["number"]
+                self.show(record)
+
+    def _restarted(self, records: list[Record]) -> str:
+        why, self._died = "; ".join(self._died), []
+        at = next((record["step"] for record in records if record["kind"] == "run"), None)
+        where = "" if at is None else f" and go on after step {at}" if at else " and begin anew"
+        return f"{why}; the workers were started again{where}" if why else f"the workers were started again{where}"
+
+    def say(self, event: str, message: str) -> None:
+        say(self.show, event, message)
+
+
+class Fit:
+    """Ray Train's fit in a thread, which the one that calls `follow` attends to.
+
+    failure: what there is to tell a user if it failed, else None;   raised: what it raised, if it did
+    """
+
+    def __init__(self, job: Job, trainer: Any, used: Cluster, per_worker: dict[str, float], inbox: Inbox) -> None:
+        assert job.cfg.SCALE.NUM_WORKERS is not None  # Start.job has settled it
+        self._job, self._trainer, self._used, self._per_worker, self._inbox = job, trainer, used, per_worker, inbox
+        self._num_workers, self._mailbox = job.cfg.SCALE.NUM_WORKERS, Mailbox(job.launch)
+        self._inside = getattr(trainer, "inside", None)  # of a LeanTrainer: Ray's own controller is an actor
+        self._crowded = cluster.free_workers(per_worker) < self._num_workers
+        self._notice_at, self._nodes_at, self._spares_at = time.monotonic() + NOTICE_S, 0.0, 0.0
+        self._seen, self._left = "", ""  # attempts: the one that trains, the last one asked to leave its nodes
+        self.failure: dict[str, Any] | None = None
+        self.raised: BaseException | None = None
+
+    @property
+    def was_moved(self) -> bool:
+        """Whether the workers stopped because a node of theirs is taken away."""
+        return self._inside is not None and self._left == self._inside.attempt != ""
+
+    def follow(self, stop: threading.Event) -> str:
+        """How it ended: "stopped", "finished", or "failed", as `failure` says."""
+        inbox, asked = self._inbox, False
+        thread = threading.Thread(target=self._run, name="raytrain-fit", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_S)
+            inbox.fetch()
+            now = time.monotonic()
+            if self._inside is not None:
+                self._look_inside(self._inside, now)
+            # Workers that have died wait too before they begin again; that only a controller in that thread can tell.
+            waits = self._crowded and not inbox.begun if self._inside is None else self._inside.awaits_room
+            if stop.is_set() and not asked:
+                self._mailbox.put("stop", "signal to the driver")
+                inbox.say("stopping", "the state is saved after the step under way; once more to stop at once")
+                asked = True
+            if asked and (waits or not inbox.begun):
+                # No worker trains; one that still does finds the wish in the mailbox.
+                if self._inside is not None:
+                    self._inside.abandoned.set()
+                    thread.join()
+                return "stopped"
+            self._tell_of_waiting(waits, now)
+        inbox.fetch()
+        outcome = self._mailbox.get("outcome")
+        if outcome is not None and self.raised is None:
+            return str(outcome["status"])
+        self.failure = self._first_failure()
+        return "failed"
+
+    def _run(self) -> None:
+        try:
+            self._trainer.fit()
+        except BaseException as error:
+            self.raised = error
+
+    def _look_inside(self, inside: Any, now: float) -> None:
+        """What died, which nodes go, and whether it is time for spare processes."""
+        while not inside.died.empty():
+            how, hangs = inside.died.get(), hangs_here(self._job.run_uri)
+            self._inbox.died("; ".join(f"rank {hang['rank']} hung in step {hang['step']}" for hang in hangs) or how)
+        if self._inbox.attempt != self._seen:
+            self._spares_at = now + (SPARES_AGAIN_S if self._seen else SPARES_S)
+            self._seen = self._inbox.attempt
+        due = self._spares_at and now > self._spares_at and self._job.cfg.SCALE.MAX_FAILURES != 0
+        if due and self._used.make_spares():
+            self._spares_at = 0.0
+        if not self._used.is_ours and now > self._nodes_at and self._left != inside.attempt:
+            self._nodes_at = now + NODES_S
+            if leaving := inside.leaving_nodes():
+                self._left = inside.attempt
+                self._mailbox.put(f"stop-{self._left}", "preemption")
+                self._inbox.say("preemption", told_of_nodes(leaving, time.time()))
+
+    def _tell_of_waiting(self, waits: bool, now: float) -> None:
+        if not waits:
+            self._notice_at = now + NOTICE_S
+        elif now > self._notice_at:
+            self._notice_at += NOTICE_S
+            self._inbox.say("waiting", cluster.wait_reason(self._per_worker, self._num_workers))
+
+    def _first_failure(self) -> dict[str, Any]:
+        """The failure to show: the first that a worker told of, since the others often only follow from it."""
+        raised, mailbox = self.raised, self._mailbox
+        last = "" if self._inside is None else f"{self._inside.attempt}-"
+        told = sorted((mailbox.get(key) for key in mailbox.keys(f"failure-{last}")), key=lambda told: told["time"])
+        told = [failure for failure in told if failure["attempt"] == told[-1]["attempt"]]
+        own = [failure for failure in told if not failure["lost_another"]]
+        ends: dict[int, Exception] = getattr(raised, "worker_failures", {})
+        silent = sorted(set(ends) - {failure["rank"] for failure in told})
+        given_up = getattr(self._inside, "given_up", "")
+        if own and not silent:
+            return {**own[0], "given_up": given_up}
+        for hang in hangs_here(self._job.run_uri):
+            return {**failure_by(hang, self._job.run_uri), "given_up": given_up or AGAIN}
+        last_words = str(getattr(raised, "controller_failure", raised) or "the workers ended without saying why")
+        if silent:
+            last_words = str(ends[silent[0]]).strip().splitlines()[-1]
+        elif told:
+            last_words = told[0]["error"]
+        died = silent or told or given_up  # what others tell only follows from it
+        text = f"{DIED}\n{given_up or AGAIN}\n\nRay says: {last_words}" if died else last_words
+        return {
+            "rank": silent[0] if silent else None,
+            "error": text,
+            "traceback": text,
+            "logs": f"{self._job.run_uri}/logs",
+            "exit_status": 1,
+            "expected": False,
+            "given_up": "",
+        }
+
+
+def told_of_nodes(leaving: dict[str, int], now: float) -> str:
+    """leaving: node ids, and when they go: milliseconds since 1970, 0 where that is not said.   now: seconds"""
+    nodes = ", ".join(
+        f"node {cluster.address_of(node)} is taken away" + (f" in {max(0.0, at / 1000 - now):.0f} s" if at else "")
+        for node, at in sorted(leaving.items())
+    )
+    return f"{nodes}; the state is saved after the step under way, and the workers start again elsewhere"

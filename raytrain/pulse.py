@@ -1,0 +1,144 @@
+"""What each rank of a run is at, in memory that the keeper of its host looks at: a few writes a step."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from raytrain.board import PULSE_WORDS, Board, Line, started_at
+
+PHASES = ("rest", "data", "forward", "backward", "reduce", "checkpoint", "eval")
+REST, DATA, FORWARD, BACKWARD, REDUCE, CHECKPOINT, EVAL = range(len(PHASES))
+OWN_WORK = (DATA, FORWARD, BACKWARD)  # what every rank does by itself, for its virtual workers
+# Words of a pulse: when it last beat, then what it says of its rank, which counts from 1 (0: nobody).
+BEAT_NS, STEP, PHASE, RANK, PID, SHARE = range(6)
+BUSY_NS = 8  # the first of a word for each phase, in a cache line of their own
+DUMP = getattr(signal, "SIGRTMIN", 0) + 3  # makes a worker write its stacks; SIGUSR1 and 2 are the user's, and Slurm's
+
+WINDOW_STEPS, WINDOW_S = 100, 10.0  # at least so long ranks are compared at a time
+WINDOWS = 3  # in a row in which the same rank is slow, before that is told
+SLOW_FACTOR, SLOW_S = 1.5, 0.002  # against the middle one of all ranks: times as long a step, and by so much
+
+
+class Pulse:
+    """Tells which step this rank is at, in which phase, and since its start how long it was in each.
+
+    The keeper kills a rank whose pulse stands still, except at REST: call `phase` again within a long one.
+    """
+
+    def __init__(self, words: memoryview | None = None) -> None:
+        """words: PULSE_WORDS int64 of the board; None where nobody looks."""
+        self._words = memoryview(bytearray(8 * PULSE_WORDS)).cast("q") if words is None else words
+        self._busy, self._since_ns = BUSY_NS + REST, time.perf_counter_ns()
+
+    def step(self, step: int) -> None:
+        """The step under way from now on, counted from 1."""
+        self._words[STEP] = step
+
+    def phase(self, phase: int) -> None:
+        """What this rank does from now on."""
+        now_ns, words = time.perf_counter_ns(), self._words
+        words[self._busy] += now_ns - self._since_ns
+        words[PHASE] = phase
+        words[BEAT_NS] = self._since_ns = now_ns
+        self._busy = BUSY_NS + phase
+
+
+class Stacks:
+    """Memory that this process, and its loader workers, write the stacks of all threads to when they get DUMP.
+
+    path: where processes of this host find it
+    """
+
+    def __init__(self) -> None:
+        self.descriptor = os.memfd_create("raytrain-stacks")
+        self.path = f"/proc/{os.getpid()}/fd/{self.descriptor}"
+        write_stacks_to(self.path)
+
+
+def write_stacks_to(path: str) -> None:
+    """From now on DUMP makes this process do so, in C: also while a call that never returns holds the interpreter."""
+    with contextlib.suppress(OSError):  # then there is no stack to show
+        faulthandler.register(DUMP, file=open(path, "ab", buffering=0), all_threads=True)  # noqa: SIM115
+
+
+def watched(line: Line, board: Board, stacks: Stacks, rank: int, share: int, timeout_s: float | None) -> Pulse:
+    """This process's pulse, at which its keeper looks from now on.
+
+    line: to the keeper.   share: virtual workers of this rank.   timeout_s: without progress; None for ever
+    """
+    pid = os.getpid()
+    thread = threading.get_ident()
+    line.say(op="watch", rank=rank, pid=pid, started=started_at(pid), thread=thread, timeout_s=timeout_s)
+    line.give(stacks.descriptor)
+    words = board.pulse(line.hear()["place"])
+    for word, value in {PID: pid, SHARE: share, RANK: rank + 1}.items():
+        words[word] = value
+    return Pulse(words)
+
+
+class Means(NamedTuple):
+    """Of one rank over some steps: its process, and by phase the mean seconds a step for one virtual worker."""
+
+    pid: int
+    phases_s: dict[int, float]
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.phases_s.values())
+
+
+class Stragglers:
+    """Finds ranks of this host that are slower than the others for long, each once. Time is what they do by themselves.
+
+    On a GPU that is the host's time, so a slow GPU is not seen.
+    """
+
+    def __init__(self, board: Board, now: float) -> None:
+        self._board = board
+        self._steps, self._since = 0, now
+        self._before = self._read()
+        self._in_a_row: dict[int, int] = {}
+
+    def found(self, now: float) -> list[str]:
+        """Ask once after each step: what is to be told. now: seconds of any clock."""
+        self._steps += 1
+        if self._steps < WINDOW_STEPS or now - self._since < WINDOW_S:
+            return []
+        before, self._before = self._before, self._read()
+        means = {rank: self._means(before[rank], words) for rank, words in self._before.items() if rank in before}
+        self._steps, self._since = 0, now
+        return list(self._judge(means))
+
+    def _judge(self, means: Mapping[int, Means]) -> Iterable[str]:
+        if len(means) < 2:
+            return
+        # Of two the faster one is the middle: the slow one must not be what it is measured by.
+        middle_s = statistics.median_low(each.total_s for each in means.values())
+        middle = next(each for each in means.values() if each.total_s == middle_s)
+        for rank, each in means.items():
+            slow = each.total_s > SLOW_FACTOR * middle_s and each.total_s > middle_s + SLOW_S
+            self._in_a_row[rank] = self._in_a_row.get(rank, 0) + 1 if slow else 0
+            if self._in_a_row[rank] == WINDOWS:
+                worst = max(OWN_WORK, key=lambda phase: each.phases_s[phase] - middle.phases_s[phase])
+                yield (
+                    f"rank {rank} (process {each.pid}) is slower than the others: {1e3 * each.total_s:.1f} ms a step, "
+                    f"{each.total_s / max(middle_s, 1e-9):.1f} times as long, most of that in {PHASES[worst]}. "
+                    "Every step waits for it"
+                )
+
+    def _means(self, before: list[int], after: list[int]) -> Means:
+        count = self._steps * max(after[SHARE], 1)
+        spent_ns = {phase: after[BUSY_NS + phase] - before[BUSY_NS + phase] for phase in OWN_WORK}
+        return Means(after[PID], {phase: ns / 1e9 / count for phase, ns in spent_ns.items()})
+
+    def _read(self) -> dict[int, list[int]]:
+        """The words of each rank's pulse."""
+        return {words[RANK] - 1: words for words in map(list, self._board.pulses()) if words[RANK]}

@@ -1,0 +1,311 @@
+"""The keeper's watch over the workers of its host: one whose pulse stands still is asked for its stacks, and killed.
+
+What started the workers (Ray, torchrun) sees one die then, and does what it does with any that dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from raytrain.board import PULSE_WORDS, PULSES, Board, Line, connected, is_possible, started_at
+from raytrain.errors import EXIT_FAILED
+from raytrain.failure import is_ours, is_users
+from raytrain.pulse import BEAT_NS, DUMP, PHASES, REDUCE, REST, STEP
+from raytrain.pulse import PHASE as PHASE_WORD
+from raytrain.storage import open_storage
+
+LOOK_S = 0.5
+WAIT_FACTOR = 1.5  # whoever waits for other hosts has so much longer than these: their keepers come first
+DUMP_S, QUIET_S = 5.0, 0.2  # so long a worker's processes may take to write stacks; one that pauses has done so
+SHOWN = 6  # calls of the user's in a message
+MOST_BYTES = 256 * 1024  # of stacks
+ANSWER_S = 5.0  # so long the keeper may take to say what became of a worker
+KILLED = "It was killed because it made no progress for SCALE.HANG_TIMEOUT seconds."
+
+
+@dataclasses.dataclass
+class Watched:
+    """A worker of this host, by its process and when that began; `thread` is the one that trains.
+
+    beat:    of its pulse, when that was last looked at
+    still_s: seconds that it has been seen to stand still since
+    """
+
+    rank: int
+    pid: int
+    started: str
+    thread: int
+    timeout_s: float | None
+    place: int
+    stacks: int
+    words: memoryview
+    added: float
+    beat: int = 0
+    still_s: float = 0.0
+
+    @property
+    def phase(self) -> int:
+        return self.words[PHASE_WORD]
+
+    @property
+    def step(self) -> int:
+        return self.words[STEP]
+
+    @property
+    def lives(self) -> bool:
+        return started_at(self.pid) == self.started
+
+    @property
+    def is_stopped(self) -> bool:
+        return status_of(self.pid, "State").startswith("T")
+
+    @property
+    def waits(self) -> bool:
+        """For the others, as far as it says."""
+        return self.phase == REDUCE and not self.is_stopped
+
+    def looked_at(self, passed_s: float) -> bool:
+        """Whether it has made progress since the last look."""
+        moved = self.words[BEAT_NS] != self.beat
+        self.beat = self.words[BEAT_NS]
+        free = moved or self.phase == REST or status_of(self.pid, "TracerPid") not in ("0", "")  # a debugger holds it
+        self.still_s = 0.0 if free else self.still_s + passed_s
+        return moved
+
+
+@dataclasses.dataclass(frozen=True)
+class Hang:
+    """A worker that was killed for it.
+
+    told:   rank, step, phase, message (a line), calls (the user's that it was in, innermost first)
+    at:     when, by the monotonic clock
+    stacks: of all its threads and its loader workers, as text
+    """
+
+    told: dict[str, Any]
+    at: float
+    stacks: str
+
+
+class Watchdog:
+    """Looks at the pulses of this host's workers.
+
+    hangs: what became of those that hung, until workers that were started after that make progress
+    """
+
+    def __init__(self, board: Board, run_uri: str) -> None:
+        self._board, self._run_uri = board, run_uri
+        self._watched: dict[Line, Watched] = {}
+        self._looked = time.monotonic()
+        self.hangs: list[Hang] = []
+        threading.Thread(target=self._look_often, name="raytrain-watchdog", daemon=True).start()
+
+    def add(self, line: Line, stacks: int, **worker: Any) -> int:
+        """The place of its pulse on the board."""
+        taken = {each.place for each in self._watched.values()}
+        place = next(place for place in range(PULSES) if place not in taken)
+        words = self._cleared(place)
+        self._watched[line] = Watched(
+            **worker, place=place, stacks=stacks, words=words, added=time.monotonic(), beat=words[BEAT_NS]
+        )
+        return place
+
+    def drop(self, line: Line) -> None:
+        """That worker is gone."""
+        gone = self._watched.pop(line, None)
+        if gone is not None:
+            self._cleared(gone.place)
+            os.close(gone.stacks)
+
+    def _cleared(self, place: int) -> memoryview:
+        words = self._board.pulse(place)
+        for word in range(PULSE_WORDS):
+            words[word] = 0
+        return words
+
+    def _look_often(self) -> None:
+        while True:
+            time.sleep(LOOK_S)
+            with contextlib.suppress(OSError):  # a process that is looked at may end meanwhile
+                self._look(time.monotonic())
+
+    def _look(self, now: float) -> None:
+        # If this process was itself kept from running, so were the workers, perhaps: that is no hang.
+        passed_s, self._looked = min(now - self._looked, 2 * LOOK_S), now
+        watched = list(self._watched.values())
+        for each in watched:
+            if each.looked_at(passed_s):
+                self.hangs = [hang for hang in self.hangs if hang.at > each.added]
+        culprits = culprits_of(watched)
+        # All of them: somebody has suspended the run (Ctrl-Z under torchrun), and will let it go on.
+        if not all(each.is_stopped for each in watched):
+            for each in culprits:
+                self._end(each)
+        if culprits:
+            for each in watched:  # they wait for what is to come instead
+                each.still_s = 0.0
+
+    def _end(self, worker: Watched) -> None:
+        if not worker.lives:
+            return
+        hang = hang_of(worker)
+        self.hangs.append(hang)
+        if worker.lives:
+            os.kill(worker.pid, signal.SIGKILL)
+        # Beside this thread: the storage may be the very thing that hangs.
+        threading.Thread(target=self._write, args=[hang], daemon=True).start()
+
+    def _write(self, hang: Hang) -> None:
+        with contextlib.suppress(Exception):  # what matters is told to the workers that come after
+            open_storage(self._run_uri).write_bytes(file_of(hang.told["rank"]), hang.stacks.encode())
+
+
+def file_of(rank: int) -> str:
+    """Below the run folder, where all stacks of a worker that hung are."""
+    return f"logs/hang_rank_{rank}.txt"
+
+
+def culprits_of(watched: Sequence[Watched]) -> list[Watched]:
+    """Those that have stood still for too long and keep the others waiting.
+
+    Who stands in reduce waits for the others, unless it is stopped or they are ahead of it. If all wait, they do so for
+    another host, whose keeper has WAIT_FACTOR less patience.
+    """
+    furthest = max((each.step for each in watched if each.phase != REST), default=0)
+    late = [each for each in watched if each.timeout_s is not None and each.still_s > each.timeout_s]
+    held = [each for each in late if not each.waits or each.step < furthest]
+    if held:
+        first = min((each.step, each.waits) for each in held)
+        return [each for each in held if (each.step, each.waits) == first]
+    return [each for each in late if each.still_s > WAIT_FACTOR * (each.timeout_s or 0.0)]
+
+
+def hang_of(worker: Watched) -> Hang:
+    """What there is to tell of a worker that stands still."""
+    phase, still_s, state = PHASES[worker.phase], worker.still_s, state_of(worker.pid)
+    stacks = [] if worker.is_stopped else dumped(worker)
+    calls = calls_of(stacks, worker.thread)
+    where = f", in {calls[0]}" if calls else ""
+    message = (
+        f"rank {worker.rank} (process {worker.pid} on {socket.gethostname()}) hung: no progress for {still_s:.0f} s "
+        f"in {phase} at step {worker.step}{where}{state}"
+    )
+    told = {"rank": worker.rank, "step": worker.step, "phase": phase, "message": message, "calls": calls[:SHOWN]}
+    return Hang(told, time.monotonic(), f"{time.strftime('%F %T')} {message}\n\n" + "\n".join(stacks))
+
+
+def state_of(pid: int) -> str:
+    """What explains why a process stands still, from the system's view; nothing if that says nothing."""
+    state = status_of(pid, "State")
+    if state.startswith("T"):
+        return "; the process was stopped (SIGSTOP), so that there is no stack of it"
+    if state.startswith("D"):
+        wait = ""
+        with contextlib.suppress(OSError):
+            wait = Path(f"/proc/{pid}/wchan").read_text().strip("0")
+        return (
+            f"; the system holds it ({wait or 'state D'}): most often a disk or a network file system does not answer"
+        )
+    return ""
+
+
+def status_of(pid: int, name: str) -> str:
+    """That line of /proc/PID/status; nothing if the process is gone."""
+    with contextlib.suppress(OSError):
+        found = re.search(rf"^{name}:\s*(.*)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+        return found[1] if found else ""
+    return ""
+
+
+def dumped(worker: Watched) -> list[str]:
+    """The stacks of the process, then those of its loader workers, one text each; those that come in time."""
+    until, at, texts = time.monotonic() + DUMP_S, 0, []
+    for pid in (worker.pid, *below(worker.pid)):
+        if answers_dump(pid):
+            with contextlib.suppress(OSError):
+                os.kill(pid, DUMP)
+            end = quiet_at(worker.stacks, at, until)
+            texts.append(os.pread(worker.stacks, min(end - at, MOST_BYTES), at).decode(errors="replace"))
+            at = end
+    return texts
+
+
+def quiet_at(stacks: int, size: int, until: float) -> int:
+    """The size of the file once it has grown beyond `size` and then paused, or at that time of the monotonic clock."""
+    quiet_from = until
+    while (now := time.monotonic()) < min(until, quiet_from):
+        time.sleep(0.02)
+        if (found := os.fstat(stacks).st_size) > size:
+            size, quiet_from = found, now + QUIET_S
+    return size
+
+
+def below(pid: int) -> Iterator[int]:
+    """The processes that this one has started, and those that these have."""
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, task.read_text().split()):
+                yield child
+                yield from below(child)
+
+
+def answers_dump(pid: int) -> bool:
+    """Whether a process writes its stacks at DUMP; any other would die of it."""
+    return bool(int(status_of(pid, "SigCgt") or "0", 16) >> (DUMP - 1) & 1)
+
+
+def calls_of(stacks: Sequence[str], thread: int) -> list[str]:
+    """The user's calls in what faulthandler wrote, innermost first; raytrain's innermost ones if there are none.
+
+    stacks: as of `dumped`.   Of the thread that trains, else of a loader worker.
+    """
+    own, *loaders = map(threads_of, stacks or [""])
+    training = own.get(thread, [])
+    for frames in (training, *(frames for loader in loaders for frames in loader.values())):
+        calls = next((index for index, (file, *_) in enumerate(frames) if is_ours(file)), 0)  # those that ours made
+        users = [frame for frame in frames[:calls] if is_users(frame[0])]
+        if users:
+            return [shown(*frame) for frame in users]
+    return [shown(*frame) for frame in training if is_ours(frame[0])][:2]
+
+
+HEAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+)[^\n]*\n((?:  [^\n]*\n?)*)", re.MULTILINE)
+FRAME = re.compile(r'^  File "(.*)", line (\S+) in (.*)$', re.MULTILINE)
+
+
+def threads_of(text: str) -> dict[int, list[tuple[str, str, str]]]:
+    """By thread, (file, line, function) of each frame, innermost first."""
+    return {int(head, 16): FRAME.findall(body) for head, body in HEAD.findall(text)}
+
+
+def shown(file: str, line: str, function: str) -> str:
+    return f"{function} ({file}:{line})"
+
+
+def hangs_here(run_uri: str) -> list[dict[str, Any]]:
+    """Hang.told of the workers that this host's keeper has killed since workers last made progress."""
+    line = connected(run_uri) if is_possible() else None
+    if line is None:
+        return []
+    with contextlib.closing(line), contextlib.suppress(EOFError, OSError):
+        line.say(op="hangs")
+        if line.hears(ANSWER_S):
+            return list(line.hear()["hangs"])
+    return []
+
+
+def failure_by(hang: dict[str, Any], run_uri: str) -> dict[str, Any]:
+    """What the failure screen shows of it."""
+    text = "\n".join([hang["message"], *(f"  called by {call}" for call in hang["calls"][1:]), "", KILLED])
+    at, logs = {"rank": hang["rank"], "step": hang["step"]}, f"{run_uri}/{file_of(hang['rank'])}"
+    return {**at, "error": text, "traceback": text, "logs": logs, "exit_status": EXIT_FAILED, "expected": False}

@@ -1,0 +1,58 @@
+"""A worker that stops making progress, or makes less than the others, is found, named and, if it hangs, replaced."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import TESTS, Launched, Run, assert_same_bits, wait_for
+
+HANG_S = 5.0  # a step of these runs takes a millisecond, their first one a second
+# Stragglers are told after some seconds, not after half a minute.
+QUICK = (
+    "from raytrain import pulse; pulse.WINDOW_STEPS, pulse.WINDOW_S = 40, 0.5; "
+    "from raytrain.cli import main; raise SystemExit(main())"
+)
+
+
+def hanging(folder: Path, **changes: Any) -> Run:
+    return Run(folder, {"TASK": "tasks_that_hang:Hanging", "SCALE.HANG_TIMEOUT": HANG_S, **changes})
+
+
+@pytest.mark.ray
+def test_a_rank_that_hangs_is_named_and_the_run_ends_as_if_it_had_not(tmp_path: Path, undisturbed_on_two: Run) -> None:
+    run = hanging(tmp_path, **{"SCALE.MAX_FAILURES": 1})
+    (run.gate / "forward").write_text("9")
+    said = run.run("--num_workers", "2")
+    (hang,) = (r for r in run.records("event") if r["event"] == "hang")
+    assert (hang["rank"], hang["step"], hang["phase"]) == (1, 10, "forward")
+    assert hang["calls"][0].startswith("sleep_for_ever (") and hang["message"] in said
+    assert "sleep_for_ever" in (run.run_dir / "logs" / "hang_rank_1.txt").read_text()
+    assert_same_bits(run.payload()["model_state"], undisturbed_on_two.payload()["model_state"])
+
+
+@pytest.mark.ray
+def test_a_call_that_holds_the_interpreter_for_ever_is_what_the_screen_shows(tmp_path: Path) -> None:
+    run = hanging(tmp_path, **{"SCALE.MAX_FAILURES": 0})
+    (run.gate / "eval").write_text("0")
+    said = run.run("--num_workers", "2", status=1)
+    assert "Training failed on rank 1 at step 6" in said and "in eval at step 6" in said
+    assert "hold_the_interpreter (" in said and "without a word" not in said
+
+
+def test_a_straggler_and_a_loader_worker_that_hangs_are_named_under_torchrun(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"OPTIMIZATION.NUM_EPOCHS": 1000, "CHECKPOINT.EVERY_STEPS": None, "EVAL": {"EVERY": None}}
+    # Loader workers take their time to start.
+    run = hanging(tmp_path, **{**changes, "LOADER.WORKERS": 1, "SCALE.HANG_TIMEOUT": 1.5 * HANG_S})
+    (run.gate / "slow_forward").write_text("0.02")
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
+    env = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    launched = Launched([*words, sys.executable, "-c", QUICK, *run.words()], tmp_path, env)
+    wait_for(lambda: "straggler: " in launched.output(), "the straggler")
+    (run.gate / "data").write_text("3")
+    said = launched.ended(1)
+    assert said.count("straggler: ") == 1 and "straggler: rank 1 (process" in said and "most of that in forward" in said
+    assert "in data at step" in said and "wait_for_a_lock_of_its_own (" in said
