@@ -98,6 +98,12 @@ def command(words: list[str], output: Path) -> None:
     sys.exit(main(words))
 
 
+def delete(run: Run, checkpoints: list[str]) -> None:
+    """ckpt/ as a whole, once it holds just these."""
+    wait_for(lambda: sorted(names_in(run.ckpt)) == checkpoints, "the checkpoints")
+    shutil.rmtree(run.ckpt)
+
+
 def names_in(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()] if folder.exists() else []
 
@@ -179,7 +185,7 @@ def test_a_disk_that_is_full_ends_the_run_and_says_so(run: Run) -> None:
 
 def test_a_folder_of_checkpoints_that_is_deleted_comes_back_with_the_next_save(run: Run) -> None:
     launched = halted_at(run, 3)
-    shutil.rmtree(run.ckpt)
+    delete(run, ["checkpoint_step_2"])
     (run.gate / "hold").write_text("9")
     held = run.gate / f"held-{launched.pid}"
     held.unlink()
@@ -189,7 +195,7 @@ def test_a_folder_of_checkpoints_that_is_deleted_comes_back_with_the_next_save(r
 
 def test_a_process_killed_right_after_its_checkpoints_were_deleted_has_lost_nothing(run: Run) -> None:
     launched = halted_at(run, 5)
-    shutil.rmtree(run.ckpt)
+    delete(run, ["checkpoint_step_2", "checkpoint_step_4"])
     launched.kill()
 
 
