@@ -86,6 +86,14 @@ class Board:
     def size_bytes(self, slot: int) -> int:
         return self._words[FIRST_SLOT + slot * LINE + 4]
 
+    def read_by(self, slot: int, change: int) -> None:
+        """So many more, or fewer, saves are to be written from this slot. The keeper's to say."""
+        self._words[FIRST_SLOT + slot * LINE + 5] += change
+
+    def is_read(self, slot: int) -> bool:
+        """Whether the keeper has still to write what is in this slot, for workers that may be dead by now."""
+        return self._words[FIRST_SLOT + slot * LINE + 5] > 0
+
     def pulse(self, place: int) -> memoryview:
         """The words in which the worker at this place says what it is at (pulse.py)."""
         return self._words[FIRST_PULSE + place * PULSE_WORDS :][:PULSE_WORDS]

@@ -22,6 +22,7 @@ from raytrain.state import RunState, manifest_of, payload_of
 from raytrain.store import CheckpointPolicy, Store, checkpoint_name
 
 LEAST_S, MOST_S = 60.0, 3600.0  # between saves where EVERY_SECONDS is auto
+LOOK_S = 0.02
 HEAVY_S = 0.25  # a first copy that took as long is not done again right away
 ERRORS = {error.__name__: error for error in (StorageError, CheckpointError)}
 
@@ -188,7 +189,10 @@ class Saves:
         assert self._memory is not None
         self._memory.settle(wait=True)
         while self._is_full() or (slot := self._memory.free_slot(self._used())) is None:
-            self._hear(wait=True)
+            if self._orders:
+                self._hear(wait=True)
+            else:
+                time.sleep(LOOK_S)  # the keeper writes what workers that have died had ordered, and tells nobody
         try:
             self._put(run, slot)
         except OSError as error:

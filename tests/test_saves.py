@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -274,3 +275,25 @@ def test_the_interval_between_saves_follows_what_they_cost(scene: Scene) -> None
     save.stall_s = 3.0
     saves._record(save, 5.0, 0.0)
     assert not saves.time_due(1000.0 + 299.0) and saves.time_due(1000.0 + 301.0)  # 3 s are 1 % of 300
+
+
+def test_what_a_dead_worker_wanted_written_is_not_filled_again_by_the_next_one(scene: Scene) -> None:
+    keeper = scene.keeper
+    os.kill(keeper, signal.SIGSTOP)
+    scene.save(2)
+    scene.save(3)
+    scene.kept.close()  # as the kernel does for a process that is killed
+    threading.Timer(0.2, os.kill, (keeper, signal.SIGCONT)).start()
+    scene.kept = Kept(scene.uri, scene.store.launch)
+    scene.saves = Saves(scene.store, scene.kept)
+    scene.saves.describe(scene.run, driver())
+    for step in range(4, 9):
+        scene.stand_at(step)
+        scene.saves.after_step(scene.run)
+    scene.save(9)
+    scene.saves.settle()
+    assert scene.names == ["checkpoint_step_2", "checkpoint_step_3", "checkpoint_step_9"]
+    for name in scene.names:
+        saved = torch.load(Path(scene.uri) / "ckpt" / name / "checkpoint.pth", weights_only=True)
+        step = scene.store.verified(name).manifest.progress.step
+        assert weights(saved) == {float(step)} and saved["it"] == step
