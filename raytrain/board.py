@@ -183,8 +183,9 @@ def started_at(pid: int) -> str | None:
 
 
 def address_of(run_uri: str) -> str:
-    """Where the keeper of a run folder listens on this host."""
-    return f"\0raytrain-{os.getuid()}-{hashlib.sha256(run_uri.encode()).hexdigest()[:24]}"
+    """Where the keeper of a run folder listens on this host, by whichever links the folder is named."""
+    place = run_uri if "://" in run_uri else os.path.realpath(run_uri)
+    return f"\0raytrain-{os.getuid()}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:24]}"
 
 
 def connected(run_uri: str) -> Line | None:
@@ -224,7 +225,11 @@ def started(run_uri: str, launch: str) -> Line:
             stderr=subprocess.PIPE,
             start_new_session=True,
         ) as process:
-            _, told = process.communicate(timeout=START_S)
+            try:
+                _, told = process.communicate(timeout=START_S)
+            except subprocess.TimeoutExpired:  # else leaving this block would wait for it without end
+                process.kill()
+                told = f"it took more than {START_S:g} s".encode()
         line = connected(run_uri)
         if line is None:
             raise OSError(f"the keeper of {run_uri} did not start: {told.decode(errors='replace').strip()[-2000:]}")

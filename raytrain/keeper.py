@@ -75,7 +75,7 @@ class Keeper:
             for ready in wait([self.listener, *self.lines], TICK_S):  # type: ignore[list-item]
                 if ready is self.listener:
                     self.accept()
-                elif ready in self.lines and ready.hears() and self.answer(ready):  # on_hello may have done so already
+                elif isinstance(ready, Line) and self.has_more(ready) and self.answer(ready):
                     return
             if self.workers or not self.writer.is_idle:
                 self.alone_since = time.monotonic()
@@ -107,6 +107,10 @@ class Keeper:
         else:
             sock.close()
 
+    def has_more(self, line: Line) -> bool:
+        """Whether it has something to say, or has ended, and nobody has seen to that yet."""
+        return line in self.lines and line.hears()
+
     def answer(self, line: Line) -> bool:
         """Does what one message asks for; True if it was the last."""
         try:
@@ -135,7 +139,7 @@ class Keeper:
         What the dead before it have said comes first: the slots that they want written must not be filled again.
         """
         for other in [other for other in self.lines if other is not line]:
-            while other in self.lines and other.hears():
+            while self.has_more(other):
                 if self.answer(other):
                     return True
         if launch != self.launch:

@@ -42,7 +42,10 @@ class Kept:
 
     def join(self) -> None:
         """At first, and again after a keeper that has died."""
-        told = self._greet()
+        try:
+            told = self._greet()
+        except (EOFError, ConnectionError):  # it was about to end, and saved its state
+            told = self._greet()
         if "other" in told:
             board.take_over(self._run_uri, TAKE_OVER_S)
             told = self._greet()
