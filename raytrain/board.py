@@ -15,6 +15,7 @@ import socket
 import struct
 import subprocess
 import sys
+import weakref
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -47,6 +48,7 @@ class Board:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
+        weakref.finalize(self, os.close, descriptor)
         self._words = memoryview(mmap.mmap(descriptor, BOARD_BYTES)).cast("q")
 
     @classmethod
@@ -113,6 +115,7 @@ class Slots:
 
     def __init__(self, descriptor: int, slot_bytes: int) -> None:
         self.descriptor, self.slot_bytes = descriptor, slot_bytes
+        weakref.finalize(self, os.close, descriptor)  # else the memory would be taken for as long as this process lives
         self.memory = mmap.mmap(descriptor, SLOTS * slot_bytes)
 
     @classmethod

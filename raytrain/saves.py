@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raytrain.checkpoint import Manifest
-from raytrain.errors import CheckpointError, StorageError
+from raytrain.errors import CheckpointError, RaytrainError, StorageError
 from raytrain.memory import WITHOUT, Kept, Memory, TooSmall
 from raytrain.payload import dumps
 from raytrain.progress import Progress
@@ -250,8 +250,14 @@ class Saves:
         except (EOFError, OSError):
             self._replace_keeper()
             return
-        for answer in answers:
-            self._take(**answer)
+        failures = []
+        for answer in answers:  # all of them, whatever one says: nobody would answer these orders again
+            try:
+                self._take(**answer)
+            except RaytrainError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     def _replace_keeper(self) -> None:
         """The keeper has died (no memory left, kill -9): what it had to write is written here, and another one begins.
