@@ -48,7 +48,7 @@ class Scene:
         self.run: RunState = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), world), world)
         self.uri = str(folder / "run")
         self.store = Store(RunFolder(self.uri).storage, cfg.CHECKPOINT, launch)
-        self.store.storage.makedirs("ckpt")
+        self.store.storage.write_bytes("journal.jsonl", b"")  # what a run begins with
         self.kept = Kept(self.uri, launch)
         self.saves = Saves(self.store, self.kept)
         self.saves.describe(self.run, driver())
