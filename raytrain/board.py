@@ -15,6 +15,7 @@ import socket
 import struct
 import subprocess
 import sys
+import weakref
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -48,6 +49,7 @@ class Board:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
+        weakref.finalize(self, os.close, descriptor)
         self._words = memoryview(mmap.mmap(descriptor, BOARD_BYTES)).cast("q")
 
     @classmethod
@@ -87,6 +89,14 @@ class Board:
     def size_bytes(self, slot: int) -> int:
         return self._words[FIRST_SLOT + slot * LINE + 4]
 
+    def read_by(self, slot: int, change: int) -> None:
+        """So many more, or fewer, saves are to be written from this slot. The keeper's to say."""
+        self._words[FIRST_SLOT + slot * LINE + 5] += change
+
+    def is_read(self, slot: int) -> bool:
+        """Whether the keeper has still to write what is in this slot, for workers that may be dead by now."""
+        return self._words[FIRST_SLOT + slot * LINE + 5] > 0
+
     def pulse(self, place: int) -> memoryview:
         """The words in which the worker at this place says what it is at (pulse.py)."""
         return self._words[FIRST_PULSE + place * PULSE_WORDS :][:PULSE_WORDS]
@@ -106,6 +116,7 @@ class Slots:
 
     def __init__(self, descriptor: int, slot_bytes: int) -> None:
         self.descriptor, self.slot_bytes = descriptor, slot_bytes
+        weakref.finalize(self, os.close, descriptor)  # else the memory would be taken for as long as this process lives
         self.memory = mmap.mmap(descriptor, SLOTS * slot_bytes)
 
     @classmethod
@@ -176,8 +187,9 @@ def started_at(pid: int) -> str | None:
 
 
 def address_of(run_uri: str) -> str:
-    """Where the keeper of a run folder listens on this host."""
-    return f"\0raytrain-{os.getuid()}-{hashlib.sha256(run_uri.encode()).hexdigest()[:24]}"
+    """Where the keeper of a run folder listens on this host, by whichever links the folder is named."""
+    place = run_uri if "://" in run_uri else os.path.realpath(run_uri)
+    return f"\0raytrain-{os.getuid()}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:24]}"
 
 
 def connected(run_uri: str) -> Line | None:
@@ -219,7 +231,7 @@ def started(run_uri: str, launch: str) -> Line:
         ) as process:
             try:
                 _, told = process.communicate(timeout=START_S)
-            except subprocess.TimeoutExpired:
+            except subprocess.TimeoutExpired:  # else leaving this block would wait for it without end
                 process.kill()
                 told = f"it took more than {START_S:g} s".encode()
         line = connected(run_uri)

@@ -31,19 +31,23 @@ from raytrain.store import Store
 from raytrain.watchdog import Watchdog
 
 TICK_S = 0.25
-SOON_S = 0.01
 GRACE_S = 30.0  # so long workers may be away while their driver lives, or lives where it cannot be seen
 LOCK_S = 40.0
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Order:
-    """What a worker wants written: the state in a slot, or the metrics of a checkpoint."""
+    """What a worker wants written: the state in a slot, or the metrics of a checkpoint.
+
+    data, progress: that state
+    """
 
     line: Line
     number: int
     slot: int | None
     manifest: dict[str, Any]
+    data: memoryview | None = None
+    progress: Progress = dataclasses.field(default_factory=Progress)
     name: str = ""
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     may_be_replaced: bool = False
@@ -59,7 +63,6 @@ class Keeper:
         self.lines: list[Line] = []
         self.telling = threading.Lock()
         self.workers: set[Line] = set()
-        self.newcomers: list[Line] = []
         self.about: dict[str, Any] = {}
         self.writer = Writer(self)
         self.watchdog = Watchdog(self.board, run_uri)
@@ -69,11 +72,10 @@ class Keeper:
     def live(self) -> None:
         """Until the run has ended, or all that took part in it is gone."""
         while True:
-            self.welcome()
-            for ready in wait([self.listener, *self.lines], SOON_S if self.newcomers else TICK_S):  # type: ignore[list-item]
+            for ready in wait([self.listener, *self.lines], TICK_S):  # type: ignore[list-item]
                 if ready is self.listener:
                     self.accept()
-                elif isinstance(ready, Line) and self.answer(ready):
+                elif isinstance(ready, Line) and self.has_more(ready) and self.answer(ready):
                     return
             if self.workers or not self.writer.is_idle:
                 self.alone_since = time.monotonic()
@@ -105,6 +107,10 @@ class Keeper:
         else:
             sock.close()
 
+    def has_more(self, line: Line) -> bool:
+        """Whether it has something to say, or has ended, and nobody has seen to that yet."""
+        return line in self.lines and line.hears()
+
     def answer(self, line: Line) -> bool:
         """Does what one message asks for; True if it was the last."""
         try:
@@ -117,7 +123,6 @@ class Keeper:
     def drop(self, line: Line) -> None:
         self.watchdog.drop(line)
         self.workers.discard(line)
-        self.newcomers = [newcomer for newcomer in self.newcomers if newcomer is not line]
         self.takers = [taker for taker in self.takers if taker[0] is not line]
         if line in self.lines:
             self.lines.remove(line)
@@ -128,30 +133,30 @@ class Keeper:
             line.say(**answer)
             self.board.answered()
 
-    def on_hello(self, line: Line, launch: str) -> None:
-        """A worker of this launch, or one of another: that has to take over."""
+    def on_hello(self, line: Line, launch: str) -> bool:
+        """A worker of this launch, or one of another: that has to take over.
+
+        What the dead before it have said comes first: the slots that they want written must not be filled again.
+        """
+        for other in [other for other in self.lines if other is not line]:
+            while self.has_more(other):
+                if self.answer(other):
+                    return True
         if launch != self.launch:
             self.tell(line, other=self.launch)
-            return
+            return False
         self.workers.add(line)
-        self.newcomers.append(line)
-
-    def welcome(self) -> None:
-        """Workers that have come get the memory, once all that dead ones have asked for is written from it.
-
-        They could not know which slots that takes, would fill these anew, and a mixture would be saved.
-        """
-        others = [line for line in self.lines if line not in self.newcomers]
-        if not self.newcomers or not self.writer.is_idle or wait(others, 0):  # type: ignore[arg-type]
-            return
         slots = self.slots
-        for line in self.newcomers:
-            with contextlib.suppress(OSError):  # it has died
-                line.say(slot_bytes=slots.slot_bytes if slots else 0, hangs=[hang.told for hang in self.watchdog.hangs])
-                line.give(self.board.descriptor)
-                if slots:
-                    line.give(slots.descriptor)
-        self.newcomers.clear()
+        self.tell(
+            line,
+            slot_bytes=slots.slot_bytes if slots else 0,
+            about=self.about,
+            hangs=[hang.told for hang in self.watchdog.hangs],
+        )
+        line.give(self.board.descriptor)
+        if slots:
+            line.give(slots.descriptor)
+        return False
 
     def on_about(self, line: Line, **about: Any) -> None:
         """What is to be known to write a state that nobody asked to be saved: manifest, policy, driver."""
@@ -162,8 +167,8 @@ class Keeper:
         self.slots = Slots(line.take(), slot_bytes)
         threading.Thread(target=self.slots.fault_in, daemon=True).start()
 
-    def on_save(self, line: Line, **order: Any) -> None:
-        self.writer.take(Order(line, **order))
+    def on_save(self, line: Line, slot: int, **order: Any) -> None:
+        self.writer.take(Order(line, slot=slot, data=self.state(slot), progress=self.board.progress(slot), **order))
 
     def on_metrics(self, line: Line, **order: Any) -> None:
         self.writer.take(Order(line, manifest={}, **order))
@@ -201,7 +206,7 @@ class Keeper:
         with locked(store.storage, LOCK_S):
             if any(e.manifest and self.is_overtaken_by(e.manifest, progress) for e in store.listed()):
                 return
-            self.save(store, slot, self.about["manifest"])
+            self.save(store, self.state(slot), progress, self.about["manifest"])
 
     def is_overtaken_by(self, manifest: Manifest, progress: Progress) -> bool:
         theirs, own = manifest.progress, (progress.epoch, progress.cursor)
@@ -211,10 +216,12 @@ class Keeper:
     def store(self) -> Store:
         return Store(open_storage(self.run_uri), SimpleNamespace(**self.about["policy"]), self.launch)
 
-    def save(self, store: Store, slot: int, manifest: dict[str, Any]) -> str:
-        assert self.slots is not None
-        data = self.slots.view(slot, self.board.size_bytes(slot))
-        return store.save(data, Manifest(self.board.progress(slot), **manifest), time.time()).name
+    def state(self, slot: int) -> memoryview:
+        assert self.slots is not None, "something was written there"
+        return self.slots.view(slot, self.board.size_bytes(slot))
+
+    def save(self, store: Store, data: memoryview, progress: Progress, manifest: dict[str, Any]) -> None:
+        store.save(data, Manifest(progress, **manifest), time.time())
 
 
 class Writer:
@@ -224,7 +231,7 @@ class Writer:
         self._keeper = keeper
         self._orders: queue.Queue[Order | None] = queue.Queue()
         self._lock = threading.Lock()
-        self._replaced: set[int] = set()
+        self._replaced: set[Order] = set()
         self._waiting: Order | None = None
         self.is_idle = True
         self._thread = threading.Thread(target=self._write_all, name="raytrain-writer", daemon=True)
@@ -235,10 +242,12 @@ class Writer:
         with self._lock:
             waiting = self._waiting
             if waiting is not None and waiting.may_be_replaced and order.slot is not None:
-                self._replaced.add(waiting.number)
+                self._replaced.add(waiting)
+                self._reads(waiting, -1)
                 self._keeper.tell(waiting.line, number=waiting.number, replaced=True)
             if order.slot is not None:
                 self._waiting = order
+            self._reads(order, 1)
             self.is_idle = False
             self._orders.put(order)
 
@@ -252,12 +261,19 @@ class Writer:
             with self._lock:
                 if self._waiting is order:
                     self._waiting = None
-                replaced = order.number in self._replaced
-                self._replaced.discard(order.number)
+                replaced = order in self._replaced
+                self._replaced.discard(order)
             if not replaced:
-                self._keeper.tell(order.line, number=order.number, **self._outcome(order))
+                outcome = self._outcome(order)
+                with self._lock:
+                    self._reads(order, -1)
+                self._keeper.tell(order.line, number=order.number, **outcome)
             with self._lock:
                 self.is_idle = self._orders.empty()
+
+    def _reads(self, order: Order, change: int) -> None:
+        if order.slot is not None:
+            self._keeper.board.read_by(order.slot, change)
 
     def _outcome(self, order: Order) -> dict[str, Any]:
         began, began_cpu = time.monotonic(), time.thread_time()
@@ -270,10 +286,10 @@ class Writer:
 
     def _write(self, order: Order) -> None:
         store = self._keeper.store()
-        if order.slot is None:
+        if order.data is None:
             store.add_metrics(order.name, order.metrics)
             return
-        self._keeper.save(store, order.slot, order.manifest)
+        self._keeper.save(store, order.data, order.progress, order.manifest)
 
 
 def main(run_uri: str, launch: str) -> None:

@@ -42,7 +42,10 @@ class Kept:
 
     def join(self) -> None:
         """At first, and again after a keeper that has died."""
-        told = self._greet()
+        try:
+            told = self._greet()
+        except (EOFError, ConnectionError):  # it was about to end, and saved its state
+            told = self._greet()
         if "other" in told:
             board.take_over(self._run_uri, TAKE_OVER_S)
             told = self._greet()
@@ -128,9 +131,10 @@ class Memory:
         self._transfer: Transfer | None = None
 
     def free_slot(self, used: set[int | None]) -> int | None:
-        """One that is neither used, nor the newest, nor being filled."""
-        taken = {*used, self._kept.board.newest(), self._transfer.slot if self._transfer else None}
-        return next((slot for slot in range(SLOTS) if slot not in taken), None)
+        """One that is neither used, nor the newest, nor being filled, nor written by the keeper for a dead worker."""
+        board = self._kept.board
+        taken = {*used, board.newest(), self._transfer.slot if self._transfer else None}
+        return next((slot for slot in range(SLOTS) if slot not in taken and not board.is_read(slot)), None)
 
     def put(self, run: RunState, slot: int) -> bool:
         """Begin to copy the run's state to this slot; `settle` makes it the newest once it has arrived.

@@ -6,6 +6,7 @@ and numbers: to save once more is to copy these to their places.
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import pickle
@@ -91,7 +92,7 @@ class Blueprint:
 
     def __init__(self, leaves: Leaves) -> None:
         """OddPayload if there are tensors where nothing but values is expected."""
-        self._frame, self._kinds = leaves.frame, _kinds_of(leaves.tensors)
+        self._kinds = _kinds_of(leaves.tensors)
         stand_ins, marks = _stand_ins(leaves.tensors, self._kinds), _marks_of(leaves.numbers)
         file = _saved(_put_together(leaves.frame, stand_ins, marks))
         self._places = _places_of(marks, file)
@@ -101,6 +102,10 @@ class Blueprint:
             file = _saved(_put_together(leaves.frame, stand_ins, leaves.numbers))
         self._texts, self.size_bytes = file.texts, file.size_bytes
         self._tensors = _tensor_places(stand_ins, file)
+        try:  # a Counter, a set that the model goes on to change would always be equal to itself
+            self._frame = copy.deepcopy(leaves.frame)
+        except Exception as error:  # anybody's objects
+            raise OddPayload from error
 
     def fits(self, leaves: Leaves) -> bool:
         """Whether it is the blueprint of this payload too."""

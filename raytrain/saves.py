@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raytrain.checkpoint import Manifest
-from raytrain.errors import CheckpointError, StorageError
+from raytrain.errors import CheckpointError, RaytrainError, StorageError
 from raytrain.memory import WITHOUT, Kept, Memory, TooSmall
 from raytrain.payload import dumps
 from raytrain.progress import Progress
@@ -24,6 +24,7 @@ from raytrain.state import RunState, manifest_of, payload_of
 from raytrain.store import CheckpointPolicy, Store, checkpoint_name
 
 LEAST_S, MOST_S = 60.0, 3600.0  # between saves where EVERY_SECONDS is auto
+LOOK_S = 0.02
 HEAVY_S = 0.25  # a first copy that took as long is not done again right away
 ERRORS = {error.__name__: error for error in (StorageError, CheckpointError)}
 
@@ -193,7 +194,10 @@ class Saves:
         assert self._memory is not None
         self._memory.settle(wait=True)
         while self._is_full() or (slot := self._memory.free_slot(self._used())) is None:
-            self._hear(wait=True)
+            if self._orders:
+                self._hear(wait=True)
+            else:
+                time.sleep(LOOK_S)  # the keeper writes what workers that have died had ordered, and tells nobody
         try:
             self._put(run, slot)
         except OSError as error:
@@ -251,8 +255,14 @@ class Saves:
         except (EOFError, OSError):
             self._replace_keeper()
             return
-        for answer in answers:
-            self._take(**answer)
+        failures = []
+        for answer in answers:  # all of them, whatever one says: nobody would answer these orders again
+            try:
+                self._take(**answer)
+            except RaytrainError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     def _replace_keeper(self) -> None:
         """The keeper has died (no memory left, kill -9): what it had to write is written here, and another one begins.

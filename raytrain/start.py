@@ -22,6 +22,7 @@ from raytrain.worker import Job
 
 PROBE = ".writable"
 ANSWER_S = 3.0  # whoever has just typed the command shall learn at once that the storage does not answer
+BEREAVED_S = 15.0  # so long the other workers of a run whose first has died may take to die
 LEFTOVERS = ("journal.jsonl", "tensorboard", "eval", "logs", "config.yaml", "environment.json")
 
 
@@ -125,6 +126,9 @@ def find_start(cfg: Config, options: Options) -> Start:
         raise ResumeError(f"--pretrained_model {options.pretrained}: there is no such file; name a .pth file")
     if options.resume == "never":
         with locked(storage):  # or the checkpoints of a run that is still training would be moved away under it
+            pass
+        board.take_over(run_dir, BEREAVED_S)  # one that is just dying saves its state: before, not into the new run
+        with locked(storage):
             start_over(store, options.overwrite)
     return Start(cfg, options, run_dir, store, origin)
 

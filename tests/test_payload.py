@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import Any
 
 import numpy as np
@@ -133,3 +133,12 @@ def test_objects_that_loading_would_refuse_are_refused_before_anything_is_truste
 def test_an_array_among_the_values_is_compared_by_nobody() -> None:
     first, second = ({"model_state": {}, "array": np.arange(3)} for _ in range(2))
     assert not Blueprint(leaves_of(first)).fits(leaves_of(second))
+
+
+def test_what_changes_in_place_among_the_values_is_noticed() -> None:
+    counts = Counter(steps=1)
+    state = {"model_state": {"_extra_state": {"counts": counts, "seen": {1}}}}
+    blueprint = Blueprint(leaves_of(state))
+    assert blueprint.fits(leaves_of(state))
+    counts["steps"] += 1
+    assert not blueprint.fits(leaves_of(state))

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +49,7 @@ class Scene:
         self.run: RunState = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), world), world)
         self.uri = str(folder / "run")
         self.store = Store(RunFolder(self.uri).storage, cfg.CHECKPOINT, launch)
-        self.store.storage.makedirs("ckpt")
+        self.store.storage.write_bytes("journal.jsonl", b"")  # what a run begins with
         self.kept = Kept(self.uri, launch)
         self.saves = Saves(self.store, self.kept)
         self.saves.describe(self.run, driver())
@@ -243,6 +244,16 @@ def test_a_state_that_grows_moves_to_larger_memory(scene: Scene) -> None:
     assert kept["it"] == 2 and torch.equal(kept["model_state"]["cache"], payload_of(scene.run)["model_state"]["cache"])
 
 
+def test_memory_that_was_too_small_is_given_back_by_worker_and_keeper(scene: Scene) -> None:
+    for step in range(1, 5):
+        scene.run.model.register_buffer("cache", torch.zeros(step * 100_000))
+        scene.save(step)
+        scene.saves.settle()
+    for pid in (os.getpid(), scene.keeper):
+        links = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
+        assert sum("raytrain-slots" in link for link in links) <= 2  # the module's, and the mapping's
+
+
 def test_states_are_kept_so_often_that_it_takes_its_share_of_the_time_and_no_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -307,3 +318,41 @@ def brought(rank: int, folder: Path) -> tuple[set[float], Progress, bool]:
 
 def test_a_state_that_only_one_host_has_comes_to_the_others(pair: Pair, tmp_path: Path) -> None:
     assert pair.run(brought, tmp_path) == [({5.0}, Progress(0, 5, 5), True)] * 2
+
+
+def test_what_a_dead_worker_wanted_written_is_not_filled_again_by_the_next_one(scene: Scene) -> None:
+    keeper = scene.keeper
+    os.kill(keeper, signal.SIGSTOP)
+    scene.save(2)
+    scene.save(3)
+    scene.kept.close()  # as the kernel does for a process that is killed
+    threading.Timer(0.2, os.kill, (keeper, signal.SIGCONT)).start()
+    scene.kept = Kept(scene.uri, scene.store.launch)
+    scene.saves = Saves(scene.store, scene.kept)
+    scene.saves.describe(scene.run, driver())
+    for step in range(4, 9):
+        scene.stand_at(step)
+        scene.saves.after_step(scene.run)
+    scene.save(9)
+    scene.saves.settle()
+    assert scene.names == ["checkpoint_step_2", "checkpoint_step_3", "checkpoint_step_9"]
+    for name in scene.names:
+        saved = torch.load(Path(scene.uri) / "ckpt" / name / "checkpoint.pth", weights_only=True)
+        step = scene.store.verified(name).manifest.progress.step
+        assert weights(saved) == {float(step)} and saved["it"] == step
+
+
+def test_several_saves_that_fail_at_once_end_the_wait_for_them(scene: Scene) -> None:
+    keeper = scene.keeper
+    os.kill(keeper, signal.SIGSTOP)
+    resource.prlimit(keeper, resource.RLIMIT_FSIZE, (100, 100))
+    scene.save(2)
+    scene.saves.add_metrics("checkpoint_step_2", {"accuracy": 0.5})
+    os.kill(keeper, signal.SIGCONT)
+    deadline, before = time.monotonic() + 20, scene.saves._answers
+    while scene.kept.board.answers < before + 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    with pytest.raises(StorageError, match="the checkpoint of step 2 could not be saved"):
+        scene.saves.settle()
+    scene.saves.settle()  # as the loop does on its way out: for good once, since the second answer was lost
