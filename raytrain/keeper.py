@@ -201,7 +201,7 @@ class Keeper:
             return
         progress = self.board.progress(slot)
         store = self.store()
-        if store.storage.is_local and not store.storage.exists(JOURNAL):
+        if store.storage.is_local and not any(map(store.storage.exists, ("ckpt", JOURNAL))):
             return  # somebody has removed the run
         with locked(store.storage, LOCK_S):
             if any(e.manifest and self.is_overtaken_by(e.manifest, progress) for e in store.listed()):

@@ -6,8 +6,10 @@ read back and tidy up is the keeper's, in a process of its own.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
+import statistics
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -61,7 +63,7 @@ class Pace:
 
     def __init__(self, share: float) -> None:
         self._share = share
-        self._cost_s: float | None = None
+        self._costs_s = collections.deque([0.0, 0.0], maxlen=5)
         self._step_s = 0.0
         self._since, self._ended_at = 0, time.perf_counter()
 
@@ -72,7 +74,9 @@ class Pace:
         self._step_s = 0.9 * self._step_s + 0.1 * step_s if self._step_s else step_s
         self._since += 1
         if every == "auto":
-            every = 1 if self._cost_s is None else math.ceil(self._cost_s / (self._share * self._step_s))
+            # Not the last one, nor the mean: one copy that a busy machine held up would put the next off by 100 steps.
+            cost_s = statistics.median(self._costs_s)
+            every = math.ceil(cost_s / (self._share * self._step_s))
         return every is not None and self._since >= every
 
     def begin_anew(self) -> None:
@@ -82,10 +86,11 @@ class Pace:
     def took(self, cost_s: float, first: bool) -> None:
         """It was done, and took so long. The first in its place takes longer than others: all is laid out for it."""
         self.begin_anew()
-        if self._cost_s is None and first and cost_s > HEAVY_S:
-            self._cost_s = cost_s
-        elif not first:
-            self._cost_s = cost_s if self._cost_s is None else 0.8 * self._cost_s + 0.2 * cost_s
+        if first and cost_s > HEAVY_S and not any(self._costs_s):
+            self._costs_s.clear()
+        elif first:
+            return
+        self._costs_s.append(cost_s)
 
 
 @dataclasses.dataclass(frozen=True)

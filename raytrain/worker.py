@@ -224,6 +224,8 @@ def bring_to_start(run: RunState, store: Store, job: Job, kept: Kept | None) -> 
     origin = run.world.broadcast_object(origin)
     remembered = bring_from_memory(run, kept, origin)
     if remembered is not None:
+        if run.progress.cursor == 0 and run.progress.epoch > 0:  # its checkpoint may be there any moment, by the keeper
+            run.unevaluated = checkpoint_name(run.progress)
         return remembered, []
     if origin is None:
         if job.pretrained is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import shutil
@@ -275,6 +276,19 @@ def test_states_are_kept_so_often_that_it_takes_its_share_of_the_time_and_no_mor
     assert kept(0.1, 0.01, 1) == 2000
     assert kept(0.1, 0.01, 50) == 40
     assert kept(0.1, 0.01, None) == 0
+
+
+def test_a_copy_that_was_held_up_once_does_not_put_the_next_ones_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("raytrain.saves.time.perf_counter", lambda: now)
+    for held_up in (1, 10):
+        pace, kept_at = Pace(0.01), []
+        for step in range(1, 31):
+            now += 0.02
+            if pace.is_due("auto"):
+                kept_at.append(step)
+                pace.took(0.05 if len(kept_at) == held_up else 0.0003, first=False)
+        assert max(after - before for before, after in itertools.pairwise(kept_at)) <= 2
 
 
 def test_the_interval_between_saves_follows_what_they_cost(scene: Scene) -> None:
