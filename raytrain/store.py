@@ -217,8 +217,17 @@ def verified(storage: Storage, name: str) -> Saved:
 
 def newest_verified(storage: Storage) -> tuple[Saved | None, list[tuple[str, str]]]:
     """The newest checkpoint of a run folder that verifies, and (name, what is wrong) of each newer one."""
+    while True:
+        entries = listed(storage)
+        found, passed_over = _first_sound(storage, entries)
+        # What a keeper that still saves has removed meanwhile has given way to a newer one.
+        if found is not None or [e.name for e in listed(storage)] == [e.name for e in entries]:
+            return found, passed_over
+
+
+def _first_sound(storage: Storage, entries: list[Listed]) -> tuple[Saved | None, list[tuple[str, str]]]:
     passed_over = []
-    for entry in listed(storage):
+    for entry in entries:
         if entry.manifest is None:
             passed_over.append((entry.name, entry.damage))
             continue

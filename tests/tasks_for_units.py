@@ -196,7 +196,7 @@ class FailsOnRank1(PointsTask):
 
 
 class DiesOnRank1(PointsTask):
-    """Its process ends on rank 1 at step 3 as if the system had killed it."""
+    """Its process ends on rank 1 at the third step that it takes, as if the system had killed it."""
 
     steps = 0
 

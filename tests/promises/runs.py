@@ -109,6 +109,7 @@ class Run:
         self.hold(step)
         launched = self.start(*flags)
         launched.kill(self.held(processes, launched), workers_too)
+        wait_for(lambda: not keepers_of(self), "the end of the keeper, which still writes what was begun")
         self.release()
         for path in self.gate.glob("held-*"):
             path.unlink()

@@ -108,7 +108,7 @@ def test_a_worker_that_dies_three_times_in_one_step_is_one_screen_with_its_rank_
     ray_address: str, tmp_path: Path
 ) -> None:
     with pytest.raises(TrainingError) as raised:
-        raytrain.train(config(tmp_path, "DiesOnRank1"), quiet=True)
+        raytrain.train(config(tmp_path, "DiesOnRank1", CHECKPOINT={"SNAPSHOT_EVERY": None}), quiet=True)
     screen = str(raised.value)
     given_up = "It failed 3 times in a row without getting beyond step 3, so it was given up"
     for part in ("failed on rank 1", "died without a word", "ran out of memory", given_up, str(tmp_path)):
