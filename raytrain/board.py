@@ -240,16 +240,22 @@ def started(run_uri: str, launch: str) -> Line:
     return line
 
 
-def held(run_uri: str) -> Progress | None:
-    """Where the newest state stands that is in memory on this host for this run folder; None if there is none."""
+def asked(run_uri: str, op: str) -> dict[str, Any]:
+    """What the keeper of this run folder on this host answers; empty if there is none, or it takes too long."""
     line = connected(run_uri) if is_possible() else None
     if line is None:
-        return None
+        return {}
     with contextlib.closing(line), contextlib.suppress(EOFError, OSError):
-        line.say(op="newest")
-        if line.hears(ANSWER_S) and (found := line.hear()["newest"]):
-            return Progress(*found)
-    return None
+        line.say(op=op)
+        if line.hears(ANSWER_S):
+            return line.hear()
+    return {}
+
+
+def held(run_uri: str) -> Progress | None:
+    """Where the newest state stands that is in memory on this host for this run folder; None if there is none."""
+    found = asked(run_uri, "newest").get("newest")
+    return Progress(*found) if found else None
 
 
 def take_over(run_uri: str, patience_s: float) -> None:

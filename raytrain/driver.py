@@ -76,7 +76,8 @@ class Inbox:
         why, self._died = "; ".join(self._died), []
         at = next((record["step"] for record in records if record["kind"] == "run"), None)
         where = "" if at is None else f" and go on after step {at}" if at else " and begin anew"
-        return f"{why}; the workers were started again{where}" if why else f"the workers were started again{where}"
+        told = f"the workers were started again{where}"
+        return f"{why}; {told}" if why else told
 
     def say(self, event: str, message: str) -> None:
         say(self.show, event, message)

@@ -150,7 +150,6 @@ class Keeper:
         self.tell(
             line,
             slot_bytes=slots.slot_bytes if slots else 0,
-            about=self.about,
             hangs=[hang.told for hang in self.watchdog.hangs],
         )
         line.give(self.board.descriptor)

@@ -147,22 +147,23 @@ class Memory:
         if self._blueprint is None or not self._blueprint.fits(leaves):
             self._sheets.clear()
             self._blueprint = blueprint_of(leaves)
-        data = None if self._blueprint else dumps(payload)  # odd ones as a whole
-        size_bytes = len(data) if data is not None else self._blueprint.size_bytes if self._blueprint else 0
+        blueprint = self._blueprint
+        data = dumps(payload) if blueprint is None else b""  # odd ones as a whole
+        size_bytes = len(data) if blueprint is None else blueprint.size_bytes
         if self._kept.slots is None or size_bytes > self._kept.slots.slot_bytes:
             raise TooSmall(size_bytes)
         memory = self._kept.slots.view(slot, size_bytes)
         self._kept.board.begin(slot)
         self._transfer = Transfer(slot, run.progress, size_bytes, run.world.device)
-        if data is not None or self._blueprint is None:
-            memory[:] = data or b""
+        if blueprint is None:
+            memory[:] = data
             self._transfer.begin(run, lambda: None)
             return False
         is_new = slot not in self._sheets
         if is_new:
             if on_gpu:
                 pin(memory)
-            self._sheets[slot] = self._blueprint.sheet(memory)
+            self._sheets[slot] = blueprint.sheet(memory)
         if on_gpu:
             leaves = without_buffers(leaves, run)
         self._transfer.begin(run, functools.partial(self._sheets[slot].fill, leaves))

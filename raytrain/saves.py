@@ -12,7 +12,7 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from raytrain.checkpoint import Manifest
@@ -182,7 +182,7 @@ class Saves:
         if self._kept is None:
             self.store.add_metrics(name, metrics)
         else:
-            self._order(None, None, op="metrics", name=name, metrics=finite(metrics))
+            self._order(None, None, op="metrics", name=name, metrics=metrics)
 
     def settle(self) -> None:
         """Returns when nothing is left to be written; raises what went wrong."""
@@ -309,10 +309,4 @@ class Saves:
 
 def fields_of(manifest: Manifest) -> dict[str, Any]:
     """Of a manifest, what the keeper cannot know."""
-    metrics = None if manifest.metrics is None else finite(manifest.metrics)
-    return {"config": manifest.config, "world": manifest.world, "seed": manifest.seed, "metrics": metrics}
-
-
-def finite(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
-    """JSON has no NaN; None stands for it."""
-    return {name: value if value is not None and math.isfinite(value) else None for name, value in metrics.items()}
+    return {name: getattr(manifest, name) for name in ("config", "world", "seed", "metrics")}

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from raytrain.board import PULSE_WORDS, PULSES, Board, Line, connected, is_possible, started_at
+from raytrain.board import PULSE_WORDS, PULSES, Board, Line, asked, started_at
 from raytrain.errors import EXIT_FAILED
 from raytrain.failure import is_ours, is_users
 from raytrain.pulse import BEAT_NS, DUMP, PHASES, REDUCE, REST, STEP
@@ -29,7 +29,6 @@ WAIT_FACTOR = 1.5  # whoever waits for other hosts has so much longer than these
 DUMP_S, QUIET_S = 5.0, 0.2  # so long a worker's processes may take to write stacks; one that pauses has done so
 SHOWN = 6  # calls of the user's in a message
 MOST_BYTES = 256 * 1024  # of stacks
-ANSWER_S = 5.0  # so long the keeper may take to say what became of a worker
 KILLED = "It was killed because it made no progress for SCALE.HANG_TIMEOUT seconds."
 
 
@@ -294,14 +293,7 @@ def shown(file: str, line: str, function: str) -> str:
 
 def hangs_here(run_uri: str) -> list[dict[str, Any]]:
     """Hang.told of the workers that this host's keeper has killed since workers last made progress."""
-    line = connected(run_uri) if is_possible() else None
-    if line is None:
-        return []
-    with contextlib.closing(line), contextlib.suppress(EOFError, OSError):
-        line.say(op="hangs")
-        if line.hears(ANSWER_S):
-            return list(line.hear()["hangs"])
-    return []
+    return list(asked(run_uri, "hangs").get("hangs", ()))
 
 
 def failure_by(hang: dict[str, Any], run_uri: str) -> dict[str, Any]:

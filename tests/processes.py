@@ -1,8 +1,9 @@
-"""Processes joined by gloo that run functions of the test modules: torch is imported once a session."""
+"""Processes joined by gloo that run functions of the test modules, torch imported once a session; and keepers."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import sys
 import traceback
@@ -12,6 +13,19 @@ from pathlib import Path
 from typing import Any
 
 DEADLINE_S = 60.0
+
+
+def keepers_of(run_uri: str) -> list[int]:
+    """Pids of the keepers of a run folder; not of a process that only starts one, and leads its session."""
+
+    def is_keeper(process: Path) -> bool:
+        try:
+            words, pid = (process / "cmdline").read_bytes().split(b"\0"), int(process.name)
+            return {b"raytrain.keeper", os.fsencode(run_uri)} <= set(words) and os.getsid(pid) != pid
+        except OSError:
+            return False
+
+    return [int(process.name) for process in Path("/proc").glob("[0-9]*") if is_keeper(process)]
 
 
 class Pair:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import Pair
+from processes import Pair, keepers_of
 from test_loop import config
 
 from raytrain import board
@@ -70,17 +70,8 @@ class Scene:
 
     @property
     def keeper(self) -> int:
-        words = {"raytrain.keeper", self.uri}
-        found = [p for p in Path("/proc").glob("[0-9]*") if words <= set(words_of(p))]
-        assert len(found) == 1
-        return int(found[0].name)
-
-
-def words_of(process: Path) -> list[str]:
-    try:
-        return (process / "cmdline").read_text().split("\0")
-    except OSError:
-        return []
+        [found] = keepers_of(self.uri)
+        return found
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import processes
 import torch
 import yaml
 from tensorboard_events import events_of
@@ -256,16 +257,7 @@ def keeper_of(run: Run) -> int:
 
 
 def keepers_of(run: Run) -> list[int]:
-    """Pids of the keepers that there are; not of a process that only starts one, and leads its session."""
-
-    def is_keeper(process: Path) -> bool:
-        try:
-            words, pid = (process / "cmdline").read_bytes().split(b"\0"), int(process.name)
-            return {b"raytrain.keeper", os.fsencode(run.run_dir)} <= set(words) and os.getsid(pid) != pid
-        except OSError:
-            return False
-
-    return [int(process.name) for process in Path("/proc").glob("[0-9]*") if is_keeper(process)]
+    return processes.keepers_of(str(run.run_dir))
 
 
 def loader_workers_of(pid: int) -> list[int]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from runs import TESTS, Run, family, gone
+from runs import TESTS, Run, family
 
 from raytrain.cluster import ask_head
 
@@ -30,10 +29,7 @@ def test_a_driver_that_is_killed_takes_its_cluster_with_it(tmp_path: Path) -> No
     run.hold(9)
     launched = run.start("--num_workers", "2", env={"RAY_ADDRESS": ""})
     run.held(2, launched)
-    everyone = set(family(launched.pid))
-    os.kill(launched.pid, signal.SIGKILL)
-    launched.process.wait()
-    gone(everyone)
+    launched.kill([])
 
 
 def test_it_listens_on_loopback_only_and_wants_a_token(tmp_path: Path) -> None:
