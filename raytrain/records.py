@@ -45,7 +45,7 @@ def read_journal(source: str | os.PathLike[str] | Iterable[str]) -> list[Record]
         except OSError as error:
             raise StorageError(f"{source}: no journal to read there ({error.strerror}); name a run folder's") from error
     effective: list[Record] = []
-    for record in filter(None, map(_parsed, source)):
+    for record in records_of(source):
         if record["kind"] == "run":
             effective = [r for r in effective if not _overwritten(r, record.get("step", 0))]
         if record["kind"] in ("eval", "pictures"):
@@ -69,7 +69,12 @@ def new_records(path: str | os.PathLike[str], offset: int) -> tuple[list[Record]
     except FileNotFoundError:
         return [], 0
     lines = whole.decode("utf-8", errors="replace").split("\n")
-    return list(filter(None, map(_parsed, lines))), offset + len(whole) + len(newline)
+    return records_of(lines), offset + len(whole) + len(newline)
+
+
+def records_of(lines: Iterable[str]) -> list[Record]:
+    """The records in these lines; those that a killed writer tore are dropped."""
+    return list(filter(None, map(_parsed, lines)))
 
 
 def _parsed(line: str) -> Record | None:

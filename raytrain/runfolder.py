@@ -28,10 +28,14 @@ JOURNAL = "journal.jsonl"
 
 class RunFolder:
     """Where a run writes. Behind a URI the growing files (journal, log, curves) live in a spool here
-    and are copied there after each checkpoint, evaluation and end: object stores cannot append."""
+    and are copied there after each checkpoint, evaluation and end: object stores cannot append.
 
-    def __init__(self, uri: str) -> None:
+    continued: the file that a later writer appends to, a run's journal or a sweep's ledger
+    """
+
+    def __init__(self, uri: str, continued: str = JOURNAL) -> None:
         self.storage: Storage = open_storage(uri)
+        self._continued = continued
         self._spool: Path | None = None
         self._copied: dict[str, tuple[int, int]] = {}
 
@@ -43,8 +47,8 @@ class RunFolder:
             return self.storage.local_path("")
         if self._spool is None:
             self._spool = Path(tempfile.mkdtemp(prefix="raytrain-spool-"))
-            if self.storage.exists(JOURNAL):
-                self.storage.download(JOURNAL, self._spool / JOURNAL)
+            if self.storage.exists(self._continued):
+                self.storage.download(self._continued, self._spool / self._continued)
         return self._spool
 
     @property

@@ -43,6 +43,7 @@ ORDER = [
     "runfolder",
     "watchdog",
     "keeper",
+    "ledger",
     "display",
     "task",
     "world",
@@ -92,6 +93,7 @@ WITHOUT_TORCH = {
     "schedule",
     "records",
     "display",
+    "ledger",
     "listing",
 }
 FROM_THE_START = {"errors", "progress", "config", "task", "loop", "worker", "launch", "cluster", "cli"}
