@@ -31,6 +31,14 @@ CONFIG_FLAGS: dict[str, tuple[str, str, str]] = {
     "--output": ("PATH", "OUTPUT", "root of the run folders: a folder, or a URI such as s3://bucket/path"),
     "--seed": ("N", "SEED", "seed of all that is random"),
 }
+TUNE_FLAGS: dict[str, tuple[str, str, str]] = {
+    "--num_samples": ("N", "TUNE.NUM_SAMPLES", "trials"),
+    "--scheduler": ("NAME", "TUNE.SCHEDULER", "what stops trials: none, asha, hyperband, median, pbt, pb2"),
+    "--search": ("NAME", "TUNE.SEARCH", "what chooses trials: random, grid, tpe, gp, bohb"),
+    "--metric": ("NAME", "TUNE.METRIC", "what trials are compared by"),
+    "--mode": ("max|min", "TUNE.MODE", "whether more of it is better"),
+    "--concurrent": ("N", "TUNE.CONCURRENT", "trials at a time"),
+}
 SWITCHES: dict[str, tuple[str, str, str]] = {
     "--sync_bn": ("OPTIMIZATION.SYNC_BN", "true", "BatchNorm over the samples of all workers"),
     "--use_amp": ("OPTIMIZATION.USE_AMP", "true", "mixed precision (OPTIMIZATION.AMP_DTYPE: fp16 or bf16)"),
@@ -142,6 +150,21 @@ def build_parser() -> Parser:
     add_set_argument(train)
     train.set_defaults(run=run_train)
 
+    tune = commands.add_parser(
+        "tune",
+        help="sweep what the config's TUNE says, or go on with it",
+        description="Trains a trial for each sample of TUNE.SPACE, compares them by TUNE.METRIC, and writes sweep.csv, "
+        "sweep.html and best.yaml. The same command goes on with a sweep that was stopped or killed.",
+        allow_abbrev=False,
+    )
+    add_config_arguments(tune)
+    for flag, (kind, key, text) in TUNE_FLAGS.items():
+        tune.add_argument(flag, metavar=kind, help=f"{text} ({key})")
+    tune.add_argument("--extend", type=count, default=0, metavar="N", help="this many trials more than the sweep had")
+    tune.add_argument("--address", metavar="HOST:PORT", help="join this Ray cluster (auto: the one on this machine)")
+    add_set_argument(tune)
+    tune.set_defaults(run=run_tune)
+
     evaluate = commands.add_parser("eval", help="evaluate a checkpoint", allow_abbrev=False)
     add_config_arguments(evaluate)
     evaluate.add_argument("--ckpt", metavar="PATH", help="the checkpoint; else the run's best one, else its newest")
@@ -249,7 +272,8 @@ def load(args: argparse.Namespace) -> Any:
     if args.use_gpu and args.no_gpu:
         raise ConfigError("--use_gpu and --no_gpu are both given; give one of them")
     given = vars(args)
-    flags = [(flag, key, given[flag[2:]]) for flag, (_, key, _) in CONFIG_FLAGS.items() if given[flag[2:]] is not None]
+    known = {**CONFIG_FLAGS, **TUNE_FLAGS}
+    flags = [(flag, key, given[flag[2:]]) for flag, (_, key, _) in known.items() if given.get(flag[2:]) is not None]
     flags += [(flag, key, word) for flag, (key, word, _) in SWITCHES.items() if given[flag[2:]]]
     return load_config(args.cfg_file, args.set_words, flags)
 
@@ -318,6 +342,26 @@ def train_with_torchrun(cfg: Any, args: argparse.Namespace, options: dict[str, A
     from raytrain.torchrun import launch_here
 
     return launch_here(with_overrides(cfg, ["SCALE.NUM_WORKERS", size]), Options(**options))
+
+
+def run_tune(args: argparse.Namespace) -> int:
+    cfg = load(args)
+    from raytrain.cluster import starting_for_trials
+    from raytrain.signals import signals_wish_stop
+
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(signals_wish_stop())
+        ahead = stack.enter_context(starting_for_trials(cfg, args.address))  # while torch and Ray Tune are imported
+        from raytrain.sweep_display import SweepDisplay
+        from raytrain.tune import SweepOptions, tune
+
+        display = SweepDisplay()
+        stack.callback(display.leave)
+        result = tune(cfg, SweepOptions(args.address, args.extend), display.show, stop=stop, ahead=ahead)
+    display.close(result.view, time.time())
+    for line in result.lines():
+        say(line)
+    return EXIT_STOPPED if result.status == "stopped" else EXIT_FINISHED
 
 
 def run_eval(args: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.errors import PreflightError
-from raytrain.own_cluster import OwnCluster, Warm, hush_raylets, is_tested, let_raylets_speak, on_loopback
+from raytrain.own_cluster import FOR_TRIALS, OwnCluster, Warm, hush_raylets, is_tested, let_raylets_speak, on_loopback
 
 AHEAD_S = 30.0  # processes that have not said by then that they stand are not waited for
 ANSWER_S = 5.0  # a Ray head that has not answered by then is not there
@@ -87,13 +87,17 @@ class Cluster:
 
 @contextlib.contextmanager
 def starting(
-    address: str | None, num_cpus: int | None = None, dashboard: bool = False, scale: Any = None
+    address: str | None,
+    num_cpus: int | None = None,
+    dashboard: bool = False,
+    scale: Any = None,
+    warm: Warm | None = None,
 ) -> Iterator[Cluster]:
     """A Ray cluster for the time of the block, which may do other things before it connects.
 
     The one that this process is already connected to; else the one at `address`; else one of our
     own on this machine (of num_cpus CPUs, its real ones unless given), of which nothing is left.
-    It begins to start at once; with `scale`, so do worker processes for it.
+    It begins to start at once; with `scale`, so do worker processes for it, or those that `warm` says.
     """
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
@@ -105,7 +109,7 @@ def starting(
     own = None
     try:
         if address is None:
-            own = OwnCluster(num_cpus, dashboard, workers_ahead(scale, num_cpus))
+            own = OwnCluster(num_cpus, dashboard, warm or workers_ahead(scale, num_cpus))
         yield Cluster(address, own)
     finally:
         if own is not None:
@@ -117,6 +121,14 @@ def starting(
         for name, value in kept.items():
             if value is None:
                 os.environ.pop(name, None)
+
+
+def starting_for_trials(cfg: Any, address: str | None) -> contextlib.AbstractContextManager[Cluster]:
+    """As `starting`, for a sweep of `cfg`: as many processes start as trials train at a time."""
+    scale, cores = cfg.SCALE, len(os.sched_getaffinity(0))
+    fitting = int(cores / (scale.CPUS_PER_WORKER * (scale.NUM_WORKERS or 1)))
+    count = max(1, min(cfg.TUNE.CONCURRENT or fitting, fitting))
+    return starting(address, warm=Warm(count, scale.CPUS_PER_WORKER, FOR_TRIALS))
 
 
 def workers_ahead(scale: Any, num_cpus: int | None) -> Warm:
@@ -276,7 +288,7 @@ def check_resources(num_workers: int, per_worker: dict[str, float]) -> None:
     import ray
 
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    fits = sum(room(node, per_worker) for node in nodes)
+    fits = fitting_workers(per_worker)
     if fits >= num_workers:
         return
     total = ray.cluster_resources()
@@ -295,6 +307,13 @@ def check_resources(num_workers: int, per_worker: dict[str, float]) -> None:
         f"this cluster of {len(nodes)} node{'s' if len(nodes) != 1 else ''} can never hold {num_workers} workers, "
         f"only {fits}:\n" + "\n".join(lines) + f"\nWhat to do: {fix}"
     )
+
+
+def fitting_workers(per_worker: dict[str, float]) -> int:
+    """How many workers this cluster can hold, with nothing else on it."""
+    import ray
+
+    return sum(room(node["Resources"], per_worker) for node in ray.nodes() if node["Alive"])
 
 
 def room(resources: dict[str, float], per_worker: dict[str, float]) -> int:
@@ -349,11 +368,19 @@ def _sees(marker: str) -> bool:
     return Path(marker).exists() and os.access(Path(marker).parent, os.W_OK)
 
 
-def attempt() -> str:
-    """Which start of a run's workers this worker belongs to: Ray makes a placement group for each."""
+def attempt(launch: str) -> str:
+    """Which start of a run's workers this worker belongs to: Ray makes a placement group for each.
+
+    Except for the workers of a sweep's trial, who all have the trial's: `starts` counts those.
+    """
     import ray
 
-    return ray.get_runtime_context().get_placement_group_id() or ""
+    group = ray.get_runtime_context().get_placement_group_id() or ""
+    return named_attempt(group, Mailbox(launch).get("starts"))
+
+
+def named_attempt(group: str, starts: int | None) -> str:
+    return group if starts is None else f"{group}.{starts}"
 
 
 class Mailbox:

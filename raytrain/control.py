@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import queue
 import signal
@@ -11,12 +12,22 @@ from collections.abc import Callable
 from typing import Any
 
 from raytrain.cluster import Mailbox, attempt
+from raytrain.progress import Progress
 from raytrain.records import Record
 from raytrain.saves import Pending
 from raytrain.storage import joined
 
 POST_S = 0.2  # how often rank 0 posts to the driver and asks whether it shall stop
+ASK_S = 0.02  # how often the answer is looked for whether a trial shall go on
 RECENT = 50
+
+# Given a run's progress and the metrics of the evaluation just made: whether it is to go on. A sweep's, for its trials.
+Judge = Callable[[Progress, dict[str, float]], bool]
+
+
+def never_ends(progress: Progress, metrics: dict[str, float]) -> bool:
+    """A run that is no trial of a sweep goes on until all its epochs are trained."""
+    return True
 
 
 class Control:
@@ -41,6 +52,10 @@ class Control:
     def saved(self, save: Pending | None, metrics: dict[str, float]) -> None:
         """Collective. A checkpoint is on its way (`save` on rank 0, None elsewhere), perhaps with metrics."""
 
+    def goes_on(self, progress: Progress, metrics: dict[str, float]) -> bool:
+        """Rank 0 only. Whether the run is to go on after this evaluation; all its state is saved."""
+        return True
+
     def write(self, record: Record) -> None: ...
 
     def flush(self) -> None: ...
@@ -51,12 +66,15 @@ class Control:
 class LocalControl(Control):
     """In-process: records go straight to the display, signals of this process wish a stop."""
 
-    def __init__(self, show: Callable[[Record], None], stop: threading.Event) -> None:
+    def __init__(self, show: Callable[[Record], None], stop: threading.Event, judge: Judge = never_ends) -> None:
         super().__init__()
-        self._show, self._stop = show, stop
+        self._show, self._stop, self._judge = show, stop, judge
 
     def stop_wished(self) -> bool:
         return self._stop.is_set()
+
+    def goes_on(self, progress: Progress, metrics: dict[str, float]) -> bool:
+        return self._judge(progress, metrics)
 
     def write(self, record: Record) -> None:
         self._show(record)
@@ -71,7 +89,7 @@ class RayControl(Control):
 
     def __init__(self, launch: str, run_uri: str, rank: int) -> None:
         super().__init__()
-        self._mailbox, self._run_uri, self._rank, self._attempt = Mailbox(launch), run_uri, rank, attempt()
+        self._mailbox, self._run_uri, self._rank, self._attempt = Mailbox(launch), run_uri, rank, attempt(launch)
         self._lock = threading.Lock()
         self._posted: list[Record] = []
         self._step: Record | None = None
@@ -87,6 +105,17 @@ class RayControl(Control):
 
     def stop_wished(self) -> bool:
         return self._stop.is_set()
+
+    def goes_on(self, progress: Progress, metrics: dict[str, float]) -> bool:
+        if self._mailbox.get("judged") is None:
+            return True
+        number = f"{self._attempt}-{progress.step}"
+        self._mailbox.put("question", {"number": number, "progress": dataclasses.asdict(progress), "metrics": metrics})
+        while not self._stop.wait(ASK_S):
+            answer = self._mailbox.get("answer")
+            if answer is not None and answer["number"] == number:
+                return bool(answer["goes_on"])
+        return False
 
     def write(self, record: Record) -> None:
         with self._lock:
@@ -154,5 +183,5 @@ def stop_on_signal(launch: str) -> None:
 
     Not of the workers that are started after these: when one of these dies, Ray ends the others by SIGTERM.
     """
-    key = f"stop-{attempt()}"
+    key = f"stop-{attempt(launch)}"
     signal.signal(signal.SIGTERM, lambda *_: Mailbox(launch).put(key, "SIGTERM to a worker"))

@@ -9,6 +9,8 @@ from typing import Any
 
 from raytrain import cluster
 from raytrain.cluster import Cluster, Mailbox
+from raytrain.control import Judge, never_ends
+from raytrain.progress import Progress
 from raytrain.records import Record
 from raytrain.watchdog import failure_by, hangs_here
 from raytrain.worker import Job
@@ -42,8 +44,10 @@ class Inbox:
     begun:   whether the workers that were asked for last have
     """
 
-    def __init__(self, mailbox: Mailbox, show: Show) -> None:
-        self._mailbox, self.show = mailbox, show
+    def __init__(self, mailbox: Mailbox, show: Show, judge: Judge = never_ends) -> None:
+        self._mailbox, self.show, self._judge = mailbox, show, judge
+        if judge is not never_ends:
+            mailbox.put("judged", True)  # rank 0 then asks, and waits for the answer
         self.attempt, self.begun = "", False
         self._died: list[str] = []
         self._last_number = 0
@@ -71,6 +75,15 @@ class Inbox:
             if record["number"] > self._last_number:
                 self._last_number = record["number"]
                 self.show(record)
+
+    def answer(self) -> None:
+        """Rank 0's question, if there is one, whether the run is to go on after an evaluation."""
+        question = self._mailbox.get("question") if self._judge is not never_ends else None
+        if question is None:
+            return
+        self._mailbox.remove("question")
+        goes_on = self._judge(Progress(**question["progress"]), question["metrics"])
+        self._mailbox.put("answer", {"number": question["number"], "goes_on": goes_on})
 
     def _restarted(self, records: list[Record]) -> str:
         why, self._died = "; ".join(self._died), []
@@ -113,6 +126,7 @@ class Fit:
         while thread.is_alive():
             thread.join(POLL_S)
             inbox.fetch()
+            inbox.answer()
             now = time.monotonic()
             if self._inside is not None:
                 self._look_inside(self._inside, now)

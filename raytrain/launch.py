@@ -14,7 +14,7 @@ from raytrain import board, cluster
 from raytrain.budget import Budget
 from raytrain.cluster import Cluster, Mailbox
 from raytrain.config import Config, load_config, with_overrides
-from raytrain.control import LocalControl
+from raytrain.control import Judge, LocalControl, never_ends
 from raytrain.display import Display, failure_screen
 from raytrain.driver import Fit, Inbox, Show, say
 from raytrain.errors import RaytrainError, TrainingError
@@ -86,10 +86,12 @@ def launch(
     show: Show | None = None,
     stop: threading.Event | None = None,
     ahead: Cluster | None = None,
+    judge: Judge = never_ends,
 ) -> Result:
     """Preflight, then the run; `show` gets its records in place of the console.
 
     stop:  wishes it, in place of this process's signals.   ahead: the cluster, if it is starting already
+    judge: is asked after each evaluation whether the run is to go on: a sweep's, for its trials
     """
     load_task_class(cfg.TASK)
     start = find_start(cfg, options)
@@ -102,7 +104,7 @@ def launch(
     try:
         with contextlib.nullcontext(stop) if stop else signals_wish_stop() as stop:
             here = cfg.SCALE.NUM_WORKERS == 0
-            status = run_here(start, stop, show) if here else run_on_ray(start, stop, show, ahead)
+            status = run_here(start, stop, show, judge) if here else run_on_ray(start, stop, show, ahead, judge)
     finally:
         if display is not None:
             display.close()
@@ -123,12 +125,12 @@ def result_of(start: Start, status: str) -> Result:
     )
 
 
-def run_here(start: Start, stop: threading.Event, show: Show) -> str:
+def run_here(start: Start, stop: threading.Event, show: Show, judge: Judge) -> str:
     """The run in this process, without Ray; how it ended."""
     device = device_here(start.cfg)
     job = start.job(0, device.type == "cuda")
     world = World(virtual_workers=job.virtual_workers, device=device)
-    control = LocalControl(show, stop)
+    control = LocalControl(show, stop, judge)
     try:
         with torch_put_back():
             return run_job(job, world, control).status
@@ -138,7 +140,7 @@ def run_here(start: Start, stop: threading.Event, show: Show) -> str:
         raise as_seen(failure_of(error, 0, control.place(), keep_traceback(error, start.run_dir))) from error
 
 
-def run_on_ray(start: Start, stop: threading.Event, show: Show, ahead: Cluster | None) -> str:
+def run_on_ray(start: Start, stop: threading.Event, show: Show, ahead: Cluster | None, judge: Judge) -> str:
     """The run on a Ray cluster, joined or started for it; how it ended."""
     with contextlib.ExitStack() as stack:
         options = start.options
@@ -157,13 +159,15 @@ def run_on_ray(start: Start, stop: threading.Event, show: Show, ahead: Cluster |
         cluster.check_resources(num_workers, per_worker)
         cluster.check_reachable(start.run_dir)
         used.wait_for_workers()
-        return "stopped" if stop.is_set() else train_on_ray(job, used, per_worker, stop, show)
+        return "stopped" if stop.is_set() else train_on_ray(job, used, per_worker, stop, show, judge)
 
 
-def train_on_ray(job: Job, used: Cluster, per_worker: dict[str, float], stop: threading.Event, show: Show) -> str:
+def train_on_ray(
+    job: Job, used: Cluster, per_worker: dict[str, float], stop: threading.Event, show: Show, judge: Judge
+) -> str:
     """The run in worker processes of a cluster, on others when their nodes are taken away; how it ended."""
     mailbox, budget = Mailbox(job.launch), Budget(job.cfg.SCALE.MAX_FAILURES)
-    inbox = Inbox(mailbox, show)
+    inbox = Inbox(mailbox, show, judge)
     try:
         while True:
             # Ray would take up from its own list, which may name checkpoints that retention has removed (RAY.md F6).

@@ -37,7 +37,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from raytrain.budget import Budget
-from raytrain.cluster import Mailbox
+from raytrain.cluster import Mailbox, named_attempt
 
 SETTLED_S = 0.1  # until what killed workers had is free; Ray, asked before, looks again only after 0.3 to 0.5 s
 LOOK_S = 1  # how often one that waits for room sees whether it still shall; Ray counts in whole seconds here
@@ -86,7 +86,7 @@ class LeanTrainer(TorchTrainer):
 
     def __init__(self, *arguments: Any, alone: bool, budget: Budget, mailbox: Mailbox, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._group_class = LeanWorkerGroup if alone else JoinedWorkerGroup
+        self._group_class = group_class(alone)
         self._budget, self._mailbox = budget, mailbox
         self.inside = Inside()
 
@@ -114,7 +114,7 @@ class LeanTrainer(TorchTrainer):
                 *(run.callbacks or []),
             ],
         )
-        controller.worker_group_cls = with_inside(self._group_class, self.inside)
+        controller.worker_group_cls = with_inside(self._group_class, self.inside, self._mailbox)
         asyncio.run(controller.run_until(self.inside.abandoned))
         if self.inside.abandoned.is_set():
             return None
@@ -197,6 +197,7 @@ class LeanWorkerGroup(WorkerGroup):
     """The workers in processes that stand already, and no actor beside them."""
 
     inside: Inside
+    mailbox: Mailbox
 
     def _start_impl(self, builder: Any) -> None:
         context = self._worker_group_context
@@ -209,7 +210,7 @@ class LeanWorkerGroup(WorkerGroup):
             places.shutdown()
             raise WorkerGroupStartupTimeoutError(num_workers=context.num_workers)
         builder.with_placement_group_handle(places)
-        self.inside.attempt = places.placement_group.id.hex()
+        self.inside.attempt = named_attempt(places.placement_group.id.hex(), self.mailbox.get("starts"))
         workers = self._create_workers(context.num_workers, places.placement_group, context.resources_per_worker)
         builder.with_workers(workers)
         self.inside.nodes = frozenset(worker.metadata.node_id for worker in workers)
@@ -251,19 +252,52 @@ class LeanWorkerGroup(WorkerGroup):
         return {}
 
 
-def with_inside(group_class: type[LeanWorkerGroup], shown: Inside) -> type[LeanWorkerGroup]:
+def with_inside(group_class: type[LeanWorkerGroup], shown: Inside, letters: Mailbox) -> type[LeanWorkerGroup]:
     """The class whose groups are seen in `shown`; Ray makes them, with arguments of its own."""
 
     class Group(group_class):  # type: ignore[misc, valid-type]
-        inside = shown
+        inside, mailbox = shown, letters
 
     return Group
+
+
+def group_class(alone: bool) -> type[LeanWorkerGroup]:
+    """alone: on a cluster of the run's own. Else it is one that others use too, or a sweep's trial, in its places."""
+    if alone:
+        return LeanWorkerGroup
+    return JoinedWorkerGroup if ray.util.get_current_placement_group() is None else TrialsWorkerGroup
 
 
 class JoinedWorkerGroup(LeanWorkerGroup):
     """On a cluster that was started elsewhere, with an environment of its own: Ray hands on the driver's settings."""
 
     _get_worker_runtime_env = staticmethod(WorkerGroup._get_worker_runtime_env)
+
+
+class TrialsWorkerGroup(LeanWorkerGroup):
+    """In the places that a sweep's trial owns: Ray Train would ask for others, beside them, and wait for ever."""
+
+    def _create_placement_group(self, *unused: Any) -> Any:
+        self.mailbox.put("starts", (self.mailbox.get("starts") or 0) + 1)
+        return TrialsPlaces(ray.util.get_current_placement_group())
+
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: Any) -> dict[str, Any]:
+        """What the trial was handed on, as it is the driver of these: nothing, or what Ray hands on."""
+        handed_on = ray.get_runtime_context().runtime_env.get("env_vars")
+        return WorkerGroup._get_worker_runtime_env(custom_runtime_env) if handed_on else {}
+
+
+class TrialsPlaces:
+    """A placement group that stays when the workers in it end."""
+
+    def __init__(self, group: Any) -> None:
+        self.placement_group = group
+
+    def wait(self, timeout_s: float) -> bool:
+        return True
+
+    def shutdown(self) -> None: ...
 
 
 class LeanState(WorkerGroupState):

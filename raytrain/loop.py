@@ -22,6 +22,7 @@ from raytrain.errors import RaytrainError, TaskError, TrainingError
 from raytrain.feed import BatchKey, Feed, Step
 from raytrain.guard import LATE_STEPS
 from raytrain.journal import Journal
+from raytrain.progress import Progress
 from raytrain.pulse import BACKWARD, CHECKPOINT, DATA, EVAL, FORWARD, REDUCE, REST
 from raytrain.randomness import seed_all
 from raytrain.saves import Pending, Saves
@@ -36,6 +37,7 @@ class Control(Protocol):
 
     def stop_wished(self) -> bool: ...
     def now(self) -> float: ...
+    def goes_on(self, progress: Progress, metrics: dict[str, float]) -> bool: ...
     def saved(self, save: Pending | None, metrics: dict[str, float]) -> None: ...
 
 
@@ -56,12 +58,13 @@ def train_model(run: RunState, task: Task, feed: Feed, saves: Saves, journal: Jo
 
 def train_epochs(run: RunState, task: Task, feed: Feed, saves: Saves, journal: Journal, control: Control) -> bool:
     """Collective. Train and evaluate what is left of the run; False if stopped on the way."""
+    stopped = False
     run.pulse.phase(DATA)
     feed.start(run.progress, evaluate_first=run.unevaluated is not None)
     if run.unevaluated is not None:  # the run ended between saving an epoch and evaluating it
         finish_evaluation(run, task, feed, saves, journal, control, run.unevaluated)
         control.saved(Pending.of_old(run.progress), run.metrics)
-    stopped = False
+        stopped = not goes_on(run, control) and not run.plan.finished(run.progress)
     while not stopped and not run.plan.finished(run.progress):
         stopped = not train_one_epoch(run, task, feed, saves, journal, control)
         evaluates = feed.evaluate_after(run.progress.epoch)
@@ -74,7 +77,15 @@ def train_epochs(run: RunState, task: Task, feed: Feed, saves: Saves, journal: J
             finish_evaluation(run, task, feed, saves, journal, control, save.name if save else None)
         if due:
             control.saved(save, run.metrics if evaluates and not stopped else {})
+        if evaluates and not stopped:
+            stopped = not goes_on(run, control) and not finished
     return not stopped
+
+
+def goes_on(run: RunState, control: Control) -> bool:
+    """Collective. Whether the run is to go on after an evaluation, as rank 0 is told; its state is saved."""
+    run.pulse.phase(REST)  # the answer may take its time
+    return bool(run.world.broadcast_object(run.world.is_first and control.goes_on(run.progress, run.metrics)))
 
 
 def train_one_epoch(run: RunState, task: Task, feed: Feed, saves: Saves, journal: Journal, control: Control) -> bool:

@@ -24,15 +24,13 @@ TEMP_PREFIX = "raytrain-ray-"
 # The versions whose private parts (here and in lean.py) do what is said of them; others get Ray's public ones.
 TESTED = ("2.60.0",)
 
-PRELOADED = (
-    "raytrain.ahead"  # imported by worker processes as they start, while the driver does what comes before a run
-)
+# Imported by worker processes as they start, while the driver does what comes before a run, or before a sweep.
+FOR_RUNS, FOR_TRIALS = "raytrain.ahead", "raytrain.ahead_of_trials"
 
 IDLE = "ray::IDLE"  # what Ray calls a worker process without work
 
 # Processes that wait for work are kept: they are few, and all are wanted.
 SYSTEM_CONFIG = {
-    "preload_python_modules": [PRELOADED],
     "num_workers_soft_limit": 10_000,
     "idle_worker_killing_time_threshold_ms": 10**9,
 }
@@ -44,10 +42,11 @@ class Nothing:
 
 @dataclasses.dataclass(frozen=True)
 class Warm:
-    """`count` worker processes that start with a cluster, each to reserve `cpus` CPUs later."""
+    """`count` worker processes that start with a cluster, each to reserve `cpus` CPUs later; they import `preload`."""
 
     count: int = 0
     cpus: float = 1.0
+    preload: str = FOR_RUNS
 
 
 def is_tested() -> bool:
@@ -194,7 +193,7 @@ def start_node(temp_dir: str, num_cpus: int | None, warm: Warm) -> Any:
         include_log_monitor=False,  # type: ignore[arg-type]
         no_monitor=True,
         temp_dir=temp_dir,
-        _system_config=SYSTEM_CONFIG,  # type: ignore[arg-type]
+        _system_config={**SYSTEM_CONFIG, "preload_python_modules": [warm.preload]},  # type: ignore[arg-type]
         # Ray sets it when it gives a process to a worker, by the CPUs that this reserves: too late for what is loaded.
         env_vars={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, int(warm.cpus))))},
     )

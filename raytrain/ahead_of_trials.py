@@ -1,0 +1,8 @@
+"""Worker processes of a sweep's own cluster import this as they start: what a trial needs, and word that it is there."""
+
+import os
+
+import raytrain.trial  # noqa: F401
+from raytrain.cluster import Mailbox
+
+Mailbox("ahead").put(f"process-{os.getpid()}", True)

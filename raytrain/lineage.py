@@ -1,0 +1,63 @@
+"""What the weights of a sweep's trial follow from: its params, and for a clone those of the trials before it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from raytrain.config import Config
+from raytrain.phases import with_phase
+from raytrain.records import Record
+from raytrain.space import trial_config
+
+Params = dict[str, Any]  # by dotted key
+
+
+@dataclasses.dataclass(frozen=True)
+class Lineage:
+    """What a trial's weights follow from, beside the sweep's config.
+
+    base: its params;   phases: from which epoch on it had which others instead
+    """
+
+    base: Params
+    phases: tuple[tuple[int, Params], ...] = ()
+
+    @property
+    def params(self) -> Params:
+        """Those in force."""
+        return self.phases[-1][1] if self.phases else self.base
+
+    def changed(self, epoch: int, params: Params) -> Lineage:
+        """It went like this until `epoch` was finished, and goes on with `params`."""
+        if epoch == 0:
+            return Lineage(params)
+        before = tuple(phase for phase in self.phases if phase[0] < epoch)
+        same = (before[-1][1] if before else self.base) == params
+        return Lineage(self.base, before if same else (*before, (epoch, params)))
+
+    def key(self, epoch: int) -> str:
+        """Names what its weights after `epoch` epochs follow from."""
+        told = [self.base, [phase for phase in self.phases if phase[0] < epoch]]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+
+    def config(self, cfg: Config, number: int) -> Config:
+        """Of the run that trial `number` of the sweep `cfg` is."""
+        found = trial_config(cfg, self.base, number)
+        for epoch, params in self.phases:
+            found = with_phase(found, epoch, params)
+        return found
+
+
+def lineages_of(records: Iterable[Record]) -> dict[int, Lineage]:
+    """By trial, as a ledger tells them."""
+    found: dict[int, Lineage] = {}
+    for record in records:
+        if record["kind"] == "trial":
+            found[record["trial"]] = Lineage(record["params"])
+        elif record["kind"] == "clone":
+            found[record["trial"]] = found[record["from"]].changed(record["epoch"], record["params"])
+    return found

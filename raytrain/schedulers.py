@@ -1,0 +1,227 @@
+"""Ray Tune's schedulers for a sweep: no result is told to them twice, and what they draw is keyed by a seed.
+
+Private parts of Ray are used where there are no public ones: how many trials may begin, and what a PBT exploits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    HyperBandScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+from ray.tune.utils.util import flatten_dict
+
+from raytrain.randomness import keyed_seed
+
+SCORE = "score"  # in a trial's results: the metric, or where that is not finite the worst there is
+POPULATIONS = ("hyperband", "pbt", "pb2")  # compare trials that have come equally far: all have to be there at first
+BY_ARRIVAL = ("asha", "median")  # compare a trial with those that came as far before it
+
+
+class Past(Protocol):
+    """What is known of the sweep's earlier launches, and told of this one."""
+
+    def decided(self, number: int, epoch: int) -> str | None:
+        """What was decided for the trial after its result of `epoch`; None where nothing was yet."""
+
+    def cloned(self, number: int, source: int, epoch: int, params: dict[str, Any]) -> None:
+        """Trial `number` goes on from what `source` was after `epoch`, with these params."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """What trials are compared by.
+
+    unit:       "epoch" or "step", in which grace and perturb_every are counted
+    end:        how far a trial goes, in units
+    concurrent: trials at a time
+    """
+
+    unit: str
+    end: int
+    mode: str
+    concurrent: int
+    seed: int
+
+
+class Orderly:
+    """A scheduler of Ray's that a sweep can resume: mixed into its class."""
+
+    past: Past
+    terms: Terms
+    by_arrival: bool
+
+    def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        number, place = int(trial.trial_id), (trial.trial_id, result["key"], result["epoch"])
+        if place in self.told:  # a trial that was killed tells again what it had told
+            return TrialScheduler.CONTINUE
+        self.told.add(place)
+        self._seed(number, result["epoch"])
+        decision = super().on_trial_result(controller, trial, result)  # type: ignore[misc]
+        if self.by_arrival:  # results came in another order then: what was decided stands
+            decision = self.past.decided(number, result["epoch"]) or decision
+        return str(decision)
+
+    def on_trial_complete(self, controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        if self.terms.unit in result and SCORE in result:
+            super().on_trial_complete(controller, trial, result)  # type: ignore[misc]
+        else:
+            super().on_trial_remove(controller, trial)  # type: ignore[misc]
+
+    def choose_trial_to_run(self, controller: Any) -> Trial | None:
+        """None if as many run as may; Ray begins others that wait by itself, up to a number that is set here."""
+        free = self.terms.concurrent - sum(trial.status == Trial.RUNNING for trial in controller.get_trials())
+        controller._tune_controller._max_pending_trials = max(0, free)
+        return super().choose_trial_to_run(controller) if free > 0 else None  # type: ignore[misc]
+
+    def _seed(self, number: int, epoch: int) -> None:
+        """Ray draws from the generators that everyone uses."""
+        seed = keyed_seed(self.terms.seed, "decision", number, epoch)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+
+    @property
+    def told(self) -> set[tuple[str, str, int]]:
+        return self.__dict__.setdefault("_told", set())
+
+
+class Population(Orderly):
+    """PBT and PB2, synchronous: a generation is compared when all of it has come as far."""
+
+    def on_trial_complete(self, controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        self._let_the_others_go_on(controller, trial)
+
+    def on_trial_error(self, controller: Any, trial: Trial) -> None:
+        self._let_the_others_go_on(controller, trial)
+
+    def _let_the_others_go_on(self, controller: Any, ended: Trial) -> None:
+        """Those that wait for one that has ended before it came as far (Ray would let them wait for ever)."""
+        live = [trial for trial in controller.get_live_trials() if trial is not ended and not trial.is_finished()]
+        waiting = [trial for trial in live if trial.status == Trial.PAUSED]
+        states: dict[Trial, Any] = self._trial_state  # type: ignore[attr-defined]
+        if waiting and all(states[trial].last_train_time >= self._next_perturbation_sync for trial in live):  # type: ignore[attr-defined]
+            last = min(waiting, key=lambda trial: trial.trial_id)
+            states[last].last_perturbation_time = float("-inf")
+            self._seed(int(last.trial_id), int(last.last_result["epoch"]))
+            PopulationBasedTraining.on_trial_result(self, controller, last, flatten_dict(last.last_result))  # type: ignore[arg-type]
+
+    def _exploit(self, controller: Any, trial: Trial, source: Trial) -> None:
+        super()._exploit(controller, trial, source)  # type: ignore[misc]
+        epoch = int(self._trial_state[source].last_result["epoch"])  # type: ignore[attr-defined]
+        self.past.cloned(int(trial.trial_id), int(source.trial_id), epoch, dict(trial.config))
+
+
+def build_scheduler(tune_cfg: Any, terms: Terms, past: Past) -> TrialScheduler:
+    """The one that TUNE asks for, with `Orderly` mixed in."""
+    made: Any = MAKERS[tune_cfg.SCHEDULER](tune_cfg, terms)
+    made.past, made.terms, made.by_arrival = past, terms, tune_cfg.SCHEDULER in BY_ARRIVAL
+    return made  # type: ignore[no-any-return]
+
+
+def orderly(kind: type, mixin: type = Orderly) -> Any:
+    return type(kind.__name__, (mixin, kind), {})
+
+
+def _none(tune_cfg: Any, terms: Terms) -> Any:
+    return orderly(FIFOScheduler)()
+
+
+def _asha(tune_cfg: Any, terms: Terms) -> Any:
+    return orderly(AsyncHyperBandScheduler)(
+        time_attr=terms.unit,
+        metric=SCORE,
+        mode=terms.mode,
+        max_t=terms.end,
+        grace_period=min(tune_cfg.GRACE, terms.end),
+        reduction_factor=tune_cfg.REDUCTION,
+        stop_last_trials=False,
+    )
+
+
+def _hyperband(tune_cfg: Any, terms: Terms) -> Any:
+    return orderly(HyperBandScheduler)(
+        time_attr=terms.unit,
+        metric=SCORE,
+        mode=terms.mode,
+        max_t=terms.end,
+        reduction_factor=tune_cfg.REDUCTION,
+        stop_last_trials=False,
+    )
+
+
+def _median(tune_cfg: Any, terms: Terms) -> Any:
+    return orderly(MedianStoppingRule)(
+        time_attr=terms.unit, metric=SCORE, mode=terms.mode, grace_period=tune_cfg.GRACE, min_samples_required=3
+    )
+
+
+def _pbt(tune_cfg: Any, terms: Terms) -> Any:
+    space = {key: dict(entry) for key, entry in tune_cfg.SPACE.items()}
+
+    def within(params: dict[str, Any]) -> dict[str, Any]:
+        """A perturbed value stays within its range."""
+        for key, entry in space.items():
+            bounds = next(
+                (entry[kind] for kind in ("loguniform", "uniform", "quniform", "randint") if kind in entry), None
+            )
+            if bounds is not None:
+                params[key] = min(max(params[key], bounds[0]), bounds[1])
+        return params
+
+    return orderly(PopulationBasedTraining, Population)(
+        time_attr=terms.unit,
+        metric=SCORE,
+        mode=terms.mode,
+        perturbation_interval=tune_cfg.PERTURB_EVERY,
+        hyperparam_mutations={key: mutation_of(entry) for key, entry in space.items()},
+        quantile_fraction=tune_cfg.QUANTILE,
+        resample_probability=tune_cfg.RESAMPLE,
+        custom_explore_fn=within,
+        log_config=False,
+        synch=True,
+    )
+
+
+def mutation_of(entry: dict[str, Any]) -> Any:
+    """A distribution of TUNE.SPACE as Ray's PBT takes it."""
+    ((kind, arguments),) = entry.items()
+    if kind in ("choice", "grid"):
+        return list(arguments)
+    makers: dict[str, Callable[..., Any]] = {
+        "loguniform": tune.loguniform,
+        "uniform": tune.uniform,
+        "quniform": tune.quniform,
+        "randint": tune.randint,
+    }
+    return makers[kind](*arguments)
+
+
+def _pb2(tune_cfg: Any, terms: Terms) -> Any:
+    from ray.tune.schedulers.pb2 import PB2
+
+    bounds = {key: list(next(iter(dict(entry).values())))[:2] for key, entry in tune_cfg.SPACE.items()}
+    return orderly(PB2, Population)(
+        time_attr=terms.unit,
+        metric=SCORE,
+        mode=terms.mode,
+        perturbation_interval=tune_cfg.PERTURB_EVERY,
+        hyperparam_bounds=bounds,
+        quantile_fraction=tune_cfg.QUANTILE,
+        log_config=False,
+        synch=True,
+    )
+
+
+MAKERS = {"none": _none, "asha": _asha, "hyperband": _hyperband, "median": _median, "pbt": _pbt, "pb2": _pb2}

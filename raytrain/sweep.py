@@ -1,0 +1,109 @@
+"""The folder of a sweep and what it has come to: params and results of its trials, also of earlier launches."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+from raytrain.config import Config, config_diff, dump_config
+from raytrain.errors import ConfigError, ResumeError
+from raytrain.ledger import LEDGER, Ledger, SweepView, TrialView, read_ledger, view_of
+from raytrain.lineage import Lineage, Params, lineages_of
+from raytrain.records import Record
+from raytrain.runfolder import RunFolder
+from raytrain.yamltree import parse_text
+
+CONFIG = "sweep.yaml"
+BEST = "best.yaml"
+# What may be other when a sweep goes on: how much of it, and how fast. All else decides what trials and results mean.
+FREE = (
+    *("OUTPUT", "SCALE.MAX_FAILURES", "SCALE.HANG_TIMEOUT", "LOG.", "LOADER.WORKERS", "LOADER.PREFETCH"),
+    *("EVAL.PICTURES", "CHECKPOINT.EVERY_SECONDS", "CHECKPOINT.OVERHEAD", "CHECKPOINT.SNAPSHOT_EVERY"),
+    *("TUNE.NUM_SAMPLES", "TUNE.CONCURRENT", "TUNE.BUDGET", "TUNE.MAX_FAILED", "OPTIMIZATION.NUM_EPOCHS"),
+)
+
+
+class Sweep:
+    """One launch of a sweep: its ledger is read, and written on."""
+
+    def __init__(self, cfg: Config, folder: RunFolder) -> None:
+        self.cfg, self.folder, self.began = cfg, folder, time.time()
+        records = read_ledger(folder.storage)
+        self.view: SweepView = view_of(records)
+        self.before: SweepView = view_of(records)
+        self.lineages: dict[int, Lineage] = lineages_of(records)
+        self.known = {(r["trial"], r["key"], r["epoch"]): r for r in records if r["kind"] == "result" and "key" in r}
+        self.clones = {(r["trial"], r["epoch"], r["from"]) for r in records if r["kind"] == "clone"}
+        self.ledger = Ledger(folder)
+
+    def note(self, kind: str, **fields: Any) -> None:
+        """One more record, for the ledger and the view."""
+        self.view.add(self.ledger.append({"kind": kind, "time": time.time(), **fields}))
+
+    def made(self, number: int, params: Params) -> None:
+        if number not in self.lineages:
+            self.lineages[number] = Lineage(params)
+            self.note("trial", trial=number, params=params)
+
+    def cloned(self, number: int, source: int, epoch: int, params: Params) -> None:
+        self.lineages[number] = self.lineages[source].changed(epoch, params)
+        if (number, epoch, source) not in self.clones:
+            self.clones.add((number, epoch, source))
+            phases = self.lineages[number].config(self.cfg, number).to_tree()["OPTIMIZATION"]["PHASES"]
+            self.note("clone", trial=number, epoch=epoch, params=params, config_phases=phases, **{"from": source})
+
+    def measured(self, number: int, result: dict[str, Any]) -> None:
+        place = (number, result["key"], result["epoch"])
+        if place not in self.known:
+            told = ("epoch", "step", "value", "metrics", "seconds", "key")
+            self.note("result", trial=number, **{name: result[name] for name in told})
+            self.known[place] = self.view.newest
+
+    def decided(self, number: int, epoch: int) -> str | None:
+        """See schedulers.Past: from the launches before this one."""
+        trial = self.before.trials.get(number)
+        if trial is None or epoch > trial.epoch:
+            return None
+        if trial.state == "stopped" and epoch == trial.epoch:
+            return "STOP"
+        return "CONTINUE" if epoch < trial.epoch or trial.state == "done" else None
+
+    def is_over(self, number: int) -> bool:
+        """Whether earlier launches brought the trial to its end."""
+        trial = self.before.trials.get(number)
+        if trial is None or trial.state not in ("done", "stopped", "failed"):
+            return False
+        return trial.state != "done" or trial.epoch >= self.cfg.OPTIMIZATION.NUM_EPOCHS
+
+    def write_best(self) -> Config | None:
+        """best.yaml: the config with which `raytrain train` gives the best trial's weights; None without results."""
+        best = self.view.best
+        if best is None:
+            return None
+        cfg = best_config(self.cfg, self.lineages[best.number], best)
+        self.folder.storage.write_bytes(BEST, dump_config(cfg).encode())
+        return cfg
+
+    def close(self) -> None:
+        self.ledger.close()
+
+
+def best_config(cfg: Config, lineage: Lineage, best: TrialView) -> Config:
+    """The trial's config, to be trained as a run of its own beside the trials."""
+    found = lineage.config(cfg, best.number)
+    return found.model_copy(update={"EXTRA_TAG": f"{cfg.EXTRA_TAG}/best"})
+
+
+def check_same(cfg: Config, folder: RunFolder) -> None:
+    """ResumeError if the sweep in this folder was begun with a config under which trials mean something else."""
+    if not folder.storage.exists(CONFIG):
+        return
+    old = parse_text(folder.storage.read_bytes(CONFIG).decode(), folder.storage.path_of(CONFIG))
+    different = [(k, a, b) for k, a, b in config_diff(old, cfg.to_tree()) if not k.startswith(FREE)]
+    if different:
+        raise ResumeError(
+            f"{folder.storage.path_of('')} holds a sweep of another config:\n"
+            + "\n".join(f"  {k}: was {a}, now {b}" for k, a, b in different)
+            + "\nWhat to do: put the old values back, or start another sweep (--extra_tag NAME)"
+        )

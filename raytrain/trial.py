@@ -1,0 +1,295 @@
+"""A trial of a sweep: an actor of Ray Tune that trains one after another, each in a run folder of its own.
+
+What a trial has reached is a function of its `Lineage` and the number of epochs. So results that are known already,
+from before the sweep was killed, are told again and not trained again, and a trial that has lost its checkpoints
+comes to the same bits from the start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Iterable
+from typing import Any
+
+import ray
+from ray.tune import Trainable
+
+from raytrain import worker
+from raytrain.cluster import Mailbox
+from raytrain.config import Config
+from raytrain.errors import RaytrainError, TaskError, masked
+from raytrain.launch import launch, silent
+from raytrain.lineage import Lineage, Params
+from raytrain.progress import Progress
+from raytrain.records import read_journal
+from raytrain.runfolder import JOURNAL
+from raytrain.start import Options, run_dir_of
+from raytrain.storage import Storage, open_storage
+from raytrain.store import Saved, Store
+from raytrain.tree import at
+
+POLL_S = 0.2  # how often it is looked whether the sweep shall stop
+LEAVE_S = 60.0  # so long a run may take to save its state and end
+
+
+@dataclasses.dataclass(frozen=True)
+class Orders:
+    """What all trials of a sweep are told.
+
+    cfg:     the sweep's, with NUM_WORKERS as it is for every trial: 0 where the actor itself trains
+    metric:  of the evaluation, by which trials are compared
+    known:   results by (trial, Lineage.key, epoch), from earlier launches of the sweep
+    launch:  names the mailbox in which the wish to stop is put
+    cwd, search_path: of the driver, as in worker.Job
+    """
+
+    cfg: Config
+    metric: str
+    mode: str
+    known: dict[tuple[int, str, int], dict[str, Any]]
+    launch: str
+    cwd: str
+    search_path: tuple[str, ...]
+
+
+class Training:
+    """A run in a thread, which after each evaluation waits until `go_on` or `end`."""
+
+    def __init__(self, cfg: Config, options: Options) -> None:
+        self.stop = threading.Event()
+        self._told: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._train, args=(cfg, options), name="raytrain-trial", daemon=True)
+        self._thread.start()
+
+    def _train(self, cfg: Config, options: Options) -> None:
+        try:
+            result = launch(cfg, options, show=silent, stop=self.stop, judge=self._judge)
+            self._told.put(("ended", result.status))
+        except BaseException as error:
+            self._told.put(("failed", error))
+
+    def _judge(self, progress: Progress, metrics: dict[str, float]) -> bool:
+        self._told.put(("result", (progress, metrics)))
+        return self._answers.get()
+
+    def next(self) -> tuple[str, Any]:
+        """("result", (Progress, metrics)), ("ended", status) or ("failed", exception), once it is so."""
+        return self._told.get()
+
+    def go_on(self) -> None:
+        self._answers.put(True)
+
+    def end(self) -> None:
+        """Returns once the run has ended, with its state saved."""
+        self.stop.set()
+        self._answers.put(False)
+        self._thread.join(LEAVE_S)
+
+
+class TrialActor(Trainable):
+    """One result a step: what the evaluation after some more epochs gives, known or trained.
+
+    A result holds: epoch, step, value (None: not finite), score (value, or the worst there is), metrics, seconds (of
+    training, of this trial, so far), key (Lineage.key), and `ended` with the last one: "done", "failed" (with `error`)
+    or "interrupted".
+    """
+
+    def setup(self, config: Params, orders: Orders) -> None:
+        self.orders = orders
+        worker.stand_where_the_driver_stands(orders)
+        self.wished = threading.Event()
+        self.training: Training | None = None
+        threading.Thread(target=self._look_for_wish, name="raytrain-wish", daemon=True).start()
+        self._begin(config)
+
+    def reset_config(self, new_config: Params) -> bool:
+        self.cleanup()
+        self._begin(new_config)
+        return True
+
+    def _begin(self, params: Params) -> None:
+        self.number, self.lineage, self.epoch, self.seconds = int(self.trial_id), Lineage(params), 0, 0.0
+        self.source: str | None = None
+        self.waits = False
+
+    def _look_for_wish(self) -> None:
+        mailbox = Mailbox(self.orders.launch)
+        while ray.is_initialized() and not self.wished.wait(POLL_S):
+            if mailbox.get("stop") is not None:
+                self.wished.set()
+        if self.training is not None:
+            self.training.stop.set()
+
+    def step(self) -> dict[str, Any]:
+        known = self.orders.known.get((self.number, self.lineage.key(self.next_epoch), self.next_epoch))
+        if self.training is None and known is not None:
+            return self._result(known["epoch"], known["step"], known["metrics"], known["seconds"])
+        began = time.monotonic()
+        try:
+            if self.training is None:
+                found = self._start()
+                if found is not None:
+                    return self._result(found["epoch"], found["step"], found["metrics"], self.seconds)
+            return self._next_result(began)
+        except Exception as error:
+            return self._failure(error)
+
+    @property
+    def next_epoch(self) -> int:
+        """After which the next evaluation comes."""
+        every, last = self.orders.cfg.EVAL.EVERY, self.num_epochs
+        return min(last, (self.epoch // every + 1) * every) if every else last
+
+    @property
+    def num_epochs(self) -> int:
+        return int(self.lineage.config(self.orders.cfg, self.number).OPTIMIZATION.NUM_EPOCHS)
+
+    def _start(self) -> dict[str, Any] | None:
+        """Begin to train from where the run folder stands; or the result that is found there."""
+        cfg = self.lineage.config(self.orders.cfg, self.number)
+        run_dir = run_dir_of(cfg)
+        storage = open_storage(run_dir)
+        newest = newest_of(storage, cfg)
+        resume = "auto"
+        if newest is not None and not is_of(cfg, self.lineage.base, newest):
+            Store(storage, cfg.CHECKPOINT, f"{self.orders.launch}-{time.time_ns()}").supersede(Progress(-1))
+            newest = None
+        if newest is None:
+            resume = self._source_that_stands(cfg) or "never"
+        elif self.epoch < newest.manifest.progress.epoch:
+            found = evaluated(storage, self.next_epoch, since=self.lineage.phases[-1][0] if self.lineage.phases else 0)
+            if found is not None:
+                return found
+        worker.redirect_output(run_dir, 0)
+        if self.wished.is_set():
+            raise InterruptedError
+        self.training = Training(cfg, Options(resume=resume, overwrite=resume == "never"))
+        if self.wished.is_set():
+            self.training.stop.set()
+        return None
+
+    def _source_that_stands(self, cfg: Config) -> str | None:
+        """The checkpoint that this trial was cloned from, if it is still there."""
+        if self.source is None:
+            return None
+        found = newest_of(open_storage(self.source), cfg, f"checkpoint_epoch_{self.epoch}")
+        return found.path if found is not None and is_of(cfg, self.lineage.base, found) else None
+
+    def _next_result(self, began: float) -> dict[str, Any]:
+        assert self.training is not None
+        while True:
+            if self.waits:
+                self.training.go_on()
+                self.waits = False
+            kind, told = self.training.next()
+            if kind == "failed":
+                raise told
+            if kind == "ended":
+                return {"ended": "interrupted", "done": True, "epoch": self.epoch}
+            self.waits = True
+            progress, metrics = told
+            if progress.epoch > self.epoch:
+                break
+        if progress.epoch >= self.num_epochs:
+            self._finish()
+        seconds = self.seconds + time.monotonic() - began
+        return self._result(progress.epoch, progress.step, metrics, seconds)
+
+    def _finish(self) -> None:
+        """Let the run come to its end: its last pictures and records are still to be written."""
+        assert self.training is not None
+        training, self.training, self.waits = self.training, None, False
+        training.go_on()
+        kind, told = training.next()
+        if kind == "failed":
+            raise told
+
+    def _result(self, epoch: int, step: int, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
+        self.epoch, self.seconds = epoch, seconds
+        if self.orders.metric not in metrics:
+            raise TaskError(
+                f"TUNE.METRIC is {self.orders.metric!r}, which the evaluation does not give; it gives "
+                f"{', '.join(metrics) or 'nothing'}. Set TUNE.METRIC to one of these"
+            )
+        value = metrics[self.orders.metric]
+        finite = value is not None and abs(value) < float("inf")
+        done = epoch >= self.num_epochs
+        return {
+            "epoch": epoch,
+            "step": step,
+            "value": value if finite else None,
+            "score": value if finite else self.worst,
+            "metrics": metrics,
+            "seconds": seconds,
+            "key": self.lineage.key(epoch),
+            **({"done": True, "ended": "done"} if done else {}),
+        }
+
+    @property
+    def worst(self) -> float:
+        return -1e30 if self.orders.mode == "max" else 1e30
+
+    def _failure(self, error: Exception) -> dict[str, Any]:
+        self.cleanup()
+        if isinstance(error, InterruptedError):
+            return {"ended": "interrupted", "done": True, "epoch": self.epoch}
+        expected = isinstance(error, RaytrainError)
+        text = str(error) if expected else "".join(traceback.format_exception(error))
+        return {"ended": "failed", "done": True, "epoch": self.epoch, "error": masked(text)}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Where this trial stands; its state is in its run folder."""
+        run_dir = run_dir_of(self.lineage.config(self.orders.cfg, self.number))
+        return {"lineage": dataclasses.asdict(self.lineage), "epoch": self.epoch, "run_dir": run_dir,
+                "seconds": self.seconds, "trial": self.number}  # fmt: skip
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        assert checkpoint is not None
+        told = checkpoint["lineage"]
+        lineage = Lineage(told["base"], tuple((epoch, params) for epoch, params in told["phases"]))
+        self.epoch, self.source = checkpoint["epoch"], checkpoint["run_dir"]
+        if checkpoint["trial"] == self.number:
+            self.seconds = checkpoint["seconds"]
+        self.lineage = lineage.changed(self.epoch, self.config)
+
+    def cleanup(self) -> None:
+        training, self.training = self.training, None
+        self.waits = False
+        if training is not None:
+            training.end()
+
+
+def newest_of(storage: Storage, cfg: Config, name: str | None = None) -> Saved | None:
+    """The newest verified checkpoint of a run folder, or the one of that name; None if there is none to trust."""
+    store = Store(storage, cfg.CHECKPOINT, "")
+    with contextlib.suppress(RaytrainError):
+        return store.verified(name) if name is not None else store.latest_verified()[0]
+    return None
+
+
+def is_of(cfg: Config, keys: Iterable[str], saved: Saved) -> bool:
+    """Whether a checkpoint's weights are what a run of `cfg` has there, as far as the sweep decides it (`keys`)."""
+    told, wanted, progress = saved.manifest.config, cfg.to_tree(), saved.manifest.progress
+    epochs = progress.epoch + (progress.cursor > 0)
+    if any(at(told, key) != at(wanted, key) for key in keys):
+        return False
+    return phases_before(told, epochs) == phases_before(wanted, epochs)
+
+
+def phases_before(tree: dict[str, Any], epochs: int) -> list[dict[str, Any]]:
+    return [phase for phase in tree["OPTIMIZATION"].get("PHASES") or () if phase["FROM_EPOCH"] < epochs]
+
+
+def evaluated(storage: Storage, epoch: int, since: int) -> dict[str, Any] | None:
+    """The evaluation after `epoch` that the run folder tells of; those up to `since` are of another lineage."""
+    if epoch <= since or not storage.exists(JOURNAL):
+        return None
+    lines = storage.read_bytes(JOURNAL).decode("utf-8", errors="replace").split("\n")
+    records = read_journal(line for line in lines if '"eval"' in line or '"run"' in line)
+    return next((record for record in records if record["kind"] == "eval" and record["epoch"] == epoch), None)

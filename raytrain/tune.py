@@ -1,0 +1,425 @@
+"""From a Config with a TUNE section to a finished sweep: checks -> Ray Tune with actors that train -> what it found."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray.tune
+from ray.tune import Callback, Stopper, with_parameters, with_resources
+from ray.tune.execution import tune_controller
+from ray.tune.execution.placement_groups import PlacementGroupFactory
+from ray.tune.experiment import Trial
+from ray.tune.search.search_algorithm import SearchAlgorithm
+
+from raytrain import cluster
+from raytrain.advice import advice_lines, clip_advice
+from raytrain.cluster import Mailbox
+from raytrain.config import Config, dump_config, with_overrides
+from raytrain.errors import ConfigError, PreflightError, TrainingError
+from raytrain.ledger import LEDGER, SweepView
+from raytrain.own_cluster import is_tested
+from raytrain.runfolder import RunFolder
+from raytrain.schedulers import POPULATIONS, Terms, build_scheduler
+from raytrain.search import Search, Told, build_search
+from raytrain.signals import signals_wish_stop
+from raytrain.space import objective, sweep_seed
+from raytrain.start import check_writable, run_dir_of
+from raytrain.storage import joined, open_storage
+from raytrain.sweep import BEST, CONFIG, Sweep, check_same
+from raytrain.sweep_report import HTML, write_report
+from raytrain.task import load_task_class
+from raytrain.trial import Orders, TrialActor
+
+TUNES_FOLDER = (
+    "tune"  # what Ray Tune keeps for itself; a sweep is resumed from its ledger, so this goes with the launch
+)
+DEATHS = 3  # restarts of a trial whose process has died
+SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials have journals of their own
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that failed has none
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",
+    "TUNE_WARN_SLOW_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "86400",
+    "TUNE_RESULT_BUFFER_LENGTH": "1",
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "86400",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+Show = Callable[[SweepView, float], None]  # and the time, in unix seconds
+
+
+def unseen(view: SweepView, now: float) -> None:
+    """Shows nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepOptions:
+    """What a launch of a sweep is told beside the config: see `raytrain tune --help`.
+
+    extend: so many trials more than it had
+    """
+
+    address: str | None = None
+    extend: int = 0
+    overwrite: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepResult:
+    """How a launch of a sweep ended: "finished" or "stopped" (by a signal; what was trained is saved).
+
+    folder: a path or URI.   best: what best.yaml holds, None without results
+    advice: on clipping, lines for people
+    """
+
+    status: str
+    folder: str
+    view: SweepView
+    best: Config | None
+    advice: list[str]
+
+    def lines(self) -> list[str]:
+        """For a terminal, after the table: where everything is, and what to do next."""
+        lines = [*self.advice, f"  sweep folder  {self.folder}"]
+        if self.best is not None:
+            lines += [
+                f"  the picture   {joined(self.folder, HTML)}",
+                f"  the best one  raytrain train --cfg_file {joined(self.folder, BEST)}",
+            ]
+        if self.status == "stopped":
+            lines.append("stopped; the same command goes on")
+        return lines
+
+
+def tune(
+    cfg: Config,
+    options: SweepOptions | None = None,
+    show: Show | None = None,
+    stop: threading.Event | None = None,
+    ahead: cluster.Cluster | None = None,
+) -> SweepResult:
+    """A sweep, begun or gone on with, as `raytrain tune` does it.
+
+    show: gets what it has come to, again and again
+    stop: wishes its end, in place of this process's signals.   ahead: the cluster, if it is starting already
+    """
+    options = options or SweepOptions()
+    load_task_class(cfg.TASK)
+    if not cfg.TUNE.SPACE:
+        raise ConfigError(
+            "TUNE.SPACE is empty; give it what to sweep, for example OPTIMIZATION.LR: {loguniform: [1e-4, 1e-1]}"
+        )
+    run_dir = run_dir_of(cfg)
+    check_writable(open_storage(run_dir, 3.0))
+    folder = RunFolder(run_dir, LEDGER)
+    with contextlib.ExitStack() as stack:
+        stack.callback(folder.close)
+        stack.enter_context(folder.locked(patience_s=3.0))
+        check_same(cfg, folder)
+        stop = stop or stack.enter_context(signals_wish_stop())
+        used = ahead or stack.enter_context(cluster.starting_for_trials(cfg, options.address))
+        sweep = Sweep(cfg, folder)
+        stack.callback(sweep.close)
+        used.connect()
+        if used.is_ours and is_tested():
+            stack.enter_context(actors_as_they_stand())
+            used.wait_for_workers()
+        status = run_trials(sweep, options, stop, show or unseen)
+        best = sweep.write_best()
+        advice = []
+        if best is not None:
+            write_report(folder.storage, sweep.view, dump_config(best))
+            advice = advice_lines(clip_advice(folder.storage, sweep.view))
+    return SweepResult(status, run_dir, sweep.view, best, advice)
+
+
+@contextlib.contextmanager
+def actors_as_they_stand() -> Iterator[None]:
+    """Ray Tune takes processes that stand already: it asks for a few variables, which they have from this process."""
+    from ray.tune.execution import class_cache
+
+    class AsTheyStand(class_cache._ActorClassCache):
+        def get(self, trainable_class: Any) -> Any:
+            return self._cache.setdefault(trainable_class, ray.remote(trainable_class))
+
+    kept = tune_controller._ActorClassCache
+    tune_controller._ActorClassCache = AsTheyStand
+    try:
+        yield
+    finally:
+        tune_controller._ActorClassCache = kept
+
+
+def run_trials(sweep: Sweep, options: SweepOptions, stop: threading.Event, show: Show) -> str:
+    """The trials that are left, on the cluster that this process is connected to; how it ended."""
+    cfg = sweep.cfg
+    num_workers, use_gpu = cluster.resolve_workers(cfg.SCALE)
+    per_worker = cluster.resources_per_worker(cfg.SCALE, use_gpu)
+    cluster.check_resources(num_workers, per_worker)
+    cluster.check_reachable(sweep.folder.storage.path_of(""))
+    concurrent = concurrency(cfg.TUNE.CONCURRENT, num_workers, per_worker)
+    launch = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    search = build_search(cfg, sweep_seed(cfg))
+    trials = Trials(sweep, search, number_of_trials(sweep, search, options), concurrent)
+    sweep.folder.storage.write_bytes(CONFIG, dump_config(cfg).encode())
+    sweep.note("sweep", **facts(cfg, trials.total, concurrent))
+    mailbox, storage = Mailbox(launch), sweep.folder.storage
+    watch = Watch(sweep, trials, stop, mailbox, show)
+    try:
+        with ray_tune_settings():
+            fit(sweep, trials, watch, launch, (num_workers, use_gpu, per_worker, concurrent))
+    finally:
+        mailbox.clear()
+        storage.remove_tree(TUNES_FOLDER)
+    status = "stopped" if watch.why else "finished"
+    best = sweep.view.best
+    sweep.note(
+        "end", status=status, best=best and best.number, value=best and best.best, seconds=time.time() - sweep.began
+    )
+    show(sweep.view, time.time())
+    if watch.failure is not None:
+        raise watch.failure
+    return status
+
+
+def concurrency(wanted: int | None, num_workers: int, per_worker: dict[str, float]) -> int:
+    """Trials at a time: as many as the cluster holds, or TUNE.CONCURRENT; PreflightError if it cannot hold those."""
+    fitting = cluster.fitting_workers(per_worker) // num_workers
+    if wanted is not None and wanted > fitting:
+        each = f"{num_workers} workers" if num_workers > 1 else "one worker"
+        raise PreflightError(
+            f"TUNE.CONCURRENT is {wanted}, but this cluster can hold only {fitting} trials of {each} at a time; lower "
+            "it, leave it out (as many as fit), or give each less (--set SCALE.CPUS_PER_WORKER 0.5)"
+        )
+    return wanted or fitting
+
+
+def number_of_trials(sweep: Sweep, search: Search, options: SweepOptions) -> int:
+    """TUNE.NUM_SAMPLES, or those of earlier launches if that was more; and what this one adds."""
+    before = int(sweep.view.launch.get("num_samples", 0))
+    return search.num_trials(max(sweep.cfg.TUNE.NUM_SAMPLES, before) + options.extend)
+
+
+def facts(cfg: Config, total: int, concurrent: int) -> dict[str, Any]:
+    """What the ledger says of a launch."""
+    tune_cfg, (metric, mode) = cfg.to_tree()["TUNE"], objective(cfg)
+    return {
+        "scheduler": cfg.TUNE.SCHEDULER,
+        "search": cfg.TUNE.SEARCH,
+        "metric": metric,
+        "mode": mode,
+        "num_samples": total,
+        "seed": sweep_seed(cfg),
+        "num_epochs": cfg.OPTIMIZATION.NUM_EPOCHS,
+        "space": tune_cfg["SPACE"],
+        "concurrent": concurrent,
+    }
+
+
+def fit(
+    sweep: Sweep, trials: Trials, watch: Watch, launch: str, places: tuple[int, bool, dict[str, float], int]
+) -> None:
+    """Ray Tune's part: returns once no trial is left, or none is wanted any more."""
+    num_workers, use_gpu, per_worker, concurrent = places
+    cfg = sweep.cfg
+    # One worker trains in the trial's own process; several in others, beside it and in its places.
+    words = ["SCALE.NUM_WORKERS", str(num_workers if num_workers > 1 else 0)]
+    words += ["SCALE.VIRTUAL_WORKERS", str(cfg.SCALE.VIRTUAL_WORKERS or num_workers)]
+    words += ["SCALE.USE_GPU", str(use_gpu).lower()]
+    metric, mode = objective(cfg)
+    cwd, path = str(Path.cwd()), tuple(str(Path(each).absolute()) for each in sys.path)
+    orders = Orders(with_overrides(cfg, words), metric, mode, sweep.known, launch, cwd, path)
+    bundles = [per_worker] if num_workers == 1 else [{}, *[per_worker] * num_workers]
+    trainable = with_resources(with_parameters(TrialActor, orders=orders), PlacementGroupFactory(bundles))
+    unit = cfg.TUNE.UNIT
+    end = cfg.OPTIMIZATION.NUM_EPOCHS * (1 if unit == "epoch" else watch.steps_per_epoch())
+    terms = Terms(unit, end, mode, concurrent, sweep_seed(cfg))
+    storage = sweep.folder.storage
+    ray.tune.run(  # not a Tuner: that pickles all it is given, for a resume that a ledger does better
+        trainable,
+        name=TUNES_FOLDER,
+        storage_path=sweep.folder.storage.path_of(""),
+        search_alg=trials,
+        scheduler=build_scheduler(cfg.TUNE, terms, sweep),
+        num_samples=trials.total,
+        max_failures=DEATHS,
+        reuse_actors=True,
+        callbacks=[watch],
+        stop=watch,
+        verbose=0,
+        raise_on_failed_trial=False,
+    )
+
+
+class Trials(SearchAlgorithm):
+    """Makes the trials, number after number: those of earlier launches as they were, others as the search suggests."""
+
+    def __init__(self, sweep: Sweep, search: Search, total: int, concurrent: int) -> None:
+        self.total, self.next_number = total, 0
+        self._sweep, self._search = sweep, search
+        self._at_once = total if sweep.cfg.TUNE.SCHEDULER in POPULATIONS else concurrent
+        self._live: set[int] = set()
+        self._spec: dict[str, Any] = {}
+
+    @property
+    def total_samples(self) -> int:
+        return self.total
+
+    def add_configurations(self, experiments: Any) -> None:
+        self._spec = experiments[0].spec
+
+    def next_trial(self) -> Trial | None:
+        while not self.is_finished():
+            if len(self._live) >= self._at_once:
+                return None
+            number = self.next_number
+            lineage = self._sweep.lineages.get(number)
+            params = lineage.base if lineage else self._search.params_of(number, self._told())
+            if params is None:  # the space is exhausted
+                self.set_finished()
+                return None
+            self.next_number += 1
+            self._sweep.made(number, params)
+            if self._sweep.is_over(number) and self._may_be_left_out(number):
+                continue
+            self._live.add(number)
+            return self._trial(number, params)
+        return None
+
+    def _may_be_left_out(self, number: int) -> bool:
+        """Whether no other trial is compared with it any more."""
+        failed = self._sweep.before.trials[number].state == "failed"
+        return self._sweep.cfg.TUNE.SCHEDULER == "none" or (
+            failed and self._sweep.cfg.TUNE.SCHEDULER not in POPULATIONS
+        )
+
+    def _told(self) -> list[Told]:
+        """What the trials so far have come to."""
+        view = self._sweep.view
+        return [Told(self._sweep.lineages[n].base, trial.best, trial.epoch) for n, trial in sorted(view.trials.items())]
+
+    def _trial(self, number: int, params: dict[str, Any]) -> Trial:
+        spec = self._spec
+        return Trial(
+            spec["run"],
+            config=dict(params),
+            trial_id=f"{number:05d}",
+            experiment_tag=f"{number:05d}",
+            stopping_criterion=spec.get("stop", {}),
+            checkpoint_config=spec["checkpoint_config"],
+            max_failures=DEATHS,
+            storage=spec["storage"],
+        )
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        self._live.discard(int(trial_id))
+
+    def is_finished(self) -> bool:
+        return self._finished or self.next_number >= self.total
+
+
+class Watch(Callback, Stopper):  # type: ignore[misc]
+    """Writes down what Ray Tune's trials come to, shows it, and ends the sweep when that is wished.
+
+    why:     why it ended before all trials had; "" if it did not
+    failure: what to raise then, if it is one
+    """
+
+    def __init__(self, sweep: Sweep, trials: Trials, stop: threading.Event, mailbox: Mailbox, show: Show) -> None:
+        self._sweep, self._trials, self._stop, self._mailbox, self._show = sweep, trials, stop, mailbox, show
+        self.why, self.failure = "", None
+        self._failed_before = sum(trial.state == "failed" for trial in sweep.before.trials.values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Ray Tune writes down who stops its trials; nothing reads it."""
+        return {}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        """Asked by Ray Tune again and again; trials under way save their state and end."""
+        if not self.why:
+            self.why = self._why_to_stop()
+            if self.why:
+                self._mailbox.put("stop", self.why)
+        return bool(self.why)
+
+    def _why_to_stop(self) -> str:
+        budget, view = self._sweep.cfg.TUNE.BUDGET, self._sweep.view
+        if self.failure is not None:
+            return "failure"
+        if self._stop.is_set():
+            return "signal"
+        if budget.SECONDS is not None and view.elapsed_s(time.time()) >= budget.SECONDS:
+            return "budget"
+        if budget.EPOCHS is not None and sum(trial.trained for trial in view.trials.values()) >= budget.EPOCHS:
+            return "budget"
+        return ""
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Trial, **info: Any) -> None:
+        number = int(trial.trial_id)
+        view = self._sweep.view.trials[number]
+        if view.state != "running" and not self._sweep.is_over(number):
+            self._sweep.note("start", trial=number, epoch=view.epoch)
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Trial, result: dict[str, Any], **info: Any) -> None:
+        if "key" in result:
+            self._sweep.measured(int(trial.trial_id), result)
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Trial, **info: Any) -> None:
+        number, result = int(trial.trial_id), trial.last_result or {}
+        ended, epoch = result.get("ended"), result.get("epoch", 0)
+        state = self._sweep.view.trials[number].state
+        if ended == "failed":
+            self._note_failure(number, epoch, result["error"])
+        elif ended == "done" and state != "done":
+            self._sweep.note("done", trial=number, epoch=epoch)
+        elif ended is None and state != "stopped":
+            self._sweep.note("stopped", trial=number, epoch=epoch, why=self._sweep.cfg.TUNE.SCHEDULER)
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Trial, **info: Any) -> None:
+        epoch = (trial.last_result or {}).get("epoch", 0)
+        self._note_failure(int(trial.trial_id), epoch, f"its process died {DEATHS + 1} times")
+
+    def _note_failure(self, number: int, epoch: int, error: str) -> None:
+        sweep = self._sweep
+        logs = f"{sweep.folder.storage.path_of('')}/trial_{number:04d}/logs"
+        sweep.note("failed", trial=number, epoch=epoch, error=error, logs=logs)
+        failed = [trial for trial in sweep.view.trials.values() if trial.state == "failed"]
+        if len(failed) - self._failed_before > sweep.cfg.TUNE.MAX_FAILED:
+            self.failure = TrainingError(
+                f"{len(failed)} trials of this sweep failed (TUNE.MAX_FAILED is {sweep.cfg.TUNE.MAX_FAILED}); the last, "
+                f"trial {number}, said:\n{error}\nThe others are listed in {LEDGER}. The same command goes on"
+            )
+
+    def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
+        self._show(self._sweep.view, time.time())
+
+
+@contextlib.contextmanager
+def ray_tune_settings() -> Iterator[None]:
+    """Ray Tune as a library: it prints nothing, catches no signal, and writes no logs of its own."""
+    kept = {name: os.environ.get(name) for name in SETTINGS}
+    os.environ.update(SETTINGS)
+    log = logging.getLogger("ray.tune")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        for name, value in kept.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
