@@ -1,6 +1,8 @@
 # `make train` and `make test` need Python 3.10 to 3.13 and make; everything else is set up once, in $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
+# Files of tests at a time. Each of these processes has Ray clusters of its own.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -10,7 +12,7 @@ train: setup
 	$(BIN)/raytrain train --cfg_file configs/pointpillars_sim.yaml $(ARGS)
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(WORKERS)
 
 lint: setup
 	$(BIN)/ruff check .

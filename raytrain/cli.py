@@ -93,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RaytrainError as error:
         if speaks():
             print(f"raytrain: {error}", file=sys.stderr)
+        elif error.exit_status == EXIT_USAGE:
+            let_the_first_speak()
         return error.exit_status
     except KeyboardInterrupt:
         print("raytrain: stopped at once; the run folder's newest checkpoint is where it goes on", file=sys.stderr)
@@ -105,6 +107,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ").rstrip(".")
         text = f"raytrain: {message}{'' if message.endswith('?') else '.'} See {self.prog} --help\n"
+        if not speaks():
+            let_the_first_speak()
         self.exit(EXIT_USAGE, text if speaks() else None)
 
 
@@ -119,6 +123,11 @@ def speaks() -> bool:
     """Whether this process tells of the run: of those that torchrun starts one does."""
     world = world_of_torchrun()
     return world is None or world[0] == 0
+
+
+def let_the_first_speak() -> None:
+    """Wait to be ended: torchrun ends all processes once one has, and only rank 0 says what all of them find wrong."""
+    time.sleep(10)
 
 
 def build_parser() -> Parser:

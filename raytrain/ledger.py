@@ -55,6 +55,22 @@ class Ledger:
         self._folder.publish()
 
 
+def trial_folder(number: int) -> str:
+    """Name of a trial's run folder within the sweep's."""
+    return f"trial_{number:04d}"
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """Each dotted key with as many of its last names as tell it from the others: LR, or A.LR and B.LR."""
+    parts = {key: key.split(".") for key in keys}
+    short = {}
+    for key, own in parts.items():
+        others = [other for name, other in parts.items() if name != key]
+        length = next((n for n in range(1, len(own)) if all(o[-n:] != own[-n:] for o in others)), len(own))
+        short[key] = ".".join(own[-length:])
+    return short
+
+
 def read_ledger(storage: Storage) -> list[Record]:
     """The records of the sweep in this folder, oldest first; none where there is no ledger yet."""
     if not storage.exists(LEDGER):
@@ -142,15 +158,20 @@ class SweepView:
 
     @property
     def best(self) -> TrialView | None:
-        """The trial with the best value; of equals the one with the smaller number."""
-        return next(iter(self.ranked()), None) if any(t.best is not None for t in self.trials.values()) else None
+        """The trial with the best value that has not failed; of equals the one with the smaller number."""
+        first = next(iter(self.ranked()), None)
+        return first if first is not None and first.best is not None and first.state != "failed" else None
 
     def ranked(self) -> list[TrialView]:
-        """All trials, best first; those without a value last, by number."""
+        """All trials, best first; after those with a value the failed ones, for nobody can train them again, and
+        those without."""
         sign = -1.0 if self.mode == "max" else 1.0
-        return sorted(
-            self.trials.values(), key=lambda t: (t.best is None, 0.0 if t.best is None else sign * t.best, t.number)
-        )
+
+        def place(trial: TrialView) -> tuple[bool, bool, float, int]:
+            value = 0.0 if trial.best is None else sign * trial.best
+            return trial.best is None, trial.state == "failed", value, trial.number
+
+        return sorted(self.trials.values(), key=place)
 
     def better(self, value: float | None, than: float | None) -> bool:
         if value is None or than is None:

@@ -1,4 +1,4 @@
-"""What tests share: one Ray cluster a session, a small task, and commands as a user runs them."""
+"""What tests share: one Ray cluster a session (a process of `make test` is one), and commands as a user runs them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,13 @@ from processes import Pair
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several processes share the files of tests, the long ones come first, or one process ends long alone."""
+    if hasattr(config, "workerinput"):  # set by pytest-xdist
+        long = {item.path for item in items if item.get_closest_marker("ray")}
+        items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(scope="session", autouse=True)

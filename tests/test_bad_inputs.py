@@ -61,7 +61,7 @@ class Bad:
 
 TABLE = [Bad(**row) for row in yaml.safe_load((HERE / "bad_inputs.yaml").read_text())]
 rows = pytest.mark.parametrize(
-    "bad", [pytest.param(bad, id=bad.id, marks=[pytest.mark.ray] if bad.ray else []) for bad in TABLE]
+    "bad", [pytest.param(bad, id=bad.id, marks=[pytest.mark.ray] if bad.ray or bad.process else []) for bad in TABLE]
 )
 
 

@@ -176,8 +176,8 @@ def spins(rank: int) -> bool:
 # Ends
 
 
-def traces() -> set[str]:
-    return {*map(str, Path("/dev/shm").iterdir()), *map(str, Path("/tmp").glob("raytrain-exchange*"))}
+def traces() -> set[Path]:
+    return {*Path("/dev/shm").glob("*raytrain*"), *Path("/tmp").glob("raytrain-exchange*")}
 
 
 def train_until_killed(rank: int, steps: int, dies: int) -> str:

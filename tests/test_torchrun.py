@@ -15,6 +15,7 @@ import torch
 
 from raytrain.cli import main
 
+pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "configs" / "digits.yaml"
 NO_RAY = "import sys; sys.modules['ray'] = None; from raytrain.cli import main; sys.exit(main())"
@@ -94,7 +95,10 @@ def test_a_rank_that_is_killed_in_the_evaluation_is_not_taken_for_a_failure_of_t
 
 @pytest.mark.parametrize("words", [["--num_workers", "3"], ["--address", "head:6379"], ["--resume", "nowhere"]])
 def test_what_cannot_be_is_said_once(tmp_path: Path, words: list[str]) -> None:
-    process = torchrun(tmp_path, "--cfg_file", str(small(tmp_path, "tasks_for_units:PredictingTask")), *words)
+    late = "import os, time; time.sleep(os.environ['RANK'] == '0')"  # who is to say it comes last
+    program = ("-c", f"{late}; import sys; from raytrain.cli import main; sys.exit(main())")
+    config = small(tmp_path, "tasks_for_units:PredictingTask")
+    process = torchrun(tmp_path, "--cfg_file", str(config), *words, program=program)
     out = ended(process)
     assert process.returncode == 1 and out.count("raytrain: ") == 1, out
     assert words[1] in out

@@ -63,6 +63,9 @@ ORDER = [
     "loop",
     "resume",
     "listing",
+    "advice",
+    "sweep_display",
+    "sweep_report",
     "signals",
     "own_cluster",
     "cluster",
@@ -94,6 +97,8 @@ WITHOUT_TORCH = {
     "records",
     "display",
     "ledger",
+    "advice",
+    "sweep_display",
     "listing",
 }
 FROM_THE_START = {"errors", "progress", "config", "task", "loop", "worker", "launch", "cluster", "cli"}

@@ -108,6 +108,7 @@ def test_what_a_config_lacks_is_said_before_anything_is_trained(
         raytrain.train(path, quiet=True)
 
 
+@pytest.mark.ray
 def test_real_frames_are_learnt_until_the_cars_are_found(tmp_path: Path) -> None:
     """Three genuine frames of KITTI; the cars of 000008 with at least 10 points, at 3D IoU 0.7."""
     model = copy.deepcopy(MODEL)

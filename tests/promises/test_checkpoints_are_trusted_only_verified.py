@@ -13,6 +13,8 @@ from runs import Run, assert_curves_are_whole, assert_same_bits, wait_for
 
 from raytrain.cli import main
 
+pytestmark = pytest.mark.ray
+
 NEWEST, BEFORE = "checkpoint_step_12", "checkpoint_epoch_1"  # of a run that failed in its 15th step
 
 
@@ -146,7 +148,6 @@ def test_a_run_killed_before_its_first_checkpoint_starts_at_step_0(tmp_path: Pat
     assert_curves_are_whole(run, steps_per_epoch=11)
 
 
-@pytest.mark.ray
 def test_two_workers_pass_over_a_damaged_checkpoint_together(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], undisturbed_on_two: Run, failed_on_two: Run
 ) -> None:

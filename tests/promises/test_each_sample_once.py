@@ -1,4 +1,4 @@
-"""Promise 2: each sample exactly once per epoch, whatever fails in between."""
+"""Promise 2: each sample exactly once per epoch, whatever fails in between (on fewer workers: test_virtual_workers)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from runs import LEDGER, Run, assert_each_sample_once
 
 from raytrain.cli import main
 
+pytestmark = pytest.mark.ray
+
 
 def test_each_sample_is_used_once_per_epoch_however_often_the_run_fails(tmp_path: Path) -> None:
     run = Run(tmp_path, LEDGER)
@@ -18,13 +20,3 @@ def test_each_sample_is_used_once_per_epoch_however_often_the_run_fails(tmp_path
     (run.gate / "fail").unlink()
     assert main(run.words("--num_workers", "0")) == 0
     assert_each_sample_once(run.payload(), virtual_workers=1)
-
-
-@pytest.mark.ray
-def test_each_sample_is_used_once_when_a_run_goes_on_with_fewer_workers(tmp_path: Path) -> None:
-    run = Run(tmp_path, LEDGER)
-    (run.gate / "fail").write_text("9")
-    run.run("--num_workers", "2", status=1)
-    (run.gate / "fail").unlink()
-    assert main(run.words("--num_workers", "0")) == 0
-    assert_each_sample_once(run.payload(), virtual_workers=2)

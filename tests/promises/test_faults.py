@@ -29,6 +29,8 @@ import raytrain
 from raytrain import board
 from raytrain.cli import main
 
+pytestmark = pytest.mark.ray
+
 WORKERS = 2  # virtual ones
 FAULTY = {
     "TASK": "tasks_for_faults:Faulty",

@@ -9,9 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from runs import EPOCHS, TESTS, Run, assert_same_bits, assert_uses_once, keeper_of, wait_for
 
 from raytrain import board
+
+pytestmark = pytest.mark.ray
 
 MEMORY = {"CHECKPOINT.SNAPSHOT_EVERY": 1, "CHECKPOINT.EVERY_STEPS": None}
 
@@ -47,7 +50,10 @@ def test_a_run_started_again_at_once_waits_for_what_its_keeper_still_writes(
     tmp_path: Path, undisturbed_here: Run
 ) -> None:
     run = Run(tmp_path, MEMORY)
-    run.killed_at(15, "--num_workers", "0")
+    run.hold(15)
+    launched = run.start("--num_workers", "0")
+    launched.kill(run.held(1, launched))
+    run.release()
     assert "after step 15" in run.run("--num_workers", "0")
     assert_same_bits(run.payload(), undisturbed_here.payload())
 

@@ -12,6 +12,8 @@ from runs import EPOCHS, LEDGER, SAMPLES, Run, assert_same_bits
 from raytrain.cli import main
 from raytrain.records import read_journal
 
+pytestmark = pytest.mark.ray
+
 POISONED = {"TASK": "tasks_for_tests:Poisoned"}
 HERE = ("--num_workers", "0")
 
@@ -51,7 +53,6 @@ def test_a_batch_without_a_finite_loss_is_left_out_and_named(
     assert all(value.isfinite().all() for value in run.payload()["model_state"].values())
 
 
-@pytest.mark.ray
 def test_workers_agree_and_the_one_with_the_bad_sample_is_named(tmp_path: Path, ray_address: str) -> None:
     run = poisoned(tmp_path, "1 7", **LEDGER)
     run.run("--num_workers", "2", "--address", ray_address)

@@ -24,26 +24,18 @@ def test_a_worker_that_is_killed_is_one_screen(tmp_path: Path) -> None:
     assert "(raylet)" not in said
 
 
-def test_a_driver_that_is_killed_takes_its_cluster_with_it(tmp_path: Path) -> None:
+def test_it_listens_on_loopback_only_wants_a_token_and_goes_with_a_driver_that_is_killed(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.hold(9)
     launched = run.start("--num_workers", "2", env={"RAY_ADDRESS": ""})
     run.held(2, launched)
-    launched.kill([])
-
-
-def test_it_listens_on_loopback_only_and_wants_a_token(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.hold(9)
-    launched = run.start("--num_workers", "2", env={"RAY_ADDRESS": ""})
-    workers = run.held(2, launched)
     everyone = set(family(launched.pid))
     try:
         sockets = {pid: listening(pid) for pid in everyone}
         head = next(pid for pid in everyone if "gcs_server" in command_of(pid))
         answers = [ask_head("127.0.0.1", port, 5.0) for _, port in sockets[head]]
     finally:
-        launched.kill(workers)
+        launched.kill([])
     assert [pid for pid in sockets if sockets[pid]], "none listens: this looks at the wrong processes"
     heard = [f"{command_of(pid)} {where}" for pid in sockets for where in sockets[pid] if not where[0].is_loopback]
     assert heard == []

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from pillars_for_tests import CONFIG, NUM_SCENES
 from runs import EPOCHS, Run, assert_same_bits
+
+pytestmark = pytest.mark.ray
 
 STEPS_PER_EPOCH = 6  # of 4 scenes, the last of 2
 HERE = ("--num_workers", "0")

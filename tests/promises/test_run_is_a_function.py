@@ -23,6 +23,8 @@ from runs import (
 
 from raytrain.cli import main
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.mark.parametrize("loader_workers", [0, 2])
 def test_a_run_killed_in_mid_epoch_ends_with_the_same_bits(
@@ -37,17 +39,13 @@ def test_a_run_killed_in_mid_epoch_ends_with_the_same_bits(
     assert_curves_are_whole(run, steps_per_epoch=11)
 
 
-@pytest.mark.ray
-@pytest.mark.parametrize("loader_workers", [0, 2])
 def test_a_run_on_two_workers_killed_in_mid_epoch_ends_with_the_same_bits(
-    tmp_path: Path, undisturbed_on_two: Run, request: pytest.FixtureRequest, loader_workers: int
+    tmp_path: Path, undisturbed_on_two: Run, ray_address: str
 ) -> None:
-    """With loader workers on a cluster that was joined, without on one of the run's own."""
-    run = Run(tmp_path, {"LOADER.WORKERS": loader_workers})
-    flags = ["--num_workers", "2"]
-    if loader_workers:
-        flags += ["--address", request.getfixturevalue("ray_address")]
-    run.killed_at(9, *flags, processes=2, workers_too=loader_workers == 0)  # else Ray is to end them
+    """On a cluster that was joined; test_storm has one of the run's own."""
+    run = Run(tmp_path, {"LOADER.WORKERS": 2})
+    flags = ["--num_workers", "2", "--address", ray_address]
+    run.killed_at(9, *flags, processes=2, workers_too=False)  # Ray is to end them
     assert run.payload(run.names()[-1])["raytrain"]["progress"] == {"epoch": 1, "cursor": 16, "step": 8}
     run.run(*flags)
     assert_same_bits(run.payload(), undisturbed_on_two.payload())
@@ -55,16 +53,13 @@ def test_a_run_on_two_workers_killed_in_mid_epoch_ends_with_the_same_bits(
     assert_curves_are_whole(run, steps_per_epoch=6)
 
 
-@pytest.mark.ray
-@pytest.mark.parametrize(("rank", "loader_workers"), [(0, 2), (1, 0)])
 def test_a_run_of_which_a_worker_is_killed_goes_on_by_itself(
-    tmp_path: Path, undisturbed_on_two: Run, request: pytest.FixtureRequest, rank: int, loader_workers: int
+    tmp_path: Path, undisturbed_on_two: Run, ray_address: str
 ) -> None:
-    """With loader workers on a cluster that was joined, without on one of the run's own."""
-    run = Run(tmp_path, {"LOADER.WORKERS": loader_workers})
-    address = request.getfixturevalue("ray_address") if loader_workers else None
-    said = run.with_a_worker_killed_at(9, address, rank)
-    assert f"restart: rank {rank} died without a word in step " in said and "go on after step 8\n" in said
+    """On a cluster that was joined; test_storm has one of the run's own."""
+    run = Run(tmp_path, {"LOADER.WORKERS": 2})
+    said = run.with_a_worker_killed_at(9, ray_address, rank=0)
+    assert "restart: rank 0 died without a word in step " in said and "go on after step 8\n" in said
     assert_same_bits(run.payload(), undisturbed_on_two.payload())
     assert_uses_once(run, virtual_workers=2)
     assert_curves_are_whole(run, steps_per_epoch=6)

@@ -15,6 +15,8 @@ from s3_server import Server
 from raytrain.cli import main
 from raytrain.storage import open_storage
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture
 def server() -> Iterator[Server]:

@@ -13,6 +13,8 @@ from runs import Launched, Run, assert_curves_are_whole, assert_same_bits, famil
 from raytrain.cli import main
 from raytrain.cluster import Mailbox
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.mark.parametrize("step", [14, 21, 32], ids=["mid-epoch", "last step of an epoch", "last step"])
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
@@ -83,7 +85,6 @@ def catches(pid: int, number: signal.Signals) -> bool:
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
-@pytest.mark.ray
 def test_a_sigterm_to_the_driver_stops_two_workers_at_one_step(
     tmp_path: Path, undisturbed_on_two: Run, ray_address: str
 ) -> None:
@@ -94,7 +95,6 @@ def test_a_sigterm_to_the_driver_stops_two_workers_at_one_step(
     assert_curves_are_whole(run, steps_per_epoch=6)
 
 
-@pytest.mark.ray
 def test_a_sigterm_to_a_worker_stops_the_whole_run(tmp_path: Path, undisturbed_on_two: Run, ray_address: str) -> None:
     run = Run(tmp_path)
 
@@ -107,7 +107,6 @@ def test_a_sigterm_to_a_worker_stops_the_whole_run(tmp_path: Path, undisturbed_o
     assert_same_bits(run.payload(), undisturbed_on_two.payload())
 
 
-@pytest.mark.ray
 def test_ctrl_c_stops_a_run_on_a_cluster_of_its_own_with_its_state_saved(
     tmp_path: Path, undisturbed_on_two: Run, ray_address: str
 ) -> None:
@@ -130,7 +129,6 @@ def test_ctrl_c_stops_a_run_on_a_cluster_of_its_own_with_its_state_saved(
     assert_curves_are_whole(run, steps_per_epoch=6)
 
 
-@pytest.mark.ray
 def test_a_sigterm_while_ray_starts_stops_too_and_leaves_nothing(tmp_path: Path) -> None:
     run = Run(tmp_path)
     launched = run.start("--num_workers", "2", env={"RAY_ADDRESS": ""})

@@ -14,6 +14,8 @@ from runs import Launched, Run, assert_same_bits, assert_uses_once, gone, wait_f
 from raytrain import board
 from raytrain.cli import main
 
+pytestmark = pytest.mark.ray
+
 EPOCHS, SAMPLES = 6, 400  # 300 steps of 8 samples
 EVERY_STEPS = 25
 KILLS = 7  # of a worker, but for one of the driver
@@ -28,7 +30,6 @@ STORM: dict[str, Any] = {
 }
 
 
-@pytest.mark.ray
 def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_left_alone(tmp_path: Path) -> None:
     alone, run = Run(tmp_path / "alone", STORM), Run(tmp_path / "storm", STORM)
     assert main(alone.words("--num_workers", "0")) == 0

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from runs import Launched
 
+pytestmark = pytest.mark.ray
+
 TASK = """
 import numpy as np
 import torch
@@ -70,7 +72,6 @@ def test_a_users_own_task_trains_in_process(shop: Path) -> None:
     assert (shop / "output" / "shop" / "default" / "ckpt" / "checkpoint_epoch_2" / "manifest.json").exists()
 
 
-@pytest.mark.ray
 def test_a_users_own_task_trains_on_a_cluster_that_was_started_elsewhere(shop: Path, ray_address: str) -> None:
     said = command(shop, "--num_workers", "2", "--address", ray_address).ended(0)
     assert "finished after epoch 2" in said

@@ -11,8 +11,9 @@ from runs import Run, assert_curves_are_whole, assert_uses_once
 
 from raytrain.cli import main
 
+pytestmark = pytest.mark.ray
 
-@pytest.mark.ray
+
 @pytest.mark.parametrize("num_workers", ["0", "1"])
 def test_a_run_begun_on_two_workers_goes_on_with_fewer(
     tmp_path: Path, failed_on_two: Run, undisturbed_on_two: Run, num_workers: str
@@ -27,7 +28,6 @@ def test_a_run_begun_on_two_workers_goes_on_with_fewer(
     assert_equal_to_rounding(run, undisturbed_on_two)
 
 
-@pytest.mark.ray
 def test_four_virtual_workers_on_two_processes_and_on_one_agree(tmp_path: Path) -> None:
     two, one = (Run(tmp_path / name, {"SCALE.VIRTUAL_WORKERS": 4}) for name in ("two", "one"))
     two.run("--num_workers", "2")

@@ -1,0 +1,128 @@
+"""A sweep's folder with plausible curves and gradient norms, written by the real ledger and the journal's sink.
+
+As a script it writes one, and its sweep.html beside it, to look at: python tests/sweeps_for_tests.py FOLDER [TRIALS]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raytrain.journal import JsonlSink
+from raytrain.ledger import LEDGER, Ledger, SweepView, read_ledger, trial_folder, view_of
+from raytrain.runfolder import JOURNAL, RunFolder
+from raytrain.storage import open_storage
+
+LR, CLIP, DROPOUT, OPTIMIZER = (
+    "OPTIMIZATION.LR",
+    "OPTIMIZATION.GRAD_NORM_CLIP",
+    "MODEL.DROPOUT",
+    "OPTIMIZATION.OPTIMIZER",
+)
+STEPS, EPOCHS, EPOCH_S = 23, 9, 0.4
+SPACE = {
+    LR: {"loguniform": [1e-4, 1.0]},
+    CLIP: {"loguniform": [0.1, 100.0]},
+    DROPOUT: {"uniform": [0.0, 0.6]},
+    OPTIMIZER: {"choice": ["adam_onecycle", "sgd"]},
+}
+ERROR = "Traceback (most recent call last):\nRuntimeError: <script>document.title='broken'</script> & \"out\" of memory"
+
+
+def write_sweep(folder: Path, num_trials: int = 24, seed: int = 0, failed: int | None = 5) -> SweepView:
+    """A finished sweep under ASHA: rungs at 1, 3 and 9 epochs, a third goes on; one trial failed, one gave nan."""
+    rng = random.Random(seed)
+    trials = [_params(rng) for _ in range(num_trials)]
+    curves = [_curve(params, rng) for params in trials]
+    if num_trials > 9:
+        curves[9] = [*curves[9][:1], math.nan, *curves[9][2:]]
+    ends = _ends(curves)
+    now = 1_700_000_000.0
+    with contextlib.closing(RunFolder(str(folder), LEDGER)) as run, contextlib.closing(Ledger(run)) as ledger:
+        ledger.append(_launch(num_trials, now))
+        for number, params in enumerate(trials):
+            of = {"trial": number}
+            ledger.append({"kind": "trial", "time": now, **of, "params": params})
+            ledger.append({"kind": "start", "time": now, **of, "epoch": 0})
+            last = 2 if number == failed else ends[number]
+            for epoch in range(1, last + 1):
+                now += EPOCH_S
+                value = curves[number][epoch - 1]
+                ledger.append(
+                    {"kind": "result", "time": now, **of, "epoch": epoch, "step": epoch * STEPS, "value": value}
+                    | {"metrics": {"accuracy": value}, "seconds": epoch * EPOCH_S}
+                )
+            ledger.append({"time": now, **of, "epoch": last, **_end(number == failed, last)})
+            write_journal(folder / trial_folder(number), params, last, rng)
+        ledger.append({"kind": "end", "time": now, "status": "finished", "best": 7, "value": 0.99, "seconds": 60.0})
+    return view_of(read_ledger(open_storage(str(folder))))
+
+
+def write_journal(folder: Path, params: dict[str, Any], epochs: int, rng: random.Random, scale: float = 1.0) -> None:
+    """The trial's config.yaml, and its journal with norms around `scale`, larger in the first steps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    optimization = {key.rpartition(".")[2]: value for key, value in params.items() if key.startswith("OPTIM")}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"OPTIMIZATION": optimization}))
+    sink = JsonlSink(folder / JOURNAL)
+    sink.write({"kind": "run", "time": 0.0, "step": 0, "epoch": 0, "steps_per_epoch": STEPS, "num_epochs": EPOCHS})
+    for step in range(1, epochs * STEPS + 1):
+        norm = scale * math.exp(rng.gauss(0, 0.6)) * (1 + 4 * math.exp(-step / 8))
+        place = {"step": step, "epoch": (step - 1) // STEPS, "iteration": (step - 1) % STEPS}
+        sink.write({"kind": "step", "time": float(step), **place, "loss": 1.0, "grad_norm": norm, "lr": 0.1})
+    sink.flush()
+    sink.close()
+
+
+def _launch(num_trials: int, now: float) -> dict[str, Any]:
+    facts = {"scheduler": "asha", "search": "random", "metric": "accuracy", "mode": "max", "num_samples": num_trials}
+    return {"kind": "sweep", "time": now, **facts, "seed": 0, "num_epochs": EPOCHS, "space": SPACE, "concurrent": 2}
+
+
+def _params(rng: random.Random) -> dict[str, Any]:
+    return {
+        LR: 10 ** rng.uniform(-4, 0),
+        CLIP: 10 ** rng.uniform(-1, 2),
+        DROPOUT: rng.uniform(0, 0.6),
+        OPTIMIZER: rng.choice(["adam_onecycle", "sgd"]),
+    }
+
+
+def _curve(params: dict[str, Any], rng: random.Random) -> list[float]:
+    """Best near LR 0.01; a small clip slows down, a large LR without one breaks."""
+    off = math.log10(params[LR]) + 2
+    ceiling = 0.995 - 0.10 * off**2 - 0.05 * max(0.0, off) * max(0.0, math.log10(params[CLIP]))
+    ceiling -= 0.08 * max(0.0, -math.log10(params[CLIP])) + (0.02 if params[OPTIMIZER] == "sgd" else 0.0)
+    pace = 0.55 + 0.25 * min(0.0, off) + 0.6
+    curve = [ceiling - (ceiling - 0.1) * math.exp(-max(0.15, pace) * epoch) for epoch in range(1, EPOCHS + 1)]
+    return [min(1.0, max(0.05, value + rng.gauss(0, 0.006))) for value in curve]
+
+
+def _ends(curves: list[list[float]]) -> list[int]:
+    """The epoch at which each is stopped: a third goes on at each rung."""
+    ends, going = [1] * len(curves), list(range(len(curves)))
+    for rung in (1, 3, EPOCHS):
+        for number in going:
+            ends[number] = rung
+        going.sort(key=lambda number: -curves[number][rung - 1])
+        going = going[: max(1, math.ceil(len(going) / 2.4))]
+    return ends
+
+
+def _end(failed: bool, last: int) -> dict[str, Any]:
+    if failed:
+        return {"kind": "failed", "error": ERROR, "logs": "trial_0005/logs"}
+    return {"kind": "done"} if last == EPOCHS else {"kind": "stopped", "why": "asha"}
+
+
+if __name__ == "__main__":
+    from raytrain.sweep_report import write_report
+
+    where = Path(sys.argv[1])
+    write_report(open_storage(str(where)), write_sweep(where, int(sys.argv[2]) if len(sys.argv) > 2 else 24))
+    print(where / "sweep.html")
