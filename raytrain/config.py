@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +23,7 @@ from pydantic import (
 )
 
 from raytrain.errors import ConfigError
-from raytrain.overrides import apply_overrides
+from raytrain.overrides import apply_overrides, put_value
 from raytrain.schema import complaints, section_in, shown
 from raytrain.tree import Tree, plain
 from raytrain.yamltree import Node, dump_tree, node_of, read_tree
@@ -51,6 +52,14 @@ def with_overrides(cfg: Config, overrides: Sequence[str]) -> Config:
     """A copy of `cfg` with the `--set` words applied, checked as load_config checks."""
     root = node_of(cfg.to_tree(), "config")
     apply_overrides(root, overrides, Config)
+    return _checked(root)
+
+
+def with_values(cfg: Config, values: Mapping[str, Any]) -> Config:
+    """A copy of `cfg` with these values (plain, not words) at dotted keys, checked as load_config checks."""
+    root = node_of(cfg.to_tree(), "config")
+    for dotted, value in values.items():
+        put_value(root, dotted.split("."), value, Config, "config")
     return _checked(root)
 
 
@@ -125,6 +134,29 @@ class Spike(Section):
     ACTION: Literal["skip", "rollback", "stop"] = "skip"
 
 
+class Phase(Section):
+    """What holds in OPTIMIZATION's place from an epoch on. A key that is not given stays as it was.
+
+    Iterate over it, as dict() does: that gives only what was given. The defaults are never read.
+    """
+
+    FROM_EPOCH: Count  # epochs finished when it begins
+    LR: Positive = 0.0
+    GRAD_NORM_CLIP: Positive | None = None
+    WEIGHT_DECAY: NonNegative = 0.0
+
+    def __iter__(self) -> Generator[tuple[str, Any], None, None]:
+        """The keys that were given, with their values."""
+        yield from ((key, value) for key, value in super().__iter__() if key in self.model_fields_set)
+
+    @model_validator(mode="after")
+    def _sets_something(self) -> Phase:
+        keys = [key for key in type(self).model_fields if key != "FROM_EPOCH"]
+        if self.model_fields_set.isdisjoint(keys):
+            raise ValueError(f"it sets nothing; give it at least one of {', '.join(keys)}")
+        return self
+
+
 class Optimization(Section):
     """OpenPCDet's keys; those after AMP_DTYPE are raytrain's."""
 
@@ -161,6 +193,23 @@ class Optimization(Section):
     NONFINITE_LIMIT: Count = 10  # steps without effect in a row, for that or for a spike, that end the run
     ROLLBACK_EVERY: Count = 100  # steps between the states that a rollback returns to; one is kept in memory
     SPIKE: Spike | None = None
+    PHASES: list[Phase] = []  # other values from some epochs on
+
+    def in_force(self, epoch: int) -> Optimization:
+        """A copy with the values that hold after `epoch` finished epochs."""
+        begun = (dict(phase) for phase in self.PHASES if epoch >= phase.FROM_EPOCH)
+        values = {key: value for phase in begun for key, value in phase.items() if key != "FROM_EPOCH"}
+        return self.model_copy(update=values)
+
+    @field_validator("PHASES")
+    @classmethod
+    def _in_order(cls, value: list[Phase]) -> list[Phase]:
+        epochs = [phase.FROM_EPOCH for phase in value]
+        if any(later <= earlier for earlier, later in itertools.pairwise(epochs)):
+            raise ValueError(
+                f"each phase must begin after the one before; found FROM_EPOCH {', '.join(map(str, epochs))}"
+            )
+        return value
 
     @field_validator("CUDA_GRAPHS")
     @classmethod

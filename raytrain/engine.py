@@ -23,6 +23,7 @@ from raytrain.guard import KINDS, LATE_STEPS, Guard, Late, Snapshot, Trouble, pu
 from raytrain.optim import options_of, stepped_groups
 from raytrain.overlap import SEGMENT_BYTES, Overlap
 from raytrain.precision import Precision
+from raytrain.schedule import StepSettings
 from raytrain.stepper import TorchStepper
 from raytrain.world import World
 
@@ -68,7 +69,6 @@ class Engine:
         """Collective. `reduction` is SCALE.REDUCTION; larger gradients than segment_bytes are summed in parts."""
         self.model, self.world = model, world
         self.precision = Precision(optim_cfg, world.device)
-        self.grad_norm_clip: float | None = optim_cfg.GRAD_NORM_CLIP
         groups, options = stepped_groups(model, optim_cfg), options_of(optim_cfg)
         self.params = [p for group in groups for p in group]
         self.trainable = [p for p in model.parameters() if p.requires_grad]
@@ -168,7 +168,7 @@ class Engine:
         scaled.backward()  # with a gradient given, torch imports sympy first: 2 s of every worker's first step
 
     @torch.no_grad()
-    def step(self, lr: float, momentum: float | None, wishes: Sequence[bool]) -> Stepped:
+    def step(self, settings: StepSettings, wishes: Sequence[bool]) -> Stepped:
         """Collective. Combine, clip and step; `wishes` are this rank's."""
         assert self.loss_sum is not None, "backward() comes first"
         granted, used, loss = tuple(wishes), [True], self.loss_sum
@@ -191,7 +191,7 @@ class Engine:
                     copy_fitting(firsts, self.world.broadcast_object(moved))
         self.wait_for_readers()
         norm = self.stepper.norm(used)
-        step = partial(self.stepper.step, lr, momentum, norm, self.grad_norm_clip)
+        step = partial(self.stepper.step, settings, norm)
         trouble = (self._step_if_good_late if self.late else self._step_if_good)(step, loss, norm)
         return Stepped(loss, norm, granted, trouble)
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from raytrain.errors import TrainingError
 from raytrain.optim import EPS, Options, checked_moments, torch_groups
+from raytrain.schedule import StepSettings
 
 ALIGN = 16  # elements: vector loads of a view begin on a cache line
 ROW = 4096  # a norm is of the norms of rows this long; one f32 sum over 50 million squares is 0.4 % wrong
@@ -101,7 +102,7 @@ class FlatStepper:
         self._addresses = [p.data_ptr() for p in self.params]
         self._counts = torch.zeros(len(self.params), device=device)  # steps that each parameter has taken
         self._held = [False] * len(self.params)  # whether it has moments: from its first step on
-        self._lr, self._momentum = options.lr, None if options.is_adam else options.momentum
+        self._last = StepSettings(options.lr, None if options.is_adam else options.momentum, None, options.weight_decay)
         self._runs: list[Run] = []
         self._used: Sequence[bool] | None = None
         self.row_norms: list[torch.Tensor] = []  # by dtype: (rows,), of the newest step
@@ -120,20 +121,15 @@ class FlatStepper:
         norms = [torch.linalg.vector_norm(of_rows) for of_rows in self.row_norms]
         return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([n.double() for n in norms]))
 
-    def step(
-        self,
-        lr: float,
-        momentum: float | None,
-        norm: torch.Tensor,
-        max_norm: float | None,
-        bad: torch.Tensor | None = None,
-    ) -> None:
+    def step(self, settings: StepSettings, norm: torch.Tensor, bad: torch.Tensor | None = None) -> None:
         """Clips by `norm` and steps. bad: a f32 scalar on the device; if it is 1, nothing changes, to the bit."""
         if self._joins and self._used is not None:
             self._held = [held or now for held, now in zip(self._held, self._used, strict=True)]
             self._joins = False
-        self._lr, self._momentum = lr, self._momentum if momentum is None else momentum
-        divisor = None if max_norm is None else ((norm + 1e-6) / max_norm).clamp(min=1.0)
+        if settings.momentum is None:
+            settings = dataclasses.replace(settings, momentum=self._last.momentum)
+        self._last = settings
+        divisor = None if settings.clip is None else ((norm + 1e-6) / settings.clip).clamp(min=1.0)
         taken = 1.0 if bad is None else 1 - bad
         for run in self._runs:
             self._step_run(run, divisor, taken, bad)
@@ -162,19 +158,19 @@ class FlatStepper:
         counts = self._counts if live else self._counts.cpu()
         state: dict[int, dict[str, torch.Tensor]] = {}
         for position, held in enumerate(self._held):
-            if held and (self.options.is_adam or self._momentum):
+            if held and (self.options.is_adam or self._last.momentum):
                 state[position] = {"step": counts[position]} if self.options.is_adam else {}
                 state[position] |= {name: views[position] for name, views in moments.items()}
                 if not live:
                     state[position] = {name: tensor.clone() for name, tensor in state[position].items()}
-        return {"state": state, "param_groups": torch_groups(self._group_sizes, self.options, self._lr, self._momentum)}
+        return {"state": state, "param_groups": torch_groups(self._group_sizes, self.options, self._last)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the moments of a state_dict of torch's form, ours or OpenPCDet's; all settings stay this run's.
 
         CheckpointError if it is of another kind of optimizer or of another model; then nothing changes.
         """
-        own = torch_groups(self._group_sizes, self.options, self._lr, self._momentum)
+        own = torch_groups(self._group_sizes, self.options, self._last)
         found = checked_moments(state, own, self.params)
         for flat in self._moments:
             for buffer in flat.values():
@@ -205,20 +201,20 @@ class FlatStepper:
             run.gradients.div_(divisor)
             divisor = None
         scale = None if divisor is None else divisor.float()
-        options = self.options
+        options, last = self.options, self._last
         run.counts.add_(taken)
         if options.is_adam:
             kernel = torch._fused_adamw_ if options.kind == "adamw" else torch._fused_adam_
-            beta1 = options.betas[0] if self._momentum is None else self._momentum
+            beta1 = options.betas[0] if last.momentum is None else last.momentum
             kernel(
                 [run.values], [run.gradients], [run.moments[0]], [run.moments[1]], [], [run.step],
-                amsgrad=False, lr=self._lr, beta1=beta1, beta2=options.betas[1], weight_decay=options.weight_decay,
+                amsgrad=False, lr=last.lr, beta1=beta1, beta2=options.betas[1], weight_decay=last.weight_decay,
                 eps=EPS, maximize=False, grad_scale=scale, found_inf=bad,
             )  # fmt: skip
         else:  # the first step needs no telling: momentum times the zeros that are there adds nothing
             torch._fused_sgd_(
-                [run.values], [run.gradients], run.moments if self._momentum else [],
-                weight_decay=options.weight_decay, momentum=self._momentum or 0.0, lr=self._lr, dampening=0.0,
+                [run.values], [run.gradients], run.moments if last.momentum else [],
+                weight_decay=last.weight_decay, momentum=last.momentum or 0.0, lr=last.lr, dampening=0.0,
                 nesterov=False, maximize=False, is_first_step=False, grad_scale=scale, found_inf=bad,
             )  # fmt: skip
 

@@ -107,14 +107,15 @@ def train_one_epoch(run: RunState, task: Task, feed: Feed, saves: Saves, journal
         run.progress = run.plan.advanced(began, step.consumed)
         step_end, data_s = time.perf_counter(), feed.take_wait_s()
         if journal.wants(run.progress.step, began.step % run.plan.steps_per_epoch, run.plan.steps_per_epoch):
+            settings = run.schedule.at(began.step)
             journal.step(
                 step=run.progress.step,
                 epoch=began.epoch,
                 iteration=began.step % run.plan.steps_per_epoch,
                 loss=stepped.loss,
                 grad_norm=stepped.grad_norm,
-                lr=run.schedule.lr(began.step),
-                momentum=run.schedule.momentum(began.step),
+                lr=settings.lr,
+                momentum=settings.momentum,
                 terms=mean_of(returns, "tb_dict", task),
                 disp=mean_of(returns, "disp_dict", task),
                 samples=step.consumed,
@@ -172,7 +173,7 @@ def train_step(
                 run.engine.backward(loss_of(returned, task), share, is_last=(v, i) == last)
                 returns.append(returned)
     run.pulse.phase(REDUCE)
-    stepped = run.engine.step(run.schedule.lr(at), run.schedule.momentum(at), wishes())
+    stepped = run.engine.step(run.schedule.at(at), wishes())
     return stepped, returns
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # 1d, 2d, 3d and both synchronised ones
 
 from raytrain.errors import CheckpointError, ConfigError, TaskError
+from raytrain.schedule import StepSettings
 
 TWO_GROUP_OPTIMIZERS = ("adam_onecycle", "adam_cosineanneal")
 EPS = 1e-8  # torch's default, and OpenPCDet's
@@ -35,7 +36,7 @@ class Options:
 
 
 def options_of(optim_cfg: Any) -> Options:
-    """What the OPTIMIZATION section says; lr and beta1 are those before a schedule has its say."""
+    """What the OPTIMIZATION section says; lr, beta1 and weight_decay are those before a schedule has its say."""
     lr, weight_decay = float(optim_cfg.LR), float(optim_cfg.WEIGHT_DECAY)
     beta1, beta2 = map(float, optim_cfg.BETAS or (0.9, 0.999))
     match optim_cfg.OPTIMIZER:
@@ -96,21 +97,22 @@ def torch_optimizer(
     return kind(named, lr=lr, betas=options.betas, eps=EPS, weight_decay=weight_decay, fused=chosen)
 
 
-def torch_groups(sizes: Sequence[int], options: Options, lr: float, momentum: float | None) -> list[dict[str, Any]]:
+def torch_groups(sizes: Sequence[int], options: Options, last: StepSettings) -> list[dict[str, Any]]:
     """The param_groups of the state_dict that torch's optimizer would have over groups of these sizes.
 
-    lr, momentum: of the last step. A test holds this against torch.
+    last: of the last step. A test holds this against torch.
     """
     own: dict[str, Any]
+    lr, momentum, weight_decay = last.lr, last.momentum, last.weight_decay
     common = {"maximize": False, "foreach": None}
     if options.is_adam:
         beta1 = options.betas[0] if momentum is None else momentum
-        own = {"lr": lr, "betas": (beta1, options.betas[1]), "eps": EPS, "weight_decay": options.weight_decay}
+        own = {"lr": lr, "betas": (beta1, options.betas[1]), "eps": EPS, "weight_decay": weight_decay}
         own |= {"amsgrad": False, **common, "capturable": False, "differentiable": False, "fused": None}
         own |= {"decoupled_weight_decay": options.kind == "adamw"}
     else:
         own = {"lr": lr, "momentum": options.momentum if momentum is None else momentum, "dampening": 0}
-        own |= {"weight_decay": options.weight_decay, "nesterov": False, **common}
+        own |= {"weight_decay": weight_decay, "nesterov": False, **common}
         own |= {"differentiable": False, "fused": None}
     numbers = iter(range(sum(sizes)))
     return [{**own, "params": [next(numbers) for _ in range(size)]} for size in sizes]
@@ -143,19 +145,19 @@ def unstepped_parameters(model: nn.Module, groups: Sequence[Sequence[nn.Paramete
     return [name for parameter, name in _trainable(model).items() if parameter not in stepped]
 
 
-def set_schedule(optimizer: torch.optim.Optimizer, lr: float, momentum: float | None) -> None:
-    """Puts lr and momentum (beta1 of Adam; None leaves it) into all groups, as python floats.
+def set_schedule(optimizer: torch.optim.Optimizer, settings: StepSettings) -> None:
+    """Puts lr, weight decay and momentum (beta1 of Adam; None leaves it) into all groups, as python floats.
 
     Numpy scalars here are what makes OpenPCDet's checkpoints unreadable to torch.load since 2.6.
     """
     for group in optimizer.param_groups:
-        group["lr"] = float(lr)
-        if momentum is None:
+        group["lr"], group["weight_decay"] = float(settings.lr), float(settings.weight_decay)
+        if settings.momentum is None:
             continue
         if "betas" in group:
-            group["betas"] = (float(momentum), group["betas"][1])
+            group["betas"] = (float(settings.momentum), group["betas"][1])
         else:
-            group["momentum"] = float(momentum)
+            group["momentum"] = float(settings.momentum)
 
 
 def checked_moments(

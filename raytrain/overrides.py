@@ -58,11 +58,20 @@ def _apply(root: Node, keys: list[str], word: str, model: type[BaseModel], where
         value = _typed(annotation, _readings(word))
     elif old is not None:
         value = _like_old(old.plain(), _readings(word))
-    node = node_of(value, where)
+    _put(parent, keys[-1], node_of(value, where))
+
+
+def put_value(root: Node, keys: list[str], value: Any, model: type[BaseModel], where: str) -> None:
+    """Sets the plain `value` at `keys` as it is; a key that `model` does not know is added, as by apply_overrides."""
+    parent, _ = _place(root, keys, model, where)
+    _put(parent, keys[-1], node_of(value, where))
+
+
+def _put(parent: Node, key: str, node: Node) -> None:
     if isinstance(parent.value, list):
-        parent.value[int(keys[-1])] = node
+        parent.value[int(key)] = node
     else:
-        parent.value[keys[-1]] = node
+        parent.value[key] = node
 
 
 def parse_word(word: str) -> Any:
@@ -139,10 +148,7 @@ def _place(root: Node, keys: list[str], model: type[BaseModel], where: str) -> t
                 own = ".".join(keys[: depth + 1])
                 raise ConfigError(f"{where}: {dotted}: {own} has no keys; it must be {legal(annotation)}")
             child = Node({}, where)
-            if isinstance(node.value, list):
-                node.value[int(key)] = child
-            else:
-                node.value[key] = child
+            _put(node, key, child)
         node = child
     raise AssertionError("a key has at least one part")
 

@@ -10,7 +10,7 @@ from raytrain.checkpoint import MANIFEST, PAYLOAD, Manifest, verify_checkpoint
 from raytrain.config import config_diff
 from raytrain.errors import CheckpointError, ResumeError
 from raytrain.payload import load_payload, load_weights_file
-from raytrain.progress import Plan
+from raytrain.progress import Plan, Progress
 from raytrain.records import read_journal
 from raytrain.runfolder import JOURNAL
 from raytrain.state import RunState, restore, restore_heritage
@@ -129,8 +129,12 @@ def parent_storage(path: str) -> tuple[Storage, str]:
     return open_storage(parent), name
 
 
-def compare(old: dict[str, Any], new: dict[str, Any], allow_config_change: bool, where: str) -> list[str]:
-    """A line for each key that differs from the checkpoint's config; ResumeError if one of FIXED does."""
+def compare(manifest: Manifest, new: dict[str, Any], allow_config_change: bool, where: str) -> list[str]:
+    """A line for each key that differs from the checkpoint's config; ResumeError if one of FIXED does.
+
+    Phases that begin where the checkpoint was made, or later, have decided nothing in it: they may differ.
+    """
+    old, new = (without_later_phases(config, manifest.progress) for config in (manifest.config, new))
     different = [(k, a, b) for k, a, b in config_diff(old, new) if not k.startswith(FREE)]
     refused = [(k, a, b) for k, a, b in different if k in FIXED]
     if refused and not allow_config_change:
@@ -141,6 +145,14 @@ def compare(old: dict[str, Any], new: dict[str, Any], allow_config_change: bool,
             "or go on under the new ones all the same (--allow-config-change)"
         )
     return [f"config differs from the checkpoint's: {k}: was {a}, now {b}" for k, a, b in different]
+
+
+def without_later_phases(config: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """The config with only those of its PHASES under which a step was taken before `progress`."""
+    optim = config.get("OPTIMIZATION", {})
+    epochs_begun = progress.epoch + (progress.cursor > 0)
+    begun = [phase for phase in optim.get("PHASES", []) if phase["FROM_EPOCH"] < epochs_begun]
+    return {**config, "OPTIMIZATION": {**optim, "PHASES": begun}}
 
 
 def check_plan(manifest: Manifest, plan: Plan, allow_config_change: bool, where: str) -> bool:

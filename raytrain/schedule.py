@@ -1,10 +1,11 @@
-"""Learning rate and momentum of each step: pure functions of the step, so there is nothing to save.
+"""What each step is taken with: pure functions of the step, so there is nothing to save.
 
 The formulas are OpenPCDet's; tests/golden/schedules.json holds the tables that its code gives.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -23,18 +24,61 @@ SCHEDULER_OF_OPTIMIZER = {  # what `SCHEDULER: null` means, as in the heritage
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
-    """lr(step) and momentum(step), where `step` counts the optimizer steps finished before.
+class StepSettings:
+    """What one step is taken with.
 
-    momentum is beta1 of Adam or the momentum of SGD; None where the schedule leaves it alone.
+    momentum: beta1 of Adam or the momentum of SGD; None leaves the optimizer's as it is
+    clip:     the largest L2 norm of the gradient; None: it is not clipped
     """
 
+    lr: float
+    momentum: float | None
+    clip: float | None
+    weight_decay: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """The steps from `first_step` on, until the next stretch begins; lr and momentum by steps finished in the run."""
+
+    first_step: int
     lr: Callable[[int], float]
     momentum: Callable[[int], float | None]
+    clip: float | None
+    weight_decay: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Stretches in their order, the first from step 0 on."""
+
+    stretches: tuple[Stretch, ...]
+
+    def at(self, step: int) -> StepSettings:
+        """What the step after `step` finished ones is taken with."""
+        index = bisect.bisect_right(self.stretches, step, key=lambda stretch: stretch.first_step) - 1
+        now = self.stretches[index]
+        return StepSettings(now.lr(step), now.momentum(step), now.clip, now.weight_decay)
 
 
 def build_schedule(optim_cfg: Any, steps_per_epoch: int, num_epochs: int) -> Schedule:
     """The schedule that OPTIMIZATION asks for, over num_epochs * steps_per_epoch steps.
+
+    A stretch begins with each of PHASES; its curves are those of a run that had its LR from the start.
+    """
+    begins = [(0, optim_cfg)]
+    begins += [(phase.FROM_EPOCH, optim_cfg.in_force(phase.FROM_EPOCH)) for phase in optim_cfg.PHASES]
+    stretches = []
+    for epoch, now in begins:
+        lr, momentum = curves_of(now, steps_per_epoch, num_epochs)
+        stretches.append(Stretch(epoch * steps_per_epoch, lr, momentum, now.GRAD_NORM_CLIP, float(now.WEIGHT_DECAY)))
+    return Schedule(tuple(stretches))
+
+
+def curves_of(
+    optim_cfg: Any, steps_per_epoch: int, num_epochs: int
+) -> tuple[Callable[[int], float], Callable[[int], float | None]]:
+    """Learning rate and momentum that OPTIMIZATION asks for without its PHASES, by steps finished.
 
     onecycle and cosine cycle the momentum between MOMS whatever the optimizer. LR_WARMUP is for
     step and constant: as in the heritage the other two keep their own warm-up.
@@ -43,9 +87,9 @@ def build_schedule(optim_cfg: Any, steps_per_epoch: int, num_epochs: int) -> Sch
     name = optim_cfg.SCHEDULER or SCHEDULER_OF_OPTIMIZER.get(optim_cfg.OPTIMIZER)
     cycled = functools.partial(cycled_momentum, optim_cfg, total_steps)
     if name == "onecycle":
-        return Schedule(functools.partial(onecycle_lr, optim_cfg, total_steps), cycled)
+        return functools.partial(onecycle_lr, optim_cfg, total_steps), cycled
     if name == "cosine":
-        return Schedule(functools.partial(cosine_lr, optim_cfg, steps_per_epoch, num_epochs), cycled)
+        return functools.partial(cosine_lr, optim_cfg, steps_per_epoch, num_epochs), cycled
     if name == "step":
         main = functools.partial(step_decay_lr, optim_cfg, steps_per_epoch)
     elif name == "constant":
@@ -57,7 +101,7 @@ def build_schedule(optim_cfg: Any, steps_per_epoch: int, num_epochs: int) -> Sch
         )
     if optim_cfg.LR_WARMUP:
         main = functools.partial(warmed_up_lr, optim_cfg, steps_per_epoch, main)
-    return Schedule(main, left_alone)
+    return main, left_alone
 
 
 def onecycle_lr(optim_cfg: Any, total_steps: int, step: int) -> float:

@@ -20,6 +20,8 @@ _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 
 def section_in(annotation: Any) -> type[BaseModel] | None:
     """The model that `annotation` is, or is when it is not None."""
+    if get_origin(annotation) is list:
+        return None
     for part in (annotation, *get_args(annotation)):
         if isinstance(part, type) and issubclass(part, BaseModel):
             return part
@@ -30,6 +32,9 @@ def descend(model: type[BaseModel], keys: Sequence[str]) -> tuple[int, Any]:
     """How many of `keys` the schema follows, and the annotation it has there."""
     annotation: Any = model
     for depth, key in enumerate(keys):
+        if get_origin(annotation) is list and section_in(get_args(annotation)[0]) is not None:
+            annotation = get_args(annotation)[0]
+            continue
         section = section_in(annotation)
         if section is None or key not in section.model_fields:
             return depth, annotation
@@ -99,7 +104,8 @@ def nearest(dotted: str, model: type[BaseModel]) -> list[str]:
     """The known keys that `dotted` was probably meant to be: other case, other section, or misspelled."""
     section, _, key = dotted.rpartition(".")
     known = dotted_keys(model)
-    here = [other for other in known if other.rpartition(".")[0] == section]
+    owner = section_in(annotation_at(model, section.split("."))) if section else model
+    here = [f"{section}.{own}".lstrip(".") for own in owner.model_fields] if owner else []
     for pool in (here, known):
         same = [other for other in pool if _folded(other) == _folded(key)]
         if same:

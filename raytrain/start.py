@@ -78,7 +78,7 @@ class Start:
             words += ["OUTPUT", masked(cfg.OUTPUT)]
         cfg = with_overrides(cfg, words)
         if self.origin and self.origin.manifest:
-            compare(self.origin.manifest.config, cfg.to_tree(), options.allow_config_change, self.origin.path)
+            compare(self.origin.manifest, cfg.to_tree(), options.allow_config_change, self.origin.path)
         return Job(
             cfg=cfg,
             run_uri=self.run_dir,

@@ -10,6 +10,7 @@ from torch import nn
 
 from raytrain.clip import clip_gradients
 from raytrain.optim import Options, checked_moments, set_schedule, torch_optimizer
+from raytrain.schedule import StepSettings
 
 
 class TorchStepper:
@@ -53,22 +54,15 @@ class TorchStepper:
         self._scaler.update()  # not scaler.step(): what it looks at shows in the norm, and it waits for a GPU
         return clip_gradients(self.params, None)
 
-    def step(
-        self,
-        lr: float,
-        momentum: float | None,
-        norm: torch.Tensor,
-        max_norm: float | None,
-        bad: torch.Tensor | None = None,
-    ) -> None:
+    def step(self, settings: StepSettings, norm: torch.Tensor, bad: torch.Tensor | None = None) -> None:
         """Clips by `norm` and steps. bad: a f32 scalar on the device; if it is 1, nothing changes, to the bit."""
         if self._scaler.is_enabled():
             overflow = (norm * 0 != 0).float()
             bad = overflow if bad is None else bad.maximum(overflow)
         if bad is not None and not self._fused and bad.item():  # on a GPU only models with complex parameters wait here
             return
-        clip_gradients(self.params, max_norm, norm)
-        set_schedule(self.optimizer, lr, momentum)
+        clip_gradients(self.params, settings.clip, norm)
+        set_schedule(self.optimizer, settings)
         if self._fused:  # what GradScaler hands to a fused optimizer
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # type: ignore[attr-defined]
         self.optimizer.step()

@@ -53,7 +53,7 @@ def _tree(value: Any) -> Tree:
 def plain(value: Any) -> Any:
     """The value as dicts, lists and scalars, which every program can read."""
     if isinstance(value, BaseModel):
-        return {key: plain(getattr(value, key)) for key in type(value).model_fields}
+        return {key: plain(item) for key, item in value}
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

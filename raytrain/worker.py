@@ -235,7 +235,7 @@ def bring_to_start(run: RunState, store: Store, job: Job, kept: Kept | None) -> 
         return None, [f"took {taken} of {taken + len(left)} tensors from {job.pretrained}{rest}"]
     notes = [*origin.notes]
     if origin.manifest is not None:
-        notes += compare(origin.manifest.config, run.config, job.allow_config_change, origin.path)
+        notes += compare(origin.manifest, run.config, job.allow_config_change, origin.path)
     notes += bring(run, origin, job.allow_config_change)
     if job.pretrained is not None:
         notes.append(f"--pretrained_model {job.pretrained} is not used: the run resumes from {origin.path}")

@@ -1,8 +1,10 @@
-"""What the engine reads of OPTIMIZATION, for tests that build one by hand; each changes what it is about."""
+"""What an engine and its steps are given, for tests that build one by hand and change what they are about."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from raytrain.schedule import StepSettings
 
 OPTIMIZATION: dict[str, Any] = {
     "WEIGHT_DECAY": 0.05,
@@ -19,3 +21,10 @@ OPTIMIZATION: dict[str, Any] = {
     "ROLLBACK_EVERY": 100,
     "SPIKE": None,
 }
+
+
+def settings(
+    lr: float = 0.1, momentum: float | None = None, clip: float | None = None, weight_decay: float | None = None
+) -> StepSettings:
+    """weight_decay: None: that of OPTIMIZATION"""
+    return StepSettings(lr, momentum, clip, OPTIMIZATION["WEIGHT_DECAY"] if weight_decay is None else weight_decay)

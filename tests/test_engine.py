@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from optimization import OPTIMIZATION
+from optimization import OPTIMIZATION, settings
 from processes import Pair
 from torch import nn
 
@@ -16,7 +16,7 @@ from raytrain.clip import clip_gradients
 from raytrain.engine import Engine, Stepped
 from raytrain.world import World
 
-OPTIM = {**OPTIMIZATION, "OPTIMIZER": "sgd", "LR": 0.1, "WEIGHT_DECAY": 0.1, "GRAD_NORM_CLIP": None}
+OPTIM = {**OPTIMIZATION, "OPTIMIZER": "sgd", "LR": 0.1}
 VIRTUAL_WORKERS, ACCUMULATE, BATCH = 4, 2, 3
 
 
@@ -53,13 +53,15 @@ def engine_of(model: nn.Module, world: World | None = None, reduction: str = "au
     return Engine(model, SimpleNamespace(**{**OPTIM, **changes}), world or World(), reduction)
 
 
-def model_and_engine(world: World, clip: float | None = None, **changes: Any) -> tuple[nn.Module, Engine]:
+def model_and_engine(world: World, **changes: Any) -> tuple[nn.Module, Engine]:
     torch.manual_seed(0)
     model = Mixed()
-    return model, engine_of(model, world, GRAD_NORM_CLIP=clip, **changes)
+    return model, engine_of(model, world, **changes)
 
 
-def one_step(model: nn.Module, engine: Engine, step: int, wishes: tuple[bool, ...] = (), lr: float = 0.1) -> Stepped:
+def one_step(
+    model: nn.Module, engine: Engine, step: int, wishes: tuple[bool, ...] = (), clip: float | None = None
+) -> Stepped:
     """What loop.train_step does, with the loss of each micro-batch weighted by its virtual worker."""
     engine.zero_grad()
     for v in engine.world.block:
@@ -67,13 +69,13 @@ def one_step(model: nn.Module, engine: Engine, step: int, wishes: tuple[bool, ..
             for i in range(ACCUMULATE):
                 loss = model(inputs(step, v, i), v)
                 engine.backward(loss, 1.0 / (ACCUMULATE * engine.world.virtual_workers))
-    return engine.step(lr, None, wishes)
+    return engine.step(settings(clip=clip, weight_decay=0.1), wishes)
 
 
 def after_steps(rank: int, size: int, clip: float | None = None) -> dict[str, Any]:
     world = World(rank, size, VIRTUAL_WORKERS)
-    model, engine = model_and_engine(world, clip)
-    stepped = [one_step(model, engine, step) for step in range(3)]
+    model, engine = model_and_engine(world)
+    stepped = [one_step(model, engine, step, clip=clip) for step in range(3)]
     return {
         "grads": {name: p.grad for name, p in model.named_parameters()},
         "state": model.state_dict(),
@@ -191,7 +193,7 @@ def with_caches(rank: int, size: int, reduction: str) -> dict[str, torch.Tensor]
             with engine.virtual_worker():
                 engine.backward(model(inputs(step, v, 0), 5 + step - 3 * v), 0.5)
                 assert len(model.positions) >= 5 + step - 3 * v
-        engine.step(0.1, None, ())
+        engine.step(settings(weight_decay=0.1), ())
     return {name: b.clone() for name, b in model.named_buffers()}
 
 
@@ -211,13 +213,13 @@ def test_accumulation_equals_one_large_batch() -> None:
     def trained(batches: list[torch.Tensor]) -> torch.Tensor:
         torch.manual_seed(3)
         model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
-        engine = engine_of(model, GRAD_NORM_CLIP=0.1)
+        engine = engine_of(model)
         for _ in range(4):
             engine.zero_grad()
             with engine.virtual_worker():
                 for x in batches:
                     engine.backward(model(x).square().mean(), 1.0 / len(batches))
-            engine.step(0.01, None, ())
+            engine.step(settings(0.01, clip=0.1, weight_decay=0.1), ())
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     x = torch.randn(12, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -227,9 +229,7 @@ def test_accumulation_equals_one_large_batch() -> None:
 @pytest.mark.parametrize("kind", ["flat", "ddp"])
 def test_the_norm_is_of_what_is_stepped_before_it_is_clipped(kind: str) -> None:
     """A parameter that no group holds (LEGACY_PARAM_GROUPS) neither counts nor keeps an old gradient (D6)."""
-    model, engine = model_and_engine(
-        World(), clip=1e-3, OPTIMIZER="adam_onecycle", LEGACY_PARAM_GROUPS=True, WEIGHT_DECAY=0.0, ENGINE=kind
-    )
+    model, engine = model_and_engine(World(), OPTIMIZER="adam_onecycle", LEGACY_PARAM_GROUPS=True, ENGINE=kind)
     norms, left_out = [], []
     for step in range(2):
         x = inputs(step, 0, 0)
@@ -240,7 +240,7 @@ def test_the_norm_is_of_what_is_stepped_before_it_is_clipped(kind: str) -> None:
         engine.zero_grad()
         with engine.virtual_worker():
             engine.backward(model(x, 0), 1.0)
-        found = engine.step(0.1, None, ())
+        found = engine.step(settings(clip=1e-3, weight_decay=0.0), ())
         norms.append((found.grad_norm.item(), expected.item()))
         left_out.append((model.precise.grad, plain.precise.grad))
         if kind == "ddp":  # flat clips inside the kernel; tests/test_flat.py looks at the weights
@@ -266,11 +266,11 @@ def all_of_one_type(rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, float,
     """A model without any f32: the wishes and the loss travel by themselves."""
     model = nn.Linear(3, 1).to(dtype)
     nn.init.constant_(model.weight, 0.5), nn.init.constant_(model.bias, 0.0)
-    engine = engine_of(model, World(rank, 2, 2), MOMENTUM=0.0, WEIGHT_DECAY=0.0)
+    engine = engine_of(model, World(rank, 2, 2), MOMENTUM=0.0)
     engine.zero_grad()
     with engine.virtual_worker():
         engine.backward(model(torch.full((1, 3), 1.0 + rank, dtype=dtype)).sum(), 0.5)
-    stepped = engine.step(0.5, None, (rank == 1,))
+    stepped = engine.step(settings(0.5, weight_decay=0.0), (rank == 1,))
     return model.weight.detach(), stepped.loss.item(), stepped.wishes
 
 
@@ -288,4 +288,4 @@ def test_a_loss_in_f64_is_told_in_f64() -> None:
     loss = model(torch.ones(1, 1, dtype=torch.float64)).sum()
     with engine.virtual_worker():
         engine.backward(loss, 1.0)
-    assert engine.step(0.0, None, ()).loss.item() == loss.item()
+    assert engine.step(settings(0.0), ()).loss.item() == loss.item()

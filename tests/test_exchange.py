@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from optimization import OPTIMIZATION
+from optimization import OPTIMIZATION, settings
 from processes import Pair
 from torch import nn
 
@@ -184,7 +184,7 @@ def train_until_killed(rank: int, steps: int, dies: int) -> str:
     """An engine on shared memory; rank `dies` kills itself in the middle of the third step."""
     torch.manual_seed(0)
     model = nn.Linear(50, 50)
-    optim_cfg = SimpleNamespace(**{**OPTIMIZATION, "OPTIMIZER": "adamw", "LR": 0.1, "GRAD_NORM_CLIP": 1.0})
+    optim_cfg = SimpleNamespace(**{**OPTIMIZATION, "OPTIMIZER": "adamw", "LR": 0.1})
     engine = Engine(model, optim_cfg, World(rank, 2, 2), "shared_memory")
     for step in range(steps):
         engine.zero_grad()
@@ -193,7 +193,7 @@ def train_until_killed(rank: int, steps: int, dies: int) -> str:
             os.kill(os.getpid(), signal.SIGKILL)
         began = time.monotonic()
         try:
-            engine.step(0.1, None, ())
+            engine.step(settings(clip=1.0), ())
         except TrainingError as error:
             assert time.monotonic() - began < 5
             return str(error)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from optimization import OPTIMIZATION
+from optimization import OPTIMIZATION, settings
 from torch import nn
 
 from raytrain.engine import Engine
@@ -20,7 +20,7 @@ from raytrain.optim import options_of, parameter_groups, torch_groups
 from raytrain.world import World
 
 OPTIMIZERS = ["adam", "adamw", "sgd", "adam_onecycle", "adam_cosineanneal"]
-OPTIM = {**OPTIMIZATION, "LR": 0.02, "GRAD_NORM_CLIP": 0.5}
+OPTIM = {**OPTIMIZATION, "LR": 0.02}
 
 
 def engine_of(model: nn.Module, **changes: Any) -> Engine:
@@ -184,7 +184,7 @@ def test_the_numbers_are_those_of_torch_optim_and_clip_grad_norm(
         engine.zero_grad()
         for part in range(2):  # accumulated
             engine.backward(model(step + 10 * part).square().mean(), 0.5)
-        found = engine.step(lr, momentum, ())
+        found = engine.step(settings(lr, momentum, clip=0.5), ())
         reference.zero_grad()
         for part in range(2):
             (twin(step + 10 * part).square().mean() * 0.5).backward()
@@ -211,7 +211,7 @@ def test_the_zoo_has_norms_on_both_sides_of_the_clip() -> None:
         engine = engine_of(model, OPTIMIZER="adamw")
         engine.zero_grad()
         engine.backward(model(0).square().mean(), 1.0)
-        norms.append(engine.step(0.0, None, ()).grad_norm.item())
+        norms.append(engine.step(settings(0.0, clip=0.5), ()).grad_norm.item())
     assert min(norms) < 0.5 < max(norms)
 
 
@@ -219,7 +219,7 @@ def test_the_zoo_has_norms_on_both_sides_of_the_clip() -> None:
 def test_the_groups_of_a_state_are_those_that_torch_writes(optimizer: str) -> None:
     model = Convolutions()
     sizes = [len(g["params"]) for g in plain_torch(model, optimizer).state_dict()["param_groups"]]
-    found = torch_groups(sizes, options_of(SimpleNamespace(**{**OPTIM, "OPTIMIZER": optimizer})), 0.02, None)
+    found = torch_groups(sizes, options_of(SimpleNamespace(**{**OPTIM, "OPTIMIZER": optimizer})), settings(0.02))
     expected = plain_torch(model, optimizer).state_dict()["param_groups"]
     assert found == expected
     assert [list(group) for group in found] == [list(group) for group in expected]  # the order of keys too
@@ -230,7 +230,7 @@ def test_sgd_without_momentum_keeps_no_moments() -> None:
     engine = engine_of(model, OPTIMIZER="sgd", MOMENTUM=0.0)
     engine.zero_grad()
     engine.backward(model(torch.ones(1, 3)).sum(), 1.0)
-    engine.step(0.1, None, ())
+    engine.step(settings(clip=0.5), ())
     assert engine.optimizer_state()["state"] == {}
 
 
@@ -260,11 +260,11 @@ def test_a_layout_keeps_strides_and_leaves_no_overlap() -> None:
 def test_the_norm_of_many_numbers_is_right() -> None:
     """One f32 sum over 30 million squares is off by 3e-3."""
     model = nn.Linear(30_000_000, 1, bias=False)
-    engine = engine_of(model, OPTIMIZER="sgd", MOMENTUM=0.0, GRAD_NORM_CLIP=None)
+    engine = engine_of(model, OPTIMIZER="sgd", MOMENTUM=0.0)
     x = torch.randn(30_000_000, generator=torch.Generator().manual_seed(1))
     engine.zero_grad()
     engine.backward(model(x), 1.0)
-    norm = engine.step(0.0, None, ()).grad_norm
+    norm = engine.step(settings(0.0), ()).grad_norm
     assert norm.item() == pytest.approx(x.double().norm().item(), rel=1e-6)
 
 
@@ -275,7 +275,7 @@ def test_a_norm_that_is_not_finite_shows_and_changes_nothing(value: float) -> No
     engine.zero_grad()
     engine.backward(model(torch.ones(1, 3)).sum() * value, 1.0)
     before = model.weight.detach().clone()
-    assert not engine.step(0.1, None, ()).grad_norm.isfinite()
+    assert not engine.step(settings(clip=0.5), ()).grad_norm.isfinite()
     assert torch.equal(model.weight, before)
 
 
@@ -288,7 +288,7 @@ def test_a_live_state_is_the_memory_that_steps_change_and_reads_like_a_copy(kind
         live = engine.optimizer_state(live=True)
         engine.zero_grad()
         engine.backward(model(step).square().mean(), 1.0)
-        engine.step(0.1, 0.9, ())
+        engine.step(settings(momentum=0.9, clip=0.5), ())
         after = engine.optimizer_state()
         for position, entry in live["state"].items():
             assert list(entry) == list(after["state"][position])
@@ -353,7 +353,7 @@ def test_what_flat_buffers_cannot_hold_trains_parameter_by_parameter_and_says_wh
     with engine.precision.autocast():
         loss = model(0).float().square().mean()
     engine.backward(loss, 1.0)
-    engine.step(0.1, None, ())
+    engine.step(settings(clip=0.5), ())
     assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(TaskError, match=f"ENGINE is flat, but {reason}"):
         engine_of(build(), OPTIMIZER="adamw", **{**changes, "ENGINE": "flat"})
@@ -365,7 +365,7 @@ def test_aliases_stay_aliases() -> None:
     for step in range(2):
         engine.zero_grad()
         engine.backward(model(step).square().mean(), 1.0)
-        engine.step(0.1, None, ())
+        engine.step(settings(clip=0.5), ())
     assert model.a.weight.data_ptr() == model.b.weight.data_ptr()
 
 
@@ -376,7 +376,7 @@ def test_a_parameter_that_changes_its_type_while_training_is_an_error_that_names
     engine.backward(model(torch.ones(1, 3)).sum(), 1.0)
     model.bias.data = model.bias.data.double()
     with pytest.raises(TrainingError, match=r"bias was \(1,\) torch.float32 on cpu .*ENGINE: ddp"):
-        engine.step(0.1, None, ())
+        engine.step(settings(clip=0.5), ())
 
 
 def test_a_saved_model_holds_its_own_numbers_and_no_others() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from optimization import OPTIMIZATION
+from optimization import OPTIMIZATION, settings
 from processes import Pair
 from test_loop import config
 from torch import nn
@@ -33,7 +33,7 @@ from raytrain.trouble import culprits, described
 from raytrain.worker import build_datasets, plan_of
 from raytrain.world import World
 
-OPTIM = {**OPTIMIZATION, "LR": 0.02, "GRAD_NORM_CLIP": 0.5, "OPTIMIZER": "adamw"}
+OPTIM = {**OPTIMIZATION, "LR": 0.02, "OPTIMIZER": "adamw"}
 NAN = math.nan
 
 
@@ -82,7 +82,7 @@ def take(engine: Engine, step: int, spoil: float = 1.0, branch: bool = True) -> 
         x = x.to(engine.world.device)
         with engine.virtual_worker():
             engine.backward(engine.model(x, branch), 1 / engine.world.virtual_workers)
-    return engine.step(0.05, 0.9, ())
+    return engine.step(settings(0.05, 0.9, clip=0.5), ())
 
 
 def everything(engine: Engine) -> dict[str, torch.Tensor]:
@@ -148,7 +148,7 @@ def test_where_it_comes_late_the_parameters_are_those_near_the_bad_numbers() -> 
         engine.backward(sum(layer(torch.ones(100)).sum() for layer in model.values()), 1.0)  # type: ignore[arg-type]
         if step == 1:
             model["b"].weight.grad[30, 5] = NAN  # of 10 000 numbers, in the row of 4096 where its neighbour ends
-        told.append(engine.step(0.1, None, ()).trouble)
+        told.append(engine.step(settings(clip=0.5), ()).trouble)
     assert [trouble.parameters for trouble in told if trouble] == [["b.weight"]]
     assert told[3] is not None and not told[3].here and culprits([told[3], told[3]]) == [0, 1]
 

@@ -1,6 +1,7 @@
 """Optimizers: OpenPCDet's own numbers (tests/golden/toy), groups, pickling, states of other makers."""
 
 import copy
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -21,13 +22,14 @@ from raytrain.optim import (
     torch_optimizer,
     unstepped_parameters,
 )
-from raytrain.schedule import build_schedule
+from raytrain.schedule import StepSettings, build_schedule
 from raytrain.sync_bn import HostSyncBatchNorm
 from raytrain.world import World
 
 TOY = Path(__file__).parent / "golden" / "toy"
 INDEX = json.loads((TOY / "index.json").read_text())
 OPTIMIZERS = ["adam", "sgd", "adamw", "adam_onecycle", "adam_cosineanneal"]
+SETTINGS = StepSettings(lr=0.01, momentum=None, clip=10, weight_decay=0.01)
 
 
 def optim_cfg(**changes):
@@ -48,6 +50,7 @@ def optim_cfg(**changes):
         "WARMUP_EPOCH": 1,
         "WARMUP_ITER": 5,
         "GRAD_NORM_CLIP": 10,
+        "PHASES": [],
         "LEGACY_PARAM_GROUPS": False,
         "USE_AMP": False,
         "LOSS_SCALE_FP16": None,
@@ -71,10 +74,10 @@ def build_optimizer(model, cfg):
     return torch_optimizer(stepped_groups(model, cfg), options_of(cfg))
 
 
-def step_once(engine, loss, lr=0.01, momentum=None):
+def step_once(engine, loss, settings=SETTINGS):
     engine.zero_grad()
     engine.backward(loss, 1.0)
-    return engine.step(lr, momentum, ())
+    return engine.step(settings, ())
 
 
 class ToyNet(nn.Module):
@@ -110,7 +113,7 @@ def run_toy(cfg, dtype, kind="flat"):
     seen = {"lr": [], "mom": [], "loss": [], "gnorm": [], "weights": []}
     for step in range(21):
         loss = 8 * nn.functional.cross_entropy(net(x[step % 7]), y[step % 7])
-        norm = step_once(engine, loss, schedule.lr(step), schedule.momentum(step)).grad_norm
+        norm = step_once(engine, loss, schedule.at(step)).grad_norm
         groups = engine.optimizer_state()["param_groups"]
         seen["lr"].append([group["lr"] for group in groups])
         seen["mom"].append(groups[0]["betas"][0] if "betas" in groups[0] else groups[0]["momentum"])
@@ -291,8 +294,8 @@ def test_a_parameter_that_no_module_holds_is_named_and_refused():
 def test_set_schedule_reaches_every_group_as_python_floats(optimizer):
     built = build_optimizer(ToyNet(), optim_cfg(OPTIMIZER=optimizer))
     before = [group.get("betas", (None, None))[1] for group in built.param_groups]
-    set_schedule(built, np.float64(0.5), np.float64(0.25))
-    set_schedule(built, np.float64(0.125), None)
+    set_schedule(built, StepSettings(np.float64(0.5), np.float64(0.25), None, np.float64(0.5)))
+    set_schedule(built, StepSettings(np.float64(0.125), None, None, np.float64(0.25)))
     for group, beta2 in zip(built.param_groups, before, strict=True):
         momentum = group["momentum"] if optimizer == "sgd" else group["betas"][0]
         assert (group["lr"], momentum) == (0.125, 0.25)
@@ -313,7 +316,7 @@ def test_a_run_goes_on_bit_for_bit_from_a_state_loaded_with_weights_only(optimiz
     other.load_optimizer_state(torch.load(file, weights_only=True))
     assert_same_moments(other, trained)
     for model, stepped in ((net, trained), (other_net, other)):
-        step_once(stepped, model(torch.ones(4, 2, 8, 8)).sum(), momentum=0.9)
+        step_once(stepped, model(torch.ones(4, 2, 8, 8)).sum(), dataclasses.replace(SETTINGS, momentum=0.9))
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other_net.parameters(), strict=True))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from optimization import OPTIMIZATION
+from optimization import OPTIMIZATION, settings
 from processes import Pair
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -19,7 +19,7 @@ from raytrain.overlap import segments_of
 from raytrain.world import World
 
 # adam_onecycle: BatchNorm in a group of its own, at the end of the buffer
-OPTIM = {**OPTIMIZATION, "OPTIMIZER": "adam_onecycle", "LR": 0.02, "GRAD_NORM_CLIP": 0.5}
+OPTIM = {**OPTIMIZATION, "OPTIMIZER": "adam_onecycle", "LR": 0.02}
 
 
 class Net(nn.Module):
@@ -62,7 +62,7 @@ def trained(rank: int, reduction: str, segment_bytes: int, engine_kind: str) -> 
                     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(100 * step + 10 * v + i))
                     loss = model(x, branch=(step + v + i) % 3 == 0)
                     engine.backward(loss, 1 / 8, is_last=(v, i) == (engine.world.block[-1], 1))
-        stepped = engine.step(0.01, 0.9, (rank == 1 and step == 2, False))
+        stepped = engine.step(settings(0.01, 0.9, clip=0.5), (rank == 1 and step == 2, False))
         granted.append(stepped.wishes)
         losses.append(stepped.loss.item())
     return {

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from optimization import settings
 from processes import Pair
 from torch import nn
 
@@ -28,7 +29,6 @@ def optim_cfg(**changes: Any) -> SimpleNamespace:
         "USE_AMP": True,
         "AMP_DTYPE": "fp16",
         "LOSS_SCALE_FP16": None,
-        "GRAD_NORM_CLIP": 10.0,
         "ENGINE": "auto",
         "NONFINITE": "skip",
         "NONFINITE_LIMIT": 10,
@@ -50,7 +50,7 @@ def one_step(model: nn.Module, engine: Engine, factor: float = 1.0) -> torch.Ten
     with engine.virtual_worker(), engine.precision.autocast():
         loss = model(torch.full((2, 4), 0.25)).float().mean() * factor
         engine.backward(loss, 1.0 / engine.world.virtual_workers)
-    return engine.step(0.1, None, ()).grad_norm
+    return engine.step(settings(clip=10.0, weight_decay=0.0), ()).grad_norm
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])

@@ -60,7 +60,7 @@ def test_every_fixed_key_is_tried_here() -> None:
 def test_what_would_corrupt_the_run_is_refused_with_old_new_reason_and_what_to_do(key: str) -> None:
     new = changed(key, OTHER_VALUES[key])
     with pytest.raises(ResumeError) as raised:
-        compare(CFG.to_tree(), new, False, "output/ckpt/checkpoint_epoch_1")
+        compare(manifest(Progress(1, 0, 12)), new, False, "output/ckpt/checkpoint_epoch_1")
     first, line, advice = str(raised.value).split("\n")
     assert first == "output/ckpt/checkpoint_epoch_1 was made with another config:"
     assert line.startswith(f"  {key}: was ") and f"now {OTHER_VALUES[key]}".lower() in line.lower()
@@ -70,7 +70,7 @@ def test_what_would_corrupt_the_run_is_refused_with_old_new_reason_and_what_to_d
 
 @pytest.mark.parametrize("key", FIXED)
 def test_with_leave_it_is_told_instead(key: str) -> None:
-    notes = compare(CFG.to_tree(), changed(key, OTHER_VALUES[key]), True, "x")
+    notes = compare(manifest(Progress(1, 0, 12)), changed(key, OTHER_VALUES[key]), True, "x")
     assert len(notes) == 1 and notes[0].startswith(f"config differs from the checkpoint's: {key}: was ")
 
 
@@ -78,7 +78,7 @@ def test_every_other_difference_is_told_key_by_key() -> None:
     new = changed(
         "OPTIMIZATION.LR", "0.1", "OPTIMIZATION.NUM_EPOCHS", "9", "MODEL.WIDTH", "3", "CHECKPOINT.KEEP_LAST", "2"
     )
-    assert compare(CFG.to_tree(), new, False, "x") == [
+    assert compare(manifest(Progress(1, 0, 12)), new, False, "x") == [
         "config differs from the checkpoint's: MODEL.WIDTH: was absent, now 3",
         "config differs from the checkpoint's: OPTIMIZATION.NUM_EPOCHS: was 2, now 9",
         "config differs from the checkpoint's: OPTIMIZATION.LR: was 0.003, now 0.1",
@@ -88,7 +88,7 @@ def test_every_other_difference_is_told_key_by_key() -> None:
 
 def test_where_and_how_fast_a_run_runs_is_nobodys_business() -> None:
     words = ["OUTPUT", "elsewhere", "TAG", "b", "EXTRA_TAG", "c", "SCALE.NUM_WORKERS", "1", "LOG.EVERY", "7"]
-    assert compare(CFG.to_tree(), changed(*words), False, "x") == []
+    assert compare(manifest(Progress(1, 0, 12)), changed(*words), False, "x") == []
     assert not any(key.startswith(FREE) for key in FIXED)
 
 

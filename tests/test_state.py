@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from optimization import settings
 from processes import Pair
 from torch import nn
 
@@ -67,7 +68,7 @@ def trained(run: RunState, steps: int) -> RunState:
             torch.manual_seed(at)
             loss = run.model(x).float().square().mean()
         run.engine.backward(loss, 1.0)
-        run.engine.step(run.schedule.lr(at), run.schedule.momentum(at), ())
+        run.engine.step(run.schedule.at(at), ())
         run.progress = run.plan.advanced(run.progress, 4)
     return run
 
@@ -137,7 +138,7 @@ def synchronised(rank: int) -> dict[str, torch.Tensor]:
     run.engine.zero_grad()
     with run.engine.virtual_worker():
         run.engine.backward(run.model(torch.full((4, 4), 10.0 * rank)).square().mean(), 0.5)
-    run.engine.step(0.0, None, ())
+    run.engine.step(settings(0.0), ())
     return {"mean": run.model.body[1].running_mean, "var": run.model.body[1].running_var}
 
 

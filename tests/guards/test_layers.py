@@ -23,6 +23,7 @@ ORDER = [
     "overrides",
     "tree",
     "config",
+    "phases",
     "randomness",
     "sampler",
     "schedule",
