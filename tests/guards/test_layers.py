@@ -22,7 +22,11 @@ ORDER = [
     "schema",
     "overrides",
     "tree",
+    "distributions",
+    "swept",
     "config",
+    "space",
+    "search",
     "randomness",
     "sampler",
     "schedule",
@@ -80,7 +84,7 @@ ORDER = [
     "__main__",
 ]
 RAY_AT = {"own_cluster", "cluster", "control", "worker", "ahead", "lean", "meeting", "driver", "launch", "tune"}
-CONFIG = {"yamltree", "schema", "overrides", "tree", "config"}
+CONFIG = {"yamltree", "schema", "overrides", "tree", "swept", "config"}
 STORED = {"direct", "patience", "storage", "checkpoint", "store", "board", "pulse", "watchdog", "keeper"}
 WITHOUT_TORCH = {
     *CONFIG,
