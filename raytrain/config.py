@@ -288,7 +288,9 @@ class Tune(Section):
     MAX_FAILED: Natural = 3  # failed trials that the sweep bears
     UNIT: Literal["epoch", "step"] = "epoch"  # of GRACE and PERTURB_EVERY
     GRACE: Count = 1  # asha, hyperband, median: a trial is not stopped before
-    REDUCTION: Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=2)] = 3  # asha, hyperband: one trial of so many goes on
+    REDUCTION: Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=2)] = (
+        3  # asha, hyperband: one trial of so many goes on
+    )
     PERTURB_EVERY: Count = 2  # pbt, pb2
     QUANTILE: Annotated[Positive, Field(le=0.5)] = 0.25  # pbt, pb2: the worst share goes on from the best
     RESAMPLE: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.25  # pbt: chance of a new value over a near one
