@@ -22,9 +22,11 @@ from pydantic import (
     model_validator,
 )
 
+from raytrain.distributions import distribution
 from raytrain.errors import ConfigError
 from raytrain.overrides import apply_overrides, put_value
 from raytrain.schema import complaints, section_in, shown
+from raytrain.swept import put, swept_problems
 from raytrain.tree import Tree, plain
 from raytrain.yamltree import Node, dump_tree, node_of, read_tree
 
@@ -55,11 +57,11 @@ def with_overrides(cfg: Config, overrides: Sequence[str]) -> Config:
     return _checked(root)
 
 
-def with_values(cfg: Config, values: Mapping[str, Any]) -> Config:
+def with_values(cfg: Config, values: Mapping[str, Any], where: str = "config") -> Config:
     """A copy of `cfg` with these values (plain, not words) at dotted keys, checked as load_config checks."""
-    root = node_of(cfg.to_tree(), "config")
+    root = node_of(cfg.to_tree(), where)
     for dotted, value in values.items():
-        put_value(root, dotted.split("."), value, Config, "config")
+        put_value(root, dotted.split("."), value, Config, where)
     return _checked(root)
 
 
@@ -106,6 +108,11 @@ def _folder(value: str) -> str:
 def _dotted_path(value: str) -> str:
     if not re.fullmatch(r"\w+(\.\w+)*:\w+", value):
         raise ValueError("it must be pkg.module:Class, for example raytrain.tasks.digits:DigitsTask")
+    return value
+
+
+def _drawable(value: Any) -> Any:
+    distribution(value)
     return value
 
 
@@ -299,6 +306,37 @@ class Log(Section):
     LINE_EVERY: Count = 50  # steps between lines of the log file
 
 
+class Budget(Section):
+    """What a sweep may take before it ends; None: no limit."""
+
+    EPOCHS: Count | None = None  # of all trials together
+    SECONDS: Positive | None = None  # of the sweep's wall time
+
+
+class Tune(Section):
+    """A sweep over this config: `raytrain tune`."""
+
+    SPACE: dict[str, Annotated[dict[str, Any], BeforeValidator(_drawable)]] = {}  # dotted key: {distribution: [...]}
+    METRIC: str | None = None  # None: CHECKPOINT.METRIC, else loss
+    MODE: Literal["max", "min"] | None = None  # None: CHECKPOINT.MODE for its metric, min for loss, else max
+    NUM_SAMPLES: Count = 10  # trials; times the combinations of the SPACE's grids
+    SCHEDULER: Literal["none", "asha", "hyperband", "median", "pbt", "pb2"] = "none"
+    SEARCH: Literal["random", "grid", "tpe", "gp", "bohb"] = "random"
+    BUDGET: Budget = Budget()
+    CONCURRENT: Count | None = None  # trials at a time; None: what the cluster holds
+    SEED: Annotated[Natural, Field(le=2**32 - 1)] | None = None  # None: the config's
+    CONSTANTS: dict[str, Any] = {}  # dotted key: what it is in every trial
+    MAX_FAILED: Natural = 3  # failed trials that the sweep bears
+    UNIT: Literal["epoch", "step"] = "epoch"  # of GRACE and PERTURB_EVERY
+    GRACE: Count = 1  # asha, hyperband, median: a trial is not stopped before
+    REDUCTION: Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=2)] = (
+        3  # asha, hyperband: one trial of so many goes on
+    )
+    PERTURB_EVERY: Count = 2  # pbt, pb2
+    QUANTILE: Annotated[Positive, Field(le=0.5)] = 0.25  # pbt, pb2: the worst share goes on from the best
+    RESAMPLE: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.25  # pbt: chance of a new value over a near one
+
+
 class Config(Section):
     """Everything that decides a run. MODEL, DATA_CONFIG and CLASS_NAMES belong to the task."""
 
@@ -318,7 +356,7 @@ class Config(Section):
     CHECKPOINT: Checkpoint = Checkpoint()
     EVAL: Eval = Eval()
     LOG: Log = Log()
-    TUNE: Tree = Tree()
+    TUNE: Tune = Tune()
 
     @model_validator(mode="before")
     @classmethod
@@ -340,6 +378,16 @@ def _is_section(field: Any) -> bool:
 
 
 def _checked(root: Node) -> Config:
+    cfg, problems = _read(root)
+    if cfg is not None:
+        problems += swept_problems(root, cfg.to_tree(), Config, lambda other: _read(other)[1])
+    if cfg is None or problems:
+        raise ConfigError("\n".join(f"{where}: {line}" for where, line in sorted(problems, key=_place)))
+    return cfg
+
+
+def _read(root: Node) -> tuple[Config | None, list[tuple[str, str]]]:
+    """The config that the tree is, its sweep not looked at, and (place, what is wrong); None if that is anything."""
     free = [key for key, field in Config.model_fields.items() if field.annotation is Tree]
     problems = [
         (node.where, f"{'.'.join(keys)} is {shown(node.value)}, but a number must be finite")
@@ -349,10 +397,8 @@ def _checked(root: Node) -> Config:
     try:
         cfg = Config.model_validate(root.plain())
     except ValidationError as error:
-        problems += complaints(error, root, Config)
-    if problems:
-        raise ConfigError("\n".join(f"{where}: {line}" for where, line in sorted(problems, key=_place)))
-    return cfg
+        return None, problems + complaints(error, root, Config)
+    return (None if problems else cfg), problems
 
 
 def _place(problem: tuple[str, str]) -> tuple[str, int]:

@@ -42,17 +42,25 @@ def apply_overrides(root: Node, words: Sequence[str], model: type[BaseModel], wh
         keys = dotted.split(".")
         if not all(keys) or BASE in keys:
             raise ConfigError(f"{where}: {dotted!r} is not a key that can be set; write it as SECTION.KEY")
-        _apply(root, keys, word, model, where)
+        _apply(root, _named(keys, model), word, model, where)
+
+
+def _named(keys: list[str], model: type[BaseModel]) -> list[str]:
+    """`keys`, in which what follows a mapping of names is one name, dots and all: TUNE.SPACE.OPTIMIZATION.LR."""
+    for depth in range(1, len(keys)):
+        if get_origin(annotation_at(model, keys[:depth])) is dict:
+            return [*keys[:depth], ".".join(keys[depth:])]
+    return keys
 
 
 def _apply(root: Node, keys: list[str], word: str, model: type[BaseModel], where: str) -> None:
     parent, old = _place(root, keys, model, where)
     annotation = annotation_at(model, keys)
     value = parse_word(word)
-    mapping = _is_mapping(annotation) or (old is not None and isinstance(old.value, dict))
-    if mapping and value is not None:
+    untyped = annotation is None and old is not None and isinstance(old.value, dict)
+    if (untyped or _is_mapping(annotation)) and value is not None:
         for key, inner in _pairs(keys, word, where).items():
-            _apply(root, [*keys, *key.split(".")], inner, model, where)
+            _apply(root, _named([*keys, *key.split(".")], model), inner, model, where)
         return
     if annotation is not None:
         value = _typed(annotation, _readings(word))

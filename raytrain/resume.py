@@ -29,7 +29,7 @@ FIXED = {
 }
 # These say where and how fast a run runs, not what it computes.
 FREE = (
-    *("OUTPUT", "TAG", "EXTRA_TAG", "EXP_GROUP_PATH"),
+    *("OUTPUT", "TAG", "EXTRA_TAG", "EXP_GROUP_PATH", "TUNE."),
     *("SCALE.NUM_WORKERS", "SCALE.MAX_FAILURES", "SCALE.HANG_TIMEOUT", "EVAL.PICTURES", "LOG."),
     *("CHECKPOINT.EVERY_SECONDS", "CHECKPOINT.OVERHEAD", "CHECKPOINT.SNAPSHOT_EVERY"),
 )

@@ -15,7 +15,14 @@ from pydantic.fields import FieldInfo
 from raytrain.yamltree import Node
 
 _LIMITS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+    Any: "any value",
+}
 
 
 def section_in(annotation: Any) -> type[BaseModel] | None:

@@ -22,8 +22,12 @@ ORDER = [
     "schema",
     "overrides",
     "tree",
+    "distributions",
+    "swept",
     "config",
     "phases",
+    "space",
+    "search",
     "randomness",
     "sampler",
     "schedule",
@@ -85,7 +89,7 @@ ORDER = [
     "__main__",
 ]
 RAY_AT = {"own_cluster", "cluster", "control", "worker", "ahead", "lean", "meeting", "driver", "launch", "tune"}
-CONFIG = {"yamltree", "schema", "overrides", "tree", "config"}
+CONFIG = {"yamltree", "schema", "overrides", "tree", "swept", "config"}
 STORED = {"direct", "patience", "storage", "checkpoint", "store", "board", "pulse", "watchdog", "keeper"}
 WITHOUT_TORCH = {
     *CONFIG,

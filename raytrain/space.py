@@ -1,0 +1,72 @@
+"""The space of a sweep: what its trials differ in, and the config of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from raytrain.config import Config, Tune, with_values
+from raytrain.distributions import Distribution, Options, distribution
+
+Params = dict[str, Any]  # dotted key -> value
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """Dotted key -> what its values are drawn from, in the order of the config."""
+
+    entries: dict[str, Distribution]
+
+    @staticmethod
+    def of(tune: Tune) -> Space:
+        return Space({key: distribution(entry) for key, entry in tune.SPACE.items()})
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether nothing is left to chance: a second trial of a combination would be the first one again."""
+        return all(isinstance(drawn, Options) and drawn.crossed for drawn in self.entries.values())
+
+    def sample(self, rng: np.random.Generator) -> Params:
+        """A value of each key."""
+        return {key: drawn.sample(rng) for key, drawn in self.entries.items()}
+
+    def grid_points(self) -> list[Params]:
+        """Each combination of the values of the grids, the last key's changing fastest; [{}] without a grid."""
+        return _combinations({k: d for k, d in self.entries.items() if isinstance(d, Options) and d.crossed})
+
+    def every_point(self) -> list[Params]:
+        """Each combination of a space of lists."""
+        return _combinations({k: d for k, d in self.entries.items() if isinstance(d, Options)})
+
+
+def _combinations(lists: Mapping[str, Options]) -> list[Params]:
+    values = itertools.product(*(options.values for options in lists.values()))
+    return [dict(zip(lists, point, strict=True)) for point in values]
+
+
+def keyed(seed: int, trial: int) -> np.random.Generator:
+    """The generator of one trial's params: whatever was drawn before, it draws the same."""
+    return np.random.default_rng([seed, trial])
+
+
+def sweep_seed(cfg: Config) -> int:
+    """The seed that the trials of a sweep are drawn from."""
+    return cfg.SEED if cfg.TUNE.SEED is None else cfg.TUNE.SEED
+
+
+def objective(cfg: Config) -> tuple[str, str]:
+    """(metric, max or min) that a sweep compares its trials by: TUNE's, else CHECKPOINT's, else the least loss."""
+    metric = cfg.TUNE.METRIC or cfg.CHECKPOINT.METRIC or "loss"
+    known = cfg.CHECKPOINT.MODE if metric == cfg.CHECKPOINT.METRIC else "min" if metric == "loss" else "max"
+    return metric, cfg.TUNE.MODE or known
+
+
+def trial_config(cfg: Config, params: Mapping[str, Any], trial: int) -> Config:
+    """The config of one trial of the sweep `cfg`, which runs as any other; ConfigError if it cannot be."""
+    name = f"trial_{trial:04d}"
+    own = {"EXTRA_TAG": f"{cfg.EXTRA_TAG}/{name}", "TUNE": {}}
+    return with_values(cfg, {**cfg.TUNE.CONSTANTS, **params, **own}, where=name)
