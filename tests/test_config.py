@@ -267,6 +267,13 @@ WRONG_VALUES = {
     "  MOMS: [0.9]": "OPTIMIZATION.MOMS is [0.9], but it must be a list of 2 values, each a number >= 0 and < 1",
     "  MOMS: [0.9, 1]": "OPTIMIZATION.MOMS.1 is 1, but OPTIMIZATION.MOMS must be a list of 2 values",
     "  GRAD_NORM_CLIP: 0": "OPTIMIZATION.GRAD_NORM_CLIP is 0, but it must be a number > 0 or null",
+    "  PHASES: {FROM_EPOCH: 1}": 'OPTIMIZATION.PHASES is {"FROM_EPOCH": 1}, but it must be a list of values, each a',
+    "  PHASES: [3]": "OPTIMIZATION.PHASES.0 is 3, but it must be a mapping with the keys FROM_EPOCH, LR",
+    "  PHASES: [{LR: 1}]": "OPTIMIZATION.PHASES.0.FROM_EPOCH is missing; it must be a whole number >= 1",
+    "  PHASES: [{FROM_EPOCH: 0, LR: 1}]": "OPTIMIZATION.PHASES.0.FROM_EPOCH is 0, but it must be a whole number >= 1",
+    "  PHASES: [{FROM_EPOCH: 1, LR: null}]": "OPTIMIZATION.PHASES.0.LR is null, but it must be a number > 0",
+    "  PHASES: [{FROM_EPOCH: 1}]": 'OPTIMIZATION.PHASES.0 is {"FROM_EPOCH": 1}, but it sets nothing; give it at least',
+    "  PHASES: [{FROM_EPOCH: 2, LR: 1}, {FROM_EPOCH: 2, LR: 2}]": "OPTIMIZATION.PHASES is",
     "  DECAY_STEP_LIST: 3": "OPTIMIZATION.DECAY_STEP_LIST is 3, but it must be a list of values, each a whole number",
 }
 UNKNOWN_KEYS = {
@@ -276,6 +283,8 @@ UNKNOWN_KEYS = {
     "seed: 1": "seed is unknown (found 1); did you mean SEED?",
     "SCALE: {WORKERS: 1}": "SCALE.WORKERS is unknown (found 1); did you mean LOADER.WORKERS? Legal keys of SCALE: NUM_",
     "  LRR: 1": "OPTIMIZATION.LRR is unknown (found 1); did you mean OPTIMIZATION.LR?",
+    "  PHASES: [{FROM_EPOCH: 1, lr: 1}]": "OPTIMIZATION.PHASES.0.lr is unknown (found 1); did you mean "
+    "OPTIMIZATION.PHASES.0.LR? Legal keys of OPTIMIZATION.PHASES.0: FROM_EPOCH, LR, GRAD_NORM_CLIP, WEIGHT_DECAY",
     "  grad-norm-clip: 1": "OPTIMIZATION.grad-norm-clip is unknown (found 1); did you mean OPTIMIZATION.GRAD_NORM",
     "ZZZZ: 1": "ZZZZ is unknown (found 1); Legal keys of the top level: TASK, SEED",
 }

@@ -179,18 +179,19 @@ def test_the_numbers_are_those_of_torch_optim_and_clip_grad_norm(
         if dtype is torch.float32:  # step by step: Adam makes rounding of a gradient near zero as large as lr
             twin.load_state_dict(model.state_dict())
             reference.load_state_dict(engine.optimizer_state())
+        decay = OPTIM["WEIGHT_DECAY"] * (1 + step // 4)
         momentum = 0.9 if optimizer == "sgd" else 0.95 - 0.01 * step
         lr = 0.02 / (1 + step)
         engine.zero_grad()
         for part in range(2):  # accumulated
             engine.backward(model(step + 10 * part).square().mean(), 0.5)
-        found = engine.step(settings(lr, momentum, clip=0.5), ())
+        found = engine.step(settings(lr, momentum, clip=0.5, weight_decay=decay), ())
         reference.zero_grad()
         for part in range(2):
             (twin(step + 10 * part).square().mean() * 0.5).backward()
         norm = nn.utils.clip_grad_norm_([p for p in twin.parameters() if p.requires_grad], 0.5)
         for group in reference.param_groups:
-            group["lr"] = lr
+            group.update(lr=lr, weight_decay=decay)
             group.update({"betas": (momentum, group["betas"][1])} if "betas" in group else {"momentum": momentum})
         reference.step()
         torch.testing.assert_close(found.grad_norm.double(), norm.double(), **allowed)

@@ -295,11 +295,11 @@ def test_set_schedule_reaches_every_group_as_python_floats(optimizer):
     built = build_optimizer(ToyNet(), optim_cfg(OPTIMIZER=optimizer))
     before = [group.get("betas", (None, None))[1] for group in built.param_groups]
     set_schedule(built, StepSettings(np.float64(0.5), np.float64(0.25), None, np.float64(0.5)))
-    set_schedule(built, StepSettings(np.float64(0.125), None, None, np.float64(0.25)))
+    set_schedule(built, StepSettings(np.float64(0.125), None, None, np.float64(0.5)))
     for group, beta2 in zip(built.param_groups, before, strict=True):
         momentum = group["momentum"] if optimizer == "sgd" else group["betas"][0]
-        assert (group["lr"], momentum) == (0.125, 0.25)
-        assert {type(group["lr"]), type(momentum)} == {float}
+        assert (group["lr"], momentum, group["weight_decay"]) == (0.125, 0.25, 0.5)
+        assert {type(group["lr"]), type(momentum), type(group["weight_decay"])} == {float}
         assert optimizer == "sgd" or group["betas"][1] == beta2
 
 

@@ -86,6 +86,19 @@ def test_every_other_difference_is_told_key_by_key() -> None:
     ]
 
 
+def test_phases_that_had_begun_are_told_and_later_ones_are_nobodys_business() -> None:
+    phases = ["OPTIMIZATION.PHASES", "[{FROM_EPOCH: 1, LR: 0.5}, {FROM_EPOCH: 2, LR: 0.1}]"]
+    begun = "OPTIMIZATION.PHASES: was [], now [{'FROM_EPOCH': 1, 'LR': 0.5}]"
+    assert compare(manifest(Progress(1, 0, 12)), changed(*phases), False, "x") == []
+    for progress in (Progress(1, 4, 13), Progress(2, 0, 24)):
+        assert compare(manifest(progress), changed(*phases), False, "x") == [
+            f"config differs from the checkpoint's: {begun}"
+        ]
+    assert compare(manifest(Progress(1, 4, 13), config=changed(*phases)), CFG.to_tree(), False, "x") == [
+        "config differs from the checkpoint's: OPTIMIZATION.PHASES: was [{'FROM_EPOCH': 1, 'LR': 0.5}], now []"
+    ]
+
+
 def test_where_and_how_fast_a_run_runs_is_nobodys_business() -> None:
     words = ["OUTPUT", "elsewhere", "TAG", "b", "EXTRA_TAG", "c", "SCALE.NUM_WORKERS", "1", "LOG.EVERY", "7"]
     assert compare(manifest(Progress(1, 0, 12)), changed(*words), False, "x") == []

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from raytrain.config import Optimization
 from raytrain.errors import ConfigError
 from raytrain.schedule import build_schedule
 
@@ -142,6 +143,26 @@ def test_a_schedule_survives_pickling(scheduler):
     schedule = build_schedule(optim_cfg(SCHEDULER=scheduler, LR_WARMUP=True), 5, 4)
     copy = pickle.loads(pickle.dumps(schedule))
     assert [copy.at(step) for step in range(20)] == [schedule.at(step) for step in range(20)]
+
+
+@pytest.mark.parametrize("scheduler", ["onecycle", "cosine", "step", "constant"])
+def test_a_phases_values_hold_from_its_first_step_on_as_if_they_had_from_the_start(scheduler):
+    def schedule_of(**changes):
+        section = {"BATCH_SIZE_PER_GPU": 1, "NUM_EPOCHS": 6, "SCHEDULER": scheduler, "DECAY_STEP_LIST": [3], **changes}
+        return build_schedule(Optimization.model_validate(section), 5, 6)
+
+    phases = [
+        {"FROM_EPOCH": 1, "LR": 0.5, "GRAD_NORM_CLIP": None},
+        {"FROM_EPOCH": 4, "WEIGHT_DECAY": 0, "GRAD_NORM_CLIP": 2},
+        {"FROM_EPOCH": 9, "LR": 7},  # of a run that may be extended
+    ]
+    found = schedule_of(PHASES=phases)
+    first = schedule_of()
+    second = schedule_of(LR=0.5, GRAD_NORM_CLIP=None)
+    third = schedule_of(LR=0.5, GRAD_NORM_CLIP=2, WEIGHT_DECAY=0)
+    expected = [(first, second, third)[(step >= 5) + (step >= 20)].at(step) for step in range(30)]
+    assert [found.at(step) for step in range(30)] == expected
+    assert {(each.clip, each.weight_decay) for each in expected} == {(10, 0.01), (None, 0.01), (2, 0)}
 
 
 def test_an_unknown_scheduler_or_optimizer_is_refused_with_the_legal_ones():

@@ -114,6 +114,35 @@ def test_a_run_that_failed_resumes_to_the_same_bits_under(tmp_path: Path, change
     assert_same_bits(run.payload(), whole.payload())
 
 
+@pytest.mark.parametrize("engine", ["flat", "ddp"])
+def test_values_that_change_with_an_epoch_give_the_same_bits_however_the_run_came_to_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str
+) -> None:
+    """In one go; stopped at that epoch's beginning; begun without them; and failed in mid-phase."""
+    plain = {"OPTIMIZATION.ENGINE": engine}
+    first = {"FROM_EPOCH": 1, "LR": 0.04, "GRAD_NORM_CLIP": None, "WEIGHT_DECAY": 0.5}
+    phased = {**plain, "OPTIMIZATION.PHASES": [first, {"FROM_EPOCH": 2, "GRAD_NORM_CLIP": 0.25}]}
+    whole = Run(tmp_path / "whole", phased)
+    assert main(whole.words("--num_workers", "0")) == 0
+    for name, begun_with, fails_at in (("stopped", phased, 11), ("begun", plain, 11), ("failed", phased, 26)):
+        run = Run(tmp_path / name, begun_with)
+        (run.gate / "fail").write_text(str(fails_at))
+        assert main(run.words("--num_workers", "0")) == 1
+        (run.gate / "fail").unlink()
+        capsys.readouterr()
+        assert main(Run(tmp_path / name, phased).words("--num_workers", "0")) == 0
+        assert "config differs" not in capsys.readouterr().out
+        assert run.lines("run")[-1]["step"] == (11 if fails_at == 11 else 24)
+        assert_same_bits(run.payload(), whole.payload())
+    lrs = [r["lr"] for r in whole.records("step")]
+    without = Run(tmp_path / "without", plain)
+    assert main(without.words("--num_workers", "0")) == 0
+    others = [r["lr"] for r in without.records("step")]
+    assert lrs[:11] == others[:11] and lrs[11:] == pytest.approx([4 * lr for lr in others[11:]])  # onecycle: as LR
+    assert without.payload()["optimizer_state"]["param_groups"][0]["weight_decay"] == 0.01
+    assert whole.payload()["optimizer_state"]["param_groups"][0]["weight_decay"] == 0.5
+
+
 def test_an_evaluation_that_was_cut_off_is_made_up_for(tmp_path: Path, undisturbed_here: Run) -> None:
     run = Run(tmp_path)
     (run.gate / "spoil_score").touch()
