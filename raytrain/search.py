@@ -220,7 +220,7 @@ def _alone(seed: int, trial: int) -> Iterator[None]:
     state = np.random.get_state()
     level = logging.root.manager.disable
     try:
-        np.random.seed(int(keyed(seed, trial).integers(2**32)))
+        np.random.seed(int(keyed(seed, trial).integers(2**32, size=2)[1]))  # [0] is the package's own generator's
         logging.disable(logging.WARNING)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -241,7 +241,7 @@ WRONG_VALUES = {
     "CLASS_NAMES: [Car, 5]": "CLASS_NAMES.1 is 5, but CLASS_NAMES must be a list of values, each text",
     "MODEL: [1]": "MODEL is [1], but it must be a mapping",
     "MODEL: {A: [1, .nan]}": "MODEL.A.1 is .nan, but a number must be finite",
-    "TUNE: {A: 1e999}": "TUNE.A is .inf, but a number must be finite",
+    "DATA_CONFIG: {A: 1e999}": "DATA_CONFIG.A is .inf, but a number must be finite",
     "LOADER: 5": "LOADER is 5, but it must be a mapping with the keys WORKERS, PREFETCH, SHUFFLE",
     "LOADER: {WORKERS: two}": 'LOADER.WORKERS is "two", but it must be a whole number >= 0',
     "LOADER: {SHUFFLE: 1}": "LOADER.SHUFFLE is 1, but it must be true or false",
@@ -503,11 +503,11 @@ def test_a_dumped_config_loads_again_to_an_equal_one(tmp_path):
         "G": [[1], {"X": None}],
         "H": "010",
     }
-    text = WHOLE + f"TUNE: {json.dumps(odd)}\n"
+    text = LEAST + f"MODEL: {json.dumps(odd)}\n"
     cfg = loaded(tmp_path, text, "SCALE.RESOURCES", "TPU:1", "OPTIMIZATION.BETAS", "0.9,0.99")
     dumped = dump_config(cfg)
     again = load_config(write(tmp_path, dumped, "cfgs/other/name.yaml"))
-    assert again == cfg and odd == again.TUNE
+    assert again == cfg and odd == again.MODEL
     assert dump_config(again) == dumped
     assert json.loads(json.dumps(cfg.to_tree())) == cfg.to_tree()
 
