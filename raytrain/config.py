@@ -26,7 +26,7 @@ from raytrain.distributions import distribution
 from raytrain.errors import ConfigError
 from raytrain.overrides import apply_overrides, put_value
 from raytrain.schema import complaints, section_in, shown
-from raytrain.swept import put, swept_problems
+from raytrain.swept import swept_problems
 from raytrain.tree import Tree, plain
 from raytrain.yamltree import Node, dump_tree, node_of, read_tree
 

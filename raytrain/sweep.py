@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import Any
 
 from raytrain.config import Config, config_diff, dump_config
-from raytrain.errors import ConfigError, ResumeError
-from raytrain.ledger import LEDGER, Ledger, SweepView, TrialView, read_ledger, view_of
+from raytrain.errors import ResumeError
+from raytrain.ledger import Ledger, SweepView, TrialView, read_ledger, view_of
 from raytrain.lineage import Lineage, Params, lineages_of
-from raytrain.records import Record
 from raytrain.runfolder import RunFolder
 from raytrain.yamltree import parse_text
 

@@ -243,7 +243,6 @@ def fit(
     unit = cfg.TUNE.UNIT
     end = cfg.OPTIMIZATION.NUM_EPOCHS * (1 if unit == "epoch" else watch.steps_per_epoch())
     terms = Terms(unit, end, mode, concurrent, sweep_seed(cfg))
-    storage = sweep.folder.storage
     ray.tune.run(  # not a Tuner: that pickles all it is given, for a resume that a ledger does better
         trainable,
         name=TUNES_FOLDER,
