@@ -73,7 +73,7 @@ def clip_advice(storage: Storage, view: SweepView) -> ClipAdvice:
 def advice_of(trials: list[TrialNorms]) -> ClipAdvice:
     """trials: best first"""
     better = trials[: math.ceil(len(trials) / 2)]
-    taken = sorted(norm for trial in better for norm in trial.norms[math.ceil(WARM_UP * len(trial.norms)) :])
+    taken = sorted(norm for trial in better for norm in trial.norms[int(WARM_UP * len(trial.norms)) :])
     numbers = [trial.number for trial in better]
     if len(taken) < ENOUGH:
         return ClipAdvice(trials, numbers, taken, {}, [], None, None)

@@ -194,7 +194,8 @@ function axisOf(key, index, start, end) {
   const values = data.trials.map((t) => t.params[index]).filter((v) => v !== null);
   if (key.kind === "choice") {
     const names = [...new Set(data.trials.map((t) => String(t.params[index])))].sort();
-    const place = scale(0, names.length - 1, start, end);
+    const inset = (end - start) * 0.1; // its lines meet in few places: their names need room
+    const place = scale(0, names.length - 1, start + inset, end - inset);
     return { place: (v) => place(names.indexOf(String(v))), ticks: names };
   }
   const [low, high] = key.range ?? padded(values, key.log, 0);
