@@ -64,7 +64,7 @@ class ClipAdvice:
 
 
 def clip_advice(storage: Storage, view: SweepView) -> ClipAdvice:
-    """Reads the journals of the sweep in this folder. Never an error: a trial without a journal has no norms."""
+    """Reads the journals of the sweep in this folder. A trial without one has no norms."""
     ranked = [trial for trial in view.ranked() if trial.curve]
     found = [norms_of(storage, trial) for trial in ranked]
     return advice_of([norms for norms in found if norms.norms])
@@ -73,7 +73,7 @@ def clip_advice(storage: Storage, view: SweepView) -> ClipAdvice:
 def advice_of(trials: list[TrialNorms]) -> ClipAdvice:
     """trials: best first"""
     better = trials[: math.ceil(len(trials) / 2)]
-    taken = sorted(norm for trial in better for norm in trial.norms[math.ceil(WARM_UP * len(trial.norms)) :])
+    taken = sorted(norm for trial in better for norm in trial.norms[int(WARM_UP * len(trial.norms)) :])
     numbers = [trial.number for trial in better]
     if len(taken) < ENOUGH:
         return ClipAdvice(trials, numbers, taken, {}, [], None, None)
@@ -143,6 +143,8 @@ def advice_lines(advice: ClipAdvice) -> list[str]:
     middle, often, seldom = (f"{advice.quantiles[q]:.3g}" for q in (0.5, 0.9, 0.99))
     trials = f"{len(advice.better)} better" if len(advice.trials) > 1 else "1"
     of = f"of {len(advice.trials)} trials" if len(advice.trials) > 1 else "trial"
+    cut = f"at {best.clip:.3g}, which touched {best.touched:.0%} of its steps" if best.clip else "nothing"
+    unclipped = " (it trained as if there were no clip)" if best.clip and best.touched < SELDOM else ""
     lines = [
         f"clip advice: try GRAD_NORM_CLIP from {advice.low:g} to {advice.high:g}",
         f"  from {len(advice.taken):,} gradient norms after warm-up, of the {trials} {of}: half are below {middle}, "
@@ -150,8 +152,7 @@ def advice_lines(advice: ClipAdvice) -> list[str]:
         "  so ordinary steps stay as they are, and the rare large ones are cut"
         if advice.low >= rounded(advice.quantiles[0.9], math.floor)
         else f"  it begins below that 90 % because the best trial clips at {best.clip:.3g}",
-        f"  trial {best.number}, the best, clips "
-        + (f"at {best.clip:.3g}, which touched {best.touched:.0%} of its steps" if best.clip else "nothing"),
+        f"  trial {best.number}, the best, clips {cut}{unclipped}",
     ]
     if len(half) > 1:
         shares = [trial.touched for trial in half]

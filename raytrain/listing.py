@@ -11,7 +11,7 @@ from raytrain import board
 from raytrain.checkpoint import Manifest, is_verified, verify_checkpoint
 from raytrain.config import Checkpoint
 from raytrain.errors import CheckpointError, PreflightError, masked
-from raytrain.records import number
+from raytrain.records import clean, number
 from raytrain.resume import Origin, is_complete, newest_to_trust, origin_of
 from raytrain.runfolder import JOURNAL
 from raytrain.storage import Storage, parse_temporary
@@ -287,11 +287,6 @@ def size(size_bytes: float) -> str:
             return f"{size_bytes:.3g} {unit}"
         size_bytes /= 1000
     return f"{size_bytes:,.3g} TB"
-
-
-def clean(text: str) -> str:
-    """`text` without what would steer a terminal: manifests may come from elsewhere."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def rendered(found: Survey, console: Console, now: float) -> str:

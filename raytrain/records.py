@@ -155,6 +155,11 @@ def number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def clean(text: str) -> str:
+    """`text` without what would steer a terminal: a manifest, an error may come from elsewhere."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def log_file_name(time_s: float) -> str:
     """Name of the heritage's log file of a run that starts at `time_s`."""
     return time.strftime("train_%Y%m%d-%H%M%S.log", time.localtime(time_s))

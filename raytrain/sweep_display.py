@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from raytrain.errors import masked
 from raytrain.ledger import SweepView, TrialView, short_names
-from raytrain.listing import clean
-from raytrain.records import eta, number
+from raytrain.records import clean, eta, number
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -1,6 +1,7 @@
 """A real headless Chromium, driven over its debugging pipe: what a page logs, asks for, and shows.
 
 As a script it photographs a page: python tests/browser.py PAGE.html PICTURE.png [WIDTH [HEIGHT [dark]]]
+All of it, or with a height a window of that size.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --hide-scrollbars --remote-debugging-pipe"
-).split()
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update", "--hide-scrollbars", "--remote-debugging-pipe"),
+]
 NO_NETWORK = "--host-resolver-rules=MAP * ~NOTFOUND"
 
 
@@ -90,9 +91,9 @@ class Browser:
         """Addresses of all that was asked for."""
         return [e["params"]["request"]["url"] for e in self.events if e.get("method") == "Network.requestWillBeSent"]
 
-    def photograph(self, picture: Path) -> None:
-        """The whole page, also what is below the window."""
-        shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+    def photograph(self, picture: Path, whole: bool = True) -> None:
+        """The page as PNG: also what is below the window, or what is in it."""
+        shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         picture.write_bytes(base64.b64decode(shot["data"]))
 
 
@@ -131,4 +132,4 @@ if __name__ == "__main__":
     with browsing() as chromium:
         chromium.resize(int(rest[0]) if rest else 1280, int(rest[1]) if rest[1:] else 900, *rest[2:])
         chromium.open(Path(page))
-        chromium.photograph(Path(photo))
+        chromium.photograph(Path(photo), whole=len(rest) < 2)

@@ -6,6 +6,7 @@ const byNumber = new Map(data.trials.map((trial) => [trial.number, trial]));
 const valued = data.trials.filter((trial) => trial.best !== null);
 const sign = data.mode === "max" ? 1 : -1;
 const at = (id) => document.getElementById(id);
+const MANY = 60; // trials, of which lines are drawn thinner
 let zoomed = false;
 
 // ---- elements
@@ -31,6 +32,7 @@ function label(x, y, text, anchor = "middle", kind = null) {
 function canvas(host, height, title) {
   const width = Math.max(260, host.clientWidth);
   const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": title });
+  svg.classList.toggle("many", data.trials.length > MANY);
   host.replaceChildren(svg);
   return [svg, width];
 }
@@ -194,7 +196,8 @@ function axisOf(key, index, start, end) {
   const values = data.trials.map((t) => t.params[index]).filter((v) => v !== null);
   if (key.kind === "choice") {
     const names = [...new Set(data.trials.map((t) => String(t.params[index])))].sort();
-    const place = scale(0, names.length - 1, start, end);
+    const inset = (end - start) * 0.1; // its lines meet in few places: their names need room
+    const place = scale(0, names.length - 1, start + inset, end - inset);
     return { place: (v) => place(names.indexOf(String(v))), ticks: names };
   }
   const [low, high] = key.range ?? padded(values, key.log, 0);
@@ -211,7 +214,8 @@ function drawParallel() {
   const axes = data.keys.map((key, i) => axisOf(key, i, bottom, top));
   if (valued.length) {
     const [low, high] = padded(valued.map((t) => t.best), false, 0.02);
-    axes.push({ place: scale(low, high, bottom, top), ticks: ticks(low, high, 5) });
+    const [from, to] = data.mode === "max" ? [bottom, top] : [top, bottom]; // the best on top
+    axes.push({ place: scale(low, high, from, to), ticks: ticks(low, high, 5) });
   }
   const colours = ramp();
   for (const trial of ranked(data.trials).sort((a, b) => (a.number === data.best) - (b.number === data.best))) {
