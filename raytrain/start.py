@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
+import re
 import secrets
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +20,13 @@ from raytrain.progress import Progress
 from raytrain.resume import Origin, choose, compare
 from raytrain.runfolder import locked, refuse_links
 from raytrain.storage import Storage, joined, open_storage
-from raytrain.store import Store
+from raytrain.store import Store, listed
 from raytrain.worker import Job
 
 PROBE = ".writable"
 ANSWER_S = 3.0  # whoever has just typed the command shall learn at once that the storage does not answer
 BEREAVED_S = 15.0  # so long the other workers of a run whose first has died may take to die
+LAUNCH = re.compile(r"([0-9]{8})-([0-9]{6})-([0-9a-f]{6})")
 LEFTOVERS = ("journal.jsonl", "tensorboard", "eval", "logs", "config.yaml", "environment.json")
 
 
@@ -101,6 +105,21 @@ def driver() -> tuple[Any, ...]:
     return board.host(), pid, board.started_at(pid)
 
 
+def launch_after(before: Iterable[str]) -> str:
+    """A name for this launch, behind all those `before`: also where the clock is now, or here, behind theirs.
+
+    Where torchrun has started the workers of a launch again, it is the name that this launch has saved under.
+    """
+    agent = hashlib.sha256(repr(driver()).encode()).hexdigest() if "TORCHELASTIC_RUN_ID" in os.environ else ""
+    token, second = agent[:6] or secrets.token_hex(3), int(time.strftime("%Y%m%d%H%M%S"))
+    for name in before:
+        if made := LAUNCH.fullmatch(name):
+            if made[3] == token:
+                return name
+            second = max(second, int(made[1] + made[2]) + 1)
+    return f"{second // 10**6:08d}-{second % 10**6:06d}-{token}"
+
+
 def find_start(cfg: Config, options: Options) -> Start:
     """Where a launch begins; errors of the run folder, of --resume and of its checkpoints come here, in seconds."""
     if options.overwrite and options.resume != "never":
@@ -117,7 +136,9 @@ def find_start(cfg: Config, options: Options) -> Start:
     board.take_over(run_dir, patience_s=0)  # what an earlier launch still holds in memory is to be found as well
     storage = open_storage(run_dir)
     refuse_links(storage)
-    store = Store(storage, cfg.CHECKPOINT, f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}")
+    store = Store(
+        storage, cfg.CHECKPOINT, launch=launch_after(e.manifest.launch for e in listed(storage) if e.manifest)
+    )
     origin = None
     if options.resume != "never":
         store.clean_leftovers()

@@ -46,6 +46,16 @@ def test_a_run_killed_in_mid_epoch_goes_on_from_the_very_step(tmp_path: Path, un
     assert keeper_is_gone(run)
 
 
+def test_a_run_killed_where_the_clock_is_behind_that_of_an_earlier_launch_has_lost_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path, MEMORY)
+    for zone, step in (("UTC-9", 5), ("UTC", 15)):
+        monkeypatch.setenv("TZ", zone)
+        run.killed_at(step, "--num_workers", "0")
+        assert run.names()[-1] == f"checkpoint_step_{step}"
+
+
 def test_a_run_started_again_at_once_waits_for_what_its_keeper_still_writes(
     tmp_path: Path, undisturbed_here: Run
 ) -> None:
