@@ -1,4 +1,4 @@
-"""Worker processes of a sweep's own cluster import this as they start: what a trial needs, and word that it is there."""
+"""Worker processes of a sweep's own cluster import this as they start: what a trial needs, and word that they stand."""
 
 import os
 

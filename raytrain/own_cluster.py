@@ -30,7 +30,7 @@ FOR_RUNS, FOR_TRIALS = "raytrain.ahead", "raytrain.ahead_of_trials"
 IDLE = "ray::IDLE"  # what Ray calls a worker process without work
 
 # Processes that wait for work are kept: they are few, and all are wanted.
-SYSTEM_CONFIG = {
+SYSTEM_CONFIG: dict[str, Any] = {
     "num_workers_soft_limit": 10_000,
     "idle_worker_killing_time_threshold_ms": 10**9,
 }
@@ -193,7 +193,7 @@ def start_node(temp_dir: str, num_cpus: int | None, warm: Warm) -> Any:
         include_log_monitor=False,  # type: ignore[arg-type]
         no_monitor=True,
         temp_dir=temp_dir,
-        _system_config={**SYSTEM_CONFIG, "preload_python_modules": [warm.preload]},  # type: ignore[arg-type]
+        _system_config={**SYSTEM_CONFIG, "preload_python_modules": [warm.preload]},  # type: ignore[dict-item]
         # Ray sets it when it gives a process to a worker, by the CPUs that this reserves: too late for what is loaded.
         env_vars={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, int(warm.cpus))))},
     )

@@ -127,7 +127,7 @@ def build_scheduler(tune_cfg: Any, terms: Terms, past: Past) -> TrialScheduler:
     """The one that TUNE asks for, with `Orderly` mixed in."""
     made: Any = MAKERS[tune_cfg.SCHEDULER](tune_cfg, terms)
     made.past, made.terms, made.by_arrival = past, terms, tune_cfg.SCHEDULER in BY_ARRIVAL
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def orderly(kind: type, mixin: type = Orderly) -> Any:

@@ -100,7 +100,7 @@ class TrialActor(Trainable):
     or "interrupted".
     """
 
-    def setup(self, config: Params, orders: Orders) -> None:
+    def setup(self, config: Params, orders: Orders) -> None:  # type: ignore[override]  # see tune.with_parameters
         self.orders = orders
         worker.stand_where_the_driver_stands(orders)
         self.wished = threading.Event()

@@ -24,8 +24,8 @@ from ray.tune.search.search_algorithm import SearchAlgorithm
 from raytrain import cluster
 from raytrain.advice import advice_lines, clip_advice
 from raytrain.cluster import Mailbox
-from raytrain.config import Config, dump_config, with_overrides
-from raytrain.errors import ConfigError, PreflightError, TrainingError
+from raytrain.config import Config, dump_config, with_values
+from raytrain.errors import PreflightError, TrainingError
 from raytrain.ledger import LEDGER, SweepView
 from raytrain.own_cluster import is_tested
 from raytrain.runfolder import RunFolder
@@ -36,6 +36,7 @@ from raytrain.space import objective, sweep_seed
 from raytrain.start import check_writable, run_dir_of
 from raytrain.storage import joined, open_storage
 from raytrain.sweep import BEST, CONFIG, Sweep, check_same
+from raytrain.sweep_check import look_ahead
 from raytrain.sweep_report import HTML, write_report
 from raytrain.task import load_task_class
 from raytrain.trial import Orders, TrialActor
@@ -113,11 +114,9 @@ def tune(
     stop: wishes its end, in place of this process's signals.   ahead: the cluster, if it is starting already
     """
     options = options or SweepOptions()
+    cfg = with_values(cfg, {**cfg.TUNE.CONSTANTS, "TUNE.CONSTANTS": {}})
+    search = build_search(cfg, sweep_seed(cfg))
     load_task_class(cfg.TASK)
-    if not cfg.TUNE.SPACE:
-        raise ConfigError(
-            "TUNE.SPACE is empty; give it what to sweep, for example OPTIMIZATION.LR: {loguniform: [1e-4, 1e-1]}"
-        )
     run_dir = run_dir_of(cfg)
     check_writable(open_storage(run_dir, 3.0))
     folder = RunFolder(run_dir, LEDGER)
@@ -127,13 +126,14 @@ def tune(
         check_same(cfg, folder)
         stop = stop or stack.enter_context(signals_wish_stop())
         used = ahead or stack.enter_context(cluster.starting_for_trials(cfg, options.address))
+        prospect = look_ahead(cfg)
         sweep = Sweep(cfg, folder)
         stack.callback(sweep.close)
         used.connect()
         if used.is_ours and is_tested():
             stack.enter_context(actors_as_they_stand())
             used.wait_for_workers()
-        status = run_trials(sweep, options, stop, show or unseen)
+        status = run_trials(sweep, search, options, prospect.steps_per_epoch, stop, show or unseen)
         best = sweep.write_best()
         advice = []
         if best is not None:
@@ -151,32 +151,63 @@ def actors_as_they_stand() -> Iterator[None]:
         def get(self, trainable_class: Any) -> Any:
             return self._cache.setdefault(trainable_class, ray.remote(trainable_class))
 
-    kept = tune_controller._ActorClassCache
-    tune_controller._ActorClassCache = AsTheyStand
+    controller: Any = tune_controller
+    kept = controller._ActorClassCache
+    controller._ActorClassCache = AsTheyStand
     try:
         yield
     finally:
-        tune_controller._ActorClassCache = kept
+        controller._ActorClassCache = kept
 
 
-def run_trials(sweep: Sweep, options: SweepOptions, stop: threading.Event, show: Show) -> str:
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """What a trial takes of the cluster, and how many do at a time."""
+
+    num_workers: int
+    use_gpu: bool
+    per_worker: dict[str, float]
+    concurrent: int
+
+    @staticmethod
+    def of(cfg: Config) -> Places:
+        """PreflightError where the cluster cannot hold them."""
+        num_workers, use_gpu = cluster.resolve_workers(cfg.SCALE)
+        num_workers = cfg.SCALE.NUM_WORKERS or 1  # left open: one, and more trials at a time
+        per_worker = cluster.resources_per_worker(cfg.SCALE, use_gpu)
+        cluster.check_resources(num_workers, per_worker)
+        return Places(num_workers, use_gpu, per_worker, concurrency(cfg.TUNE.CONCURRENT, num_workers, per_worker))
+
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """A trial of one worker trains in its own process; several are others, beside one that takes nothing."""
+        return [self.per_worker] if self.num_workers == 1 else [{}, *[self.per_worker] * self.num_workers]
+
+    def settled(self, cfg: Config) -> Config:
+        """What the config leaves open, as it is for each trial."""
+        scale = {
+            "NUM_WORKERS": self.num_workers if self.num_workers > 1 else 0,
+            "VIRTUAL_WORKERS": cfg.SCALE.VIRTUAL_WORKERS or self.num_workers,
+            "USE_GPU": self.use_gpu,
+        }
+        return with_values(cfg, {f"SCALE.{key}": value for key, value in scale.items()})
+
+
+def run_trials(
+    sweep: Sweep, search: Search, options: SweepOptions, steps_per_epoch: int, stop: threading.Event, show: Show
+) -> str:
     """The trials that are left, on the cluster that this process is connected to; how it ended."""
-    cfg = sweep.cfg
-    num_workers, use_gpu = cluster.resolve_workers(cfg.SCALE)
-    per_worker = cluster.resources_per_worker(cfg.SCALE, use_gpu)
-    cluster.check_resources(num_workers, per_worker)
+    cfg, places = sweep.cfg, Places.of(sweep.cfg)
     cluster.check_reachable(sweep.folder.storage.path_of(""))
-    concurrent = concurrency(cfg.TUNE.CONCURRENT, num_workers, per_worker)
     launch = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-    search = build_search(cfg, sweep_seed(cfg))
-    trials = Trials(sweep, search, number_of_trials(sweep, search, options), concurrent)
+    trials = Trials(sweep, search, number_of_trials(sweep, search, options), places.concurrent)
     sweep.folder.storage.write_bytes(CONFIG, dump_config(cfg).encode())
-    sweep.note("sweep", **facts(cfg, trials.total, concurrent))
+    sweep.note("sweep", **facts(cfg, trials.total, places.concurrent))
     mailbox, storage = Mailbox(launch), sweep.folder.storage
     watch = Watch(sweep, trials, stop, mailbox, show)
     try:
         with ray_tune_settings():
-            fit(sweep, trials, watch, launch, (num_workers, use_gpu, per_worker, concurrent))
+            fit(sweep, trials, watch, launch, places, steps_per_epoch)
     finally:
         mailbox.clear()
         storage.remove_tree(TUNES_FOLDER)
@@ -225,26 +256,16 @@ def facts(cfg: Config, total: int, concurrent: int) -> dict[str, Any]:
     }
 
 
-def fit(
-    sweep: Sweep, trials: Trials, watch: Watch, launch: str, places: tuple[int, bool, dict[str, float], int]
-) -> None:
+def fit(sweep: Sweep, trials: Trials, watch: Watch, launch: str, places: Places, steps_per_epoch: int) -> None:
     """Ray Tune's part: returns once no trial is left, or none is wanted any more."""
-    num_workers, use_gpu, per_worker, concurrent = places
-    cfg = sweep.cfg
-    # One worker trains in the trial's own process; several in others, beside it and in its places.
-    words = ["SCALE.NUM_WORKERS", str(num_workers if num_workers > 1 else 0)]
-    words += ["SCALE.VIRTUAL_WORKERS", str(cfg.SCALE.VIRTUAL_WORKERS or num_workers)]
-    words += ["SCALE.USE_GPU", str(use_gpu).lower()]
-    metric, mode = objective(cfg)
-    cwd, path = str(Path.cwd()), tuple(str(Path(each).absolute()) for each in sys.path)
-    orders = Orders(with_overrides(cfg, words), metric, mode, sweep.known, launch, cwd, path)
-    bundles = [per_worker] if num_workers == 1 else [{}, *[per_worker] * num_workers]
-    trainable = with_resources(with_parameters(TrialActor, orders=orders), PlacementGroupFactory(bundles))
-    unit = cfg.TUNE.UNIT
-    end = cfg.OPTIMIZATION.NUM_EPOCHS * (1 if unit == "epoch" else watch.steps_per_epoch())
-    terms = Terms(unit, end, mode, concurrent, sweep_seed(cfg))
+    cfg, (metric, mode) = places.settled(sweep.cfg), objective(sweep.cfg)
+    search_path = tuple(str(Path(each).absolute()) for each in sys.path)
+    orders = Orders(cfg, metric, mode, sweep.known, launch, str(Path.cwd()), search_path)
+    actor = with_resources(with_parameters(TrialActor, orders=orders), PlacementGroupFactory(places.bundles))
+    end = cfg.OPTIMIZATION.NUM_EPOCHS * (1 if cfg.TUNE.UNIT == "epoch" else steps_per_epoch)
+    terms = Terms(cfg.TUNE.UNIT, end, mode, places.concurrent, sweep_seed(cfg))
     ray.tune.run(  # not a Tuner: that pickles all it is given, for a resume that a ledger does better
-        trainable,
+        actor,
         name=TUNES_FOLDER,
         storage_path=sweep.folder.storage.path_of(""),
         search_alg=trials,
@@ -326,7 +347,7 @@ class Trials(SearchAlgorithm):
         return self._finished or self.next_number >= self.total
 
 
-class Watch(Callback, Stopper):  # type: ignore[misc]
+class Watch(Callback, Stopper):
     """Writes down what Ray Tune's trials come to, shows it, and ends the sweep when that is wished.
 
     why:     why it ended before all trials had; "" if it did not
@@ -335,7 +356,8 @@ class Watch(Callback, Stopper):  # type: ignore[misc]
 
     def __init__(self, sweep: Sweep, trials: Trials, stop: threading.Event, mailbox: Mailbox, show: Show) -> None:
         self._sweep, self._trials, self._stop, self._mailbox, self._show = sweep, trials, stop, mailbox, show
-        self.why, self.failure = "", None
+        self.why = ""
+        self.failure: TrainingError | None = None
         self._failed_before = sum(trial.state == "failed" for trial in sweep.before.trials.values())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -397,7 +419,7 @@ class Watch(Callback, Stopper):  # type: ignore[misc]
         failed = [trial for trial in sweep.view.trials.values() if trial.state == "failed"]
         if len(failed) - self._failed_before > sweep.cfg.TUNE.MAX_FAILED:
             self.failure = TrainingError(
-                f"{len(failed)} trials of this sweep failed (TUNE.MAX_FAILED is {sweep.cfg.TUNE.MAX_FAILED}); the last, "
+                f"{len(failed)} trials of this sweep failed (TUNE.MAX_FAILED {sweep.cfg.TUNE.MAX_FAILED}); the last, "
                 f"trial {number}, said:\n{error}\nThe others are listed in {LEDGER}. The same command goes on"
             )
 

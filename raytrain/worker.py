@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -381,7 +381,16 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         multiprocessing.util._exit_function()  # type: ignore[attr-defined]
 
 
-def stand_where_the_driver_stands(job: Job) -> None:
+class Standpoint(Protocol):
+    """Where a driver stands: its folder, and where it imports from."""
+
+    @property
+    def cwd(self) -> str: ...
+    @property
+    def search_path(self) -> tuple[str, ...]: ...
+
+
+def stand_where_the_driver_stands(job: Standpoint) -> None:
     """Relative paths and imports mean what they mean in the driver, where this node has its folder."""
     with contextlib.suppress(OSError):
         os.chdir(job.cwd)

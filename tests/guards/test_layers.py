@@ -84,11 +84,20 @@ ORDER = [
     "launch",
     "torchrun",
     "evaluation",
+    "lineage",
+    "sweep_check",
+    "sweep",
+    "schedulers",
+    "trial",
+    "ahead_of_trials",
     "tune",
     "cli",
     "__main__",
 ]
-RAY_AT = {"own_cluster", "cluster", "control", "worker", "ahead", "lean", "meeting", "driver", "launch", "tune"}
+RAY_AT = {
+    *("own_cluster", "cluster", "control", "worker", "ahead", "lean", "meeting", "driver", "launch"),
+    *("schedulers", "trial", "ahead_of_trials", "tune"),
+}
 CONFIG = {"yamltree", "schema", "overrides", "tree", "swept", "config"}
 STORED = {"direct", "patience", "storage", "checkpoint", "store", "board", "pulse", "watchdog", "keeper"}
 WITHOUT_TORCH = {

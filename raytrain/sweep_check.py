@@ -1,0 +1,67 @@
+"""What can be known of a sweep before anything is trained: the metrics that its task gives, and how long a trial is."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from raytrain.config import Config
+from raytrain.errors import ConfigError
+from raytrain.loop import checked_metrics, predictions_of
+from raytrain.progress import Plan
+from raytrain.randomness import seed_all
+from raytrain.space import objective
+from raytrain.task import Task, make_task
+from raytrain.worker import build_datasets, torch_put_back
+
+FEW = 2000  # validation samples that an untrained model is scored on here; of more the first trial's evaluation tells
+
+
+@dataclasses.dataclass(frozen=True)
+class Prospect:
+    """steps_per_epoch: of a trial.   metrics: that its evaluations give; None where that would take long to find out"""
+
+    steps_per_epoch: int
+    metrics: tuple[str, ...] | None
+
+
+def look_ahead(cfg: Config) -> Prospect:
+    """Of the sweep `cfg`; ConfigError if its trials could not be compared as it says."""
+    seed_all(cfg.SEED, "task")
+    task = make_task(cfg)
+    datasets = build_datasets(task, cfg.SEED)
+    metric, _ = objective(cfg)
+    if "val" not in datasets:
+        raise ConfigError(
+            f"a sweep compares its trials by {metric!r} of their evaluations, but {type(task).__name__} has nothing to "
+            'evaluate: build_dataset("val") gives None. Give it a validation split'
+        )
+    optim_cfg, virtual_workers = cfg.OPTIMIZATION, cfg.SCALE.VIRTUAL_WORKERS or cfg.SCALE.NUM_WORKERS or 1
+    num_samples, batch_size = len(datasets["train"]), optim_cfg.BATCH_SIZE_PER_GPU
+    plan = Plan(num_samples, batch_size, virtual_workers, optim_cfg.ACCUMULATE, optim_cfg.NUM_EPOCHS)
+    metrics = metrics_given(task, datasets)
+    if metrics is not None and metric not in metrics:
+        raise ConfigError(
+            f"TUNE.METRIC is {metric!r}, which {type(task).__name__} does not give; it gives {', '.join(metrics)}"
+        )
+    return Prospect(plan.steps_per_epoch, metrics)
+
+
+def metrics_given(task: Task, datasets: dict[str, Any]) -> tuple[str, ...] | None:
+    """The names that an evaluation gives: of an untrained model, on the CPU."""
+    val = datasets["val"]
+    if not task.has_predict():
+        return ("loss",)
+    if len(val) > FEW:
+        return None
+    with torch_put_back(), torch.no_grad():
+        torch.set_num_threads(1)
+        model = task.build_model(datasets["train"]).eval()
+        found: list[Any] = []
+        for first in range(0, len(val), 32):
+            ids = range(first, min(first + 32, len(val)))
+            batch = task.to_device(task.collate([val[i] for i in ids]), torch.device("cpu"))
+            found += predictions_of(task, model, batch, len(ids))
+        return tuple(checked_metrics(task.score(found, val), task))
