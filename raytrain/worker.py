@@ -110,6 +110,7 @@ def run_job(job: Job, world: World, control: Control) -> Outcome:
         saves = Saves(store, kept)
         origin, notes = bring_to_start(run, store, job, kept)
         saves.describe(run, job.driver)
+        saves.prepare(run)
         if run.engine.why_ddp is not None:
             notes.append(f"ENGINE ddp, parameter by parameter, instead of flat buffers: {run.engine.why_ddp}")
         if run.unevaluated is not None and not feed.evaluate_after(run.progress.epoch):
