@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -91,6 +92,18 @@ class Kept:
 
     def close(self) -> None:
         self.line.close()
+
+
+def keeper_begun(run_uri: str, launch: str) -> threading.Thread:
+    """Has a keeper started on this host; what is done until this ends does not wait for that."""
+
+    def start() -> None:
+        with contextlib.suppress(OSError):  # join_keeper tells, if that fails too
+            board.started(run_uri, launch).close()
+
+    thread = threading.Thread(target=start, name="raytrain-keeper", daemon=True)
+    thread.start()
+    return thread
 
 
 def join_keeper(run_uri: str, launch: str, world: World) -> tuple[Kept | None, list[str]]:
