@@ -4,6 +4,7 @@ a read that asks the disk."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import functools
@@ -16,6 +17,9 @@ DIRECT_BYTES = 1 << 20  # what is shorter goes through the page cache
 BLOCK_BYTES = 4096  # O_DIRECT wants memory, offset and length aligned to it
 CHUNK_BYTES = 8 << 20  # read at once to be compared
 O_DIRECT = getattr(os, "O_DIRECT", 0)
+
+memcmp = ctypes.CDLL(None).memcmp
+memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
 @contextlib.contextmanager
@@ -61,11 +65,16 @@ def holds(handle: int, data: memoryview) -> bool:
 
 
 def equal(one: memoryview, other: memoryview) -> bool:
-    """Whether two stretches of bytes are equal. By words: 2.7 GB/s, where memoryviews of bytes make 0.3."""
+    """Whether two stretches of bytes are equal. By memcmp, at 8 GB/s and with no interpreter lock held.
+
+    By words where one is read-only, whose address ctypes does not tell: 2.7 GB/s. Memoryviews of bytes make 0.3.
+    """
+    if len(one) != len(other) or not one:
+        return len(one) == len(other)
+    if not (one.readonly or other.readonly):
+        return memcmp(*(ctypes.byref(ctypes.c_char.from_buffer(each)) for each in (one, other)), len(one)) == 0
     words = len(one) // 8 * 8
-    return len(one) == len(other) and (
-        one[:words].cast("Q") == other[:words].cast("Q") and one[words:] == other[words:]
-    )
+    return one[:words].cast("Q") == other[:words].cast("Q") and one[words:] == other[words:]
 
 
 def _directly(handle: int, transfer: Callable[[], int]) -> int:

@@ -71,6 +71,7 @@ class Engine:
         self.precision = Precision(optim_cfg, world.device)
         groups, options = stepped_groups(model, optim_cfg), options_of(optim_cfg)
         self.params = [p for group in groups for p in group]
+        self.num_moments = options.num_moments
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self._met = set(self.trainable)
         self._names = {p: name for name, p in model.named_parameters()}

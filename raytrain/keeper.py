@@ -163,8 +163,8 @@ class Keeper:
 
     def on_slots(self, line: Line, slot_bytes: int) -> None:
         """Larger memory, in place of what there was."""
-        self.slots = Slots(line.take(), slot_bytes)
-        threading.Thread(target=self.slots.fault_in, daemon=True).start()
+        self.slots = slots = Slots(line.take(), slot_bytes)
+        threading.Thread(target=slots.fetch, args=[lambda: self.slots is slots], daemon=True).start()
 
     def on_save(self, line: Line, slot: int, **order: Any) -> None:
         self.writer.take(Order(line, slot=slot, data=self.state(slot), progress=self.board.progress(slot), **order))
@@ -301,6 +301,7 @@ def main(run_uri: str, launch: str) -> None:
     listener.listen(64)
     if os.fork():
         os._exit(0)
+    listener.listen(64)  # once more: who connects is told the process that has called this
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it ends when there is nothing to keep
     nothing = os.open(os.devnull, os.O_RDWR)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from raytrain.board import SLOTS, Board, Slots
 from raytrain.errors import PreflightError
 from raytrain.payload import Blueprint, Leaves, OddPayload, Sheet, check_loadable, dumps, leaves_of, loads
 from raytrain.progress import Progress
-from raytrain.state import RunState, payload_of
+from raytrain.state import RunState, payload_of, size_to_come
 from raytrain.world import World
 
 WITHOUT = "no memory beside this process for the run's state, so training waits for each checkpoint to be written"
@@ -61,7 +62,7 @@ class Kept:
     def _greet(self) -> dict[str, Any]:
         self.line = board.started(self._run_uri, self._launch)
         self.line.say(op="hello", launch=self._launch)
-        told = self.line.hear()
+        told = self.line.hear_within(board.START_S)
         if "other" in told:
             self.line.close()
         return told
@@ -87,10 +88,22 @@ class Kept:
         """The run is over, and all of it is saved: the keeper ends, and this returns when it has."""
         with contextlib.suppress(EOFError, OSError):
             self.line.say(op="end")
-            self.line.hear()
+            self.line.hear_within(board.SAVE_S)
 
     def close(self) -> None:
         self.line.close()
+
+
+def keeper_begun(run_uri: str, launch: str) -> threading.Thread:
+    """Has a keeper started on this host; what is done until this ends does not wait for that."""
+
+    def start() -> None:
+        with contextlib.suppress(OSError):  # join_keeper tells, if that fails too
+            board.started(run_uri, launch).close()
+
+    thread = threading.Thread(target=start, name="raytrain-keeper", daemon=True)
+    thread.start()
+    return thread
 
 
 def join_keeper(run_uri: str, launch: str, world: World) -> tuple[Kept | None, list[str]]:
@@ -136,8 +149,8 @@ class Memory:
         taken = {*used, board.newest(), self._transfer.slot if self._transfer else None}
         return next((slot for slot in range(SLOTS) if slot not in taken and not board.is_read(slot)), None)
 
-    def put(self, run: RunState, slot: int) -> bool:
-        """Begin to copy the run's state to this slot; `settle` makes it the newest once it has arrived.
+    def put(self, run: RunState, slot: int, finite: torch.Tensor) -> bool:
+        """Begin to copy the run's state to this slot; `settle` makes it the newest once it has arrived, if `finite`.
 
         Whether it was the first of its shape there. TooSmall, and nothing is done: `make_room` comes first.
         """
@@ -154,13 +167,14 @@ class Memory:
             raise TooSmall(size_bytes)
         memory = self._kept.slots.view(slot, size_bytes)
         self._kept.board.begin(slot)
-        self._transfer = Transfer(slot, run.progress, size_bytes, run.world.device)
+        self._transfer = Transfer(slot, run.progress, size_bytes, finite)
         if blueprint is None:
             memory[:] = data
             self._transfer.begin(run, lambda: None)
             return False
         is_new = slot not in self._sheets
         if is_new:
+            self._kept.slots.touch(slot * self._kept.slots.slot_bytes, size_bytes)
             if on_gpu:
                 pin(memory)
             self._sheets[slot] = blueprint.sheet(memory)
@@ -171,11 +185,20 @@ class Memory:
             check_loadable(memory)
         return is_new
 
+    def prepare(self, run: RunState) -> None:
+        """Slots that will do for this run, unless a worker before has left some: the keeper fetches their memory."""
+        if self._kept.slots is None:
+            self.make_room(size_to_come(run))
+
     def make_room(self, size_bytes: int) -> None:
-        """Larger slots, for the keeper too; what is in the old ones is given up."""
+        """Larger slots, for the keeper too; of what is in the old ones, the newest state moves along."""
         self._sheets.clear()
-        self._kept.board.forget()
-        self._kept.slots = slots = Slots.made(size_bytes)
+        board, newest, slots = self._kept.board, self._kept.board.newest(), Slots.made(size_bytes)
+        if newest is not None and self._kept.slots is not None:
+            state = self._kept.state(newest)
+            slots.view(newest, len(state))[:] = state  # in the same slot: the board is right for old and new ones
+        board.forget_all_but(newest)
+        self._kept.slots = slots
         self._kept.line.say(op="slots", slot_bytes=slots.slot_bytes)
         self._kept.line.give(slots.descriptor)
 
@@ -192,24 +215,22 @@ class Memory:
 class Transfer:
     """One state on its way to a slot; from a GPU beside the computation, on a stream of its own."""
 
-    def __init__(self, slot: int, progress: Progress, size_bytes: int, device: torch.device) -> None:
+    def __init__(self, slot: int, progress: Progress, size_bytes: int, finite: torch.Tensor) -> None:
         self.slot, self.progress, self.size_bytes = slot, progress, size_bytes
-        self._device = device
         self._arrived: torch.cuda.Event | None = None
-        self._finite = torch.empty(0)
+        self._finite = finite
 
     def begin(self, run: RunState, fill: Callable[[], None]) -> None:
         """`fill` is called, and what it launches on a GPU is waited for by the next optimizer step alone."""
-        finite = run.engine.stepper.are_finite()
-        if self._device.type != "cuda":
-            self._finite = finite
+        device = run.world.device
+        if device.type != "cuda":
             fill()
             return
-        stream = side_stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+        stream = side_stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             fill()
-            self._finite = finite.to("cpu", non_blocking=True)
+            self._finite = self._finite.to("cpu", non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record(stream)
         run.engine.fence = self._arrived

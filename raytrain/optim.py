@@ -34,6 +34,11 @@ class Options:
     def is_adam(self) -> bool:
         return self.kind != "sgd"
 
+    @property
+    def num_moments(self) -> int:
+        """Tensors like itself that the optimizer keeps of each parameter."""
+        return 2 if self.is_adam else int(self.momentum > 0)
+
 
 def options_of(optim_cfg: Any) -> Options:
     """What the OPTIMIZATION section says; lr, beta1 and weight_decay are those before a schedule has its say."""

@@ -15,6 +15,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from raytrain.checkpoint import Manifest
 from raytrain.errors import CheckpointError, RaytrainError, StorageError
 from raytrain.memory import WITHOUT, Kept, Memory, TooSmall
@@ -126,6 +128,14 @@ class Saves:
             self._about = {"manifest": fields_of(manifest_of(run, None)), "policy": policy, "driver": driver}
             self._say(op="about", **self._about)
 
+    def prepare(self, run: RunState) -> None:
+        """Have memory for the states fetched from the system before the first one is copied."""
+        if self._memory is not None:
+            try:
+                self._memory.prepare(run)
+            except OSError as error:
+                self._do_without(run, error)
+
     def after_step(self, run: RunState) -> bool:
         """Keep the state in memory if that is due; whether it was. What failed in the background is raised here."""
         if self._kept is None or self._memory is None:
@@ -139,7 +149,7 @@ class Saves:
             return False
         began = time.perf_counter()
         try:
-            first = self._put(run, slot)
+            first = self._put(run, slot, run.engine.stepper.are_finite())
         except OSError as error:
             self._do_without(run, error)
             return False
@@ -162,7 +172,7 @@ class Saves:
     def save(
         self, run: RunState, metrics: dict[str, float | None] | None, now: float, may_be_replaced: bool = False
     ) -> Pending:
-        """Begin to save the run's state. One that waits to be written gives way to a newer one, if it may."""
+        """Begin to save the run's state, which is finite. One that waits gives way to a newer one, if it may."""
         began = time.perf_counter()
         save = Pending(run.progress, may_be_replaced)
         self._saved_at = now
@@ -199,7 +209,7 @@ class Saves:
             else:
                 time.sleep(LOOK_S)  # the keeper writes what workers that have died had ordered, and tells nobody
         try:
-            self._put(run, slot)
+            self._put(run, slot, torch.tensor(True))
         except OSError as error:
             self._do_without(run, error)
             return None
@@ -213,15 +223,15 @@ class Saves:
         self._kept = self._memory = None
         run.notes.append(f"{WITHOUT}: {error.strerror or error}")
 
-    def _put(self, run: RunState, slot: int) -> bool:
+    def _put(self, run: RunState, slot: int, finite: torch.Tensor) -> bool:
         """Copies the run's state; whether it was the first of its shape there."""
         assert self._memory is not None
         try:
-            return self._memory.put(run, slot)
+            return self._memory.put(run, slot, finite)
         except TooSmall as found:
             self.settle()  # the keeper still reads from the old ones
             self._memory.make_room(found.size_bytes)
-            return self._memory.put(run, slot)
+            return self._memory.put(run, slot, finite)
 
     def _used(self) -> set[int | None]:
         return {order.slot for order in self._orders.values()}

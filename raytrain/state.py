@@ -22,6 +22,8 @@ from raytrain.schedule import Schedule, build_schedule
 from raytrain.task import Task
 from raytrain.world import World
 
+TENSOR_BYTES = 1024  # about what a checkpoint.pth holds of a tensor besides its values: names, place, alignment
+
 
 @dataclasses.dataclass
 class RunState:
@@ -142,6 +144,13 @@ def payload_of(run: RunState) -> dict[str, Any]:
             "seed": run.seed,
         },
     }
+
+
+def size_to_come(run: RunState) -> int:
+    """Bytes of the run's checkpoint.pth once every parameter was stepped, roughly: only then are all moments there."""
+    tensors = [*run.model.parameters(), *run.model.buffers(), *run.engine.params * run.engine.num_moments]
+    copies = 1 if run.engine.guard.rollback_every is None else 2  # with the state that a rollback goes back to
+    return copies * sum(tensor.numel() * tensor.element_size() + TENSOR_BYTES for tensor in tensors)
 
 
 def restore(run: RunState, payload: dict[str, Any], where: str) -> None:

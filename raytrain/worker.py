@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from raytrain import loop
+from raytrain.board import is_possible
 from raytrain.config import Config, dump_config
 from raytrain.control import Control, RayControl
 from raytrain.errors import PreflightError
@@ -27,7 +28,7 @@ from raytrain.failure import failure_of
 from raytrain.feed import Feed, check_dataset
 from raytrain.gallery import pictures_of, why_not_drawn, write_pictures
 from raytrain.journal import Journal
-from raytrain.memory import Kept, join_keeper
+from raytrain.memory import Kept, join_keeper, keeper_begun
 from raytrain.precision import fp32_precisions, set_fp32_precisions, set_tf32
 from raytrain.progress import Plan, Progress
 from raytrain.pulse import Stacks, Stragglers, watched
@@ -82,6 +83,7 @@ def run_job(job: Job, world: World, control: Control) -> Outcome:
     """Collective. Build the run, bring it to where it stands, and train it."""
     cfg = job.cfg
     prepare_torch(cfg, world.device)
+    begun = keeper_begun(job.run_uri, job.launch) if world.is_first and is_possible() else None
     control.begin("Making the task")
     seed_all(cfg.SEED, "task")
     task = make_task(cfg)
@@ -97,6 +99,8 @@ def run_job(job: Job, world: World, control: Control) -> Outcome:
         stack.callback(folder.close)
         store = Store(folder.storage, cfg.CHECKPOINT, job.launch)
         control.begin("Joining the process that keeps the run's state")
+        if begun is not None:
+            begun.join()
         kept, told = join_keeper(job.run_uri, job.launch, world)
         run.notes.extend(told)
         if kept is not None:
@@ -110,6 +114,7 @@ def run_job(job: Job, world: World, control: Control) -> Outcome:
         saves = Saves(store, kept)
         origin, notes = bring_to_start(run, store, job, kept)
         saves.describe(run, job.driver)
+        saves.prepare(run)
         if run.engine.why_ddp is not None:
             notes.append(f"ENGINE ddp, parameter by parameter, instead of flat buffers: {run.engine.why_ddp}")
         if run.unevaluated is not None and not feed.evaluate_after(run.progress.epoch):

@@ -20,7 +20,7 @@ from test_loop import config
 
 from raytrain import board
 from raytrain.errors import PreflightError, StorageError
-from raytrain.memory import Kept
+from raytrain.memory import Kept, Memory
 from raytrain.payload import loads
 from raytrain.progress import Progress
 from raytrain.runfolder import RunFolder
@@ -225,6 +225,15 @@ def test_the_state_that_a_dead_launch_had_in_memory_is_saved_before_another_begi
     second.end()
 
 
+def test_a_keeper_that_is_stopped_is_named_instead_of_waited_for(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board, "ANSWER_S", 0.1)
+    os.kill(scene.keeper, signal.SIGSTOP)
+    for ask in (lambda: board.take_over(scene.uri, 0.0), lambda: Kept(scene.uri, "20260102-b")):
+        with pytest.raises(PreflightError, match=rf"{scene.keeper}, .* is stopped .* `kill -CONT {scene.keeper}`"):
+            ask()
+    os.kill(scene.keeper, signal.SIGCONT)
+
+
 def test_a_state_that_grows_moves_to_larger_memory(scene: Scene) -> None:
     scene.stand_at(1)
     scene.saves.after_step(scene.run)
@@ -233,6 +242,44 @@ def test_a_state_that_grows_moves_to_larger_memory(scene: Scene) -> None:
     scene.saves.after_step(scene.run)
     kept = loads(scene.kept.state(scene.kept.board.newest() or 0), "memory")
     assert kept["it"] == 2 and torch.equal(kept["model_state"]["cache"], payload_of(scene.run)["model_state"]["cache"])
+
+
+def test_the_newest_state_moves_along_to_larger_memory(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    scene.stand_at(1)
+    scene.saves.after_step(scene.run)
+    Memory(scene.kept).make_room(10_000_000)
+    assert scene.kept.newest == Progress(0, 1, 1) and weights(scene.kept.load()) == {1.0}
+    scene.kept.close()  # as the kernel does for a process that is killed
+    Kept(scene.uri, "20260102-b").end()
+    assert scene.names == ["checkpoint_step_1"]
+
+
+def test_memory_for_all_that_a_run_will_keep_is_fetched_before_its_first_step(scene: Scene) -> None:
+    scene.saves.prepare(scene.run)
+    slots = scene.kept.slots
+    assert slots is not None
+    deadline = time.monotonic() + 20
+    while os.fstat(slots.descriptor).st_blocks * 512 < 3 * slots.slot_bytes:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    engine = scene.run.engine
+    engine.zero_grad()
+    engine.backward(torch.stack([param.square().sum() for param in scene.run.model.parameters()]).sum(), 1.0)
+    engine.step(0.1, 0.9, ())
+    scene.run.progress = Progress(0, 1, 1)
+    assert scene.saves.after_step(scene.run) and scene.kept.slots is slots
+    assert loads(scene.kept.state(0), "memory")["optimizer_state"]["state"]
+
+
+def test_a_state_copied_while_its_memory_is_being_fetched_is_whole(scene: Scene) -> None:
+    scene.run.model.register_buffer("cache", torch.arange(20_000_000, dtype=torch.float32))
+    scene.saves.prepare(scene.run)
+    for step in range(1, 5):
+        scene.stand_at(step)
+        scene.saves.after_step(scene.run)
+        state = scene.kept.load()["model_state"]
+        assert torch.equal(state["cache"], scene.run.model.cache)  # type: ignore[arg-type]
 
 
 def test_memory_that_was_too_small_is_given_back_by_worker_and_keeper(scene: Scene) -> None:
