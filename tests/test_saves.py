@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from optimization import settings
 from processes import Pair, keepers_of
 from test_loop import config
 
@@ -266,7 +267,7 @@ def test_memory_for_all_that_a_run_will_keep_is_fetched_before_its_first_step(sc
     engine = scene.run.engine
     engine.zero_grad()
     engine.backward(torch.stack([param.square().sum() for param in scene.run.model.parameters()]).sum(), 1.0)
-    engine.step(0.1, 0.9, ())
+    engine.step(settings(0.1, 0.9), ())
     scene.run.progress = Progress(0, 1, 1)
     assert scene.saves.after_step(scene.run) and scene.kept.slots is slots
     assert loads(scene.kept.state(0), "memory")["optimizer_state"]["state"]

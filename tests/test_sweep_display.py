@@ -146,6 +146,9 @@ def test_a_sweep_goes_on_when_nobody_reads_any_more() -> None:
     )
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=here, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120
+    )
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "went on\n")
