@@ -154,13 +154,13 @@ def find_start(cfg: Config, options: Options) -> Start:
     return Start(cfg, options, run_dir, store, origin)
 
 
-def check_writable(storage: Storage) -> None:
+def check_writable(storage: Storage, folder: str = "ckpt") -> None:
     """A StorageError says what is wrong with the disk, the bucket, the credentials, the network: now, not at the
     first checkpoint."""
     storage.list("")  # the one request to which S3 says whether it is the key or its secret that is wrong
-    storage.makedirs("ckpt")
-    storage.write_bytes(f"ckpt/{PROBE}", b"")
-    storage.remove_tree(f"ckpt/{PROBE}")
+    storage.makedirs(folder)
+    storage.write_bytes(f"{folder}/{PROBE}", b"")
+    storage.remove_tree(f"{folder}/{PROBE}")
 
 
 def start_over(store: Store, overwrite: bool) -> None:

@@ -33,7 +33,7 @@ from raytrain.schedulers import POPULATIONS, Terms, build_scheduler
 from raytrain.search import Search, Told, build_search
 from raytrain.signals import signals_wish_stop
 from raytrain.space import objective, sweep_seed
-from raytrain.start import check_writable, run_dir_of
+from raytrain.start import ANSWER_S, check_writable, run_dir_of
 from raytrain.storage import joined, open_storage
 from raytrain.sweep import BEST, CONFIG, Sweep, check_same
 from raytrain.sweep_check import look_ahead
@@ -118,7 +118,7 @@ def tune(
     search = build_search(cfg, sweep_seed(cfg))
     load_task_class(cfg.TASK)
     run_dir = run_dir_of(cfg)
-    check_writable(open_storage(run_dir, 3.0))
+    check_writable(open_storage(run_dir, ANSWER_S), TUNES_FOLDER)
     folder = RunFolder(run_dir, LEDGER)
     with contextlib.ExitStack() as stack:
         stack.callback(folder.close)

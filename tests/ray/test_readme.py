@@ -65,6 +65,8 @@ def test_commands(command, folder):
     words = shlex.split(command)[1:]
     if words[0] == "train" and "--epochs" not in words and "digits" in command:
         words[1:1] = ["--epochs", "2"]
+    if words[0] == "tune":  # a few of its trials
+        words += ["--num_samples", "3", "--epochs", "3"]
     if "pointpillars_sim" in command and words[0] != "simulate":  # a few of its scenes
         words += [] if "--set" in words else ["--set"]
         words += FEW_SCENES
