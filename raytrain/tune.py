@@ -41,9 +41,7 @@ from raytrain.sweep_report import HTML, write_report
 from raytrain.task import load_task_class
 from raytrain.trial import Orders, TrialActor
 
-TUNES_FOLDER = (
-    "tune"  # what Ray Tune keeps for itself; a sweep is resumed from its ledger, so this goes with the launch
-)
+TUNES_FOLDER = "tune"  # what Ray Tune keeps for itself; a sweep is resumed from its ledger, so it goes with the launch
 DEATHS = 3  # restarts of a trial whose process has died
 SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials have journals of their own
@@ -71,7 +69,6 @@ class SweepOptions:
 
     address: str | None = None
     extend: int = 0
-    overwrite: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +119,8 @@ def tune(
     folder = RunFolder(run_dir, LEDGER)
     with contextlib.ExitStack() as stack:
         stack.callback(folder.close)
-        stack.enter_context(folder.locked(patience_s=3.0))
+        stack.enter_context(folder.locked(ANSWER_S))
+        stack.callback(folder.storage.remove_tree, TUNES_FOLDER)
         check_same(cfg, folder)
         stop = stop or stack.enter_context(signals_wish_stop())
         used = ahead or stack.enter_context(cluster.starting_for_trials(cfg, options.address))
@@ -203,14 +201,13 @@ def run_trials(
     trials = Trials(sweep, search, number_of_trials(sweep, search, options), places.concurrent)
     sweep.folder.storage.write_bytes(CONFIG, dump_config(cfg).encode())
     sweep.note("sweep", **facts(cfg, trials.total, places.concurrent))
-    mailbox, storage = Mailbox(launch), sweep.folder.storage
+    mailbox = Mailbox(launch)
     watch = Watch(sweep, trials, stop, mailbox, show)
     try:
         with ray_tune_settings():
             fit(sweep, trials, watch, launch, places, steps_per_epoch)
     finally:
         mailbox.clear()
-        storage.remove_tree(TUNES_FOLDER)
     status = "stopped" if watch.why else "finished"
     best = sweep.view.best
     sweep.note(
