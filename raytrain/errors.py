@@ -69,5 +69,9 @@ class TrainingError(RaytrainError):
     """Training failed on a worker; the message is the one screen a user sees."""
 
 
+class DivergedError(TrainingError):
+    """Losses, gradients or weights did not stay finite: it would end so wherever it is trained."""
+
+
 class LostWorkerError(TrainingError):
     """Another worker process has died or got stuck, and this one waited for it."""

@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from raytrain.errors import EXIT_FAILED, DataError, LostLoaderError, LostWorkerError, RaytrainError
+from raytrain.errors import EXIT_FAILED, DataError, DivergedError, LostLoaderError, LostWorkerError, RaytrainError
 
 HERE = Path(__file__).parent
 
@@ -23,6 +23,7 @@ def failure_of(error: BaseException, rank: int, at: dict[str, Any], logs: str) -
         **at,
         "error": f"{type(error).__name__}: {error}",
         "expected": explains_itself(error),
+        "diverged": isinstance(error, DivergedError),
         "lost_another": lost_another(error),
         "lost_loader": isinstance(error, LostLoaderError),
         "message": str(error),

@@ -17,7 +17,7 @@ from raytrain.config import Config, load_config, with_overrides
 from raytrain.control import Judge, LocalControl, never_ends
 from raytrain.display import Display, failure_screen
 from raytrain.driver import Fit, Inbox, Show, say
-from raytrain.errors import RaytrainError, TrainingError
+from raytrain.errors import DivergedError, RaytrainError, TrainingError
 from raytrain.failure import explains_itself, failure_of, keep_traceback
 from raytrain.own_cluster import is_tested
 from raytrain.records import Record
@@ -245,6 +245,7 @@ def worker_callbacks(launch_id: str) -> list[Any]:
 def as_seen(failure: dict[str, Any]) -> RaytrainError:
     """The error that a user sees: the message alone where it explains itself, else the failure screen."""
     text = failure["message"] if failure["expected"] else failure_screen(failure)
-    error = TrainingError("\n\n".join(filter(None, [text, failure.get("given_up")])))
+    kind = DivergedError if failure.get("diverged") else TrainingError
+    error = kind("\n\n".join(filter(None, [text, failure.get("given_up")])))
     error.exit_status = failure["exit_status"]
     return error

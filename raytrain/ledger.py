@@ -10,7 +10,7 @@ result   trial, epoch, step, value, metrics {}, seconds (of training, of this tr
 clone    it goes on from another trial's state: trial, epoch, from, params, config_phases
 stopped  for good: trial, epoch, why
 done     all its epochs are trained: trial, epoch
-failed   trial, epoch, error, logs
+failed   trial, epoch, error, logs, why (diverged, or null)
 end      a launch ends: status, best, value, seconds
 """
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from raytrain.engine import Stepped
-from raytrain.errors import RaytrainError, TaskError, TrainingError
+from raytrain.errors import DivergedError, RaytrainError, TaskError
 from raytrain.feed import BatchKey, Feed, Step
 from raytrain.guard import LATE_STEPS
 from raytrain.journal import Journal
@@ -188,7 +188,7 @@ def end_badly(run: RunState, saves: Saves, journal: Journal, control: Control, w
     run.pulse.phase(REDUCE)
     run.world.all_objects(None)  # whoever ends first takes the others along, and rank 0 has to save
     kept = f"{name} holds the state, which is good" if trained else "not one step was good, so nothing is lost"
-    raise TrainingError(
+    raise DivergedError(
         f"{why_end}; {kept}. Look at these samples and at the loss in journal.jsonl; lower OPTIMIZATION.LR or "
         "GRAD_NORM_CLIP, or leave out USE_AMP. The same command goes on"
     )
@@ -321,7 +321,7 @@ def save_checkpoint(
         return None
     if not bool(run.engine.stepper.are_finite()):
         bad = [name for name, param in run.model.named_parameters() if not bool(param.isfinite().all())]
-        raise TrainingError(
+        raise DivergedError(
             f"after step {run.progress.step} the weights are no longer finite ({', '.join(bad[:3])}"
             f"{', ...' if len(bad) > 3 else ''}); they were not saved and the last good checkpoint is untouched. "
             "Lower OPTIMIZATION.LR or GRAD_NORM_CLIP, or look at the loss in journal.jsonl"

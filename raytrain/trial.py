@@ -22,7 +22,7 @@ from ray.tune import Trainable
 from raytrain import worker
 from raytrain.cluster import Mailbox
 from raytrain.config import Config
-from raytrain.errors import RaytrainError, TaskError, masked
+from raytrain.errors import DivergedError, RaytrainError, TaskError, masked
 from raytrain.launch import launch, silent
 from raytrain.lineage import Lineage, Params
 from raytrain.progress import Progress
@@ -33,6 +33,7 @@ from raytrain.storage import Storage, open_storage
 from raytrain.store import Saved, Store
 from raytrain.tree import at
 
+DIVERGED = "diverged"  # why a trial failed whose losses, gradients or weights did not stay finite
 POLL_S = 0.2  # how often it is looked whether the sweep shall stop
 LEAVE_S = 60.0  # so long a run may take to save its state and end
 
@@ -45,6 +46,7 @@ class Orders:
     metric:  of the evaluation, by which trials are compared
     known:   results by (trial, Lineage.key, epoch), from earlier launches of the sweep
     launch:  names the mailbox in which the wish to stop is put
+    steps_per_epoch: of a trial, by the sweep's config
     cwd, search_path: of the driver, as in worker.Job
     """
 
@@ -53,6 +55,7 @@ class Orders:
     mode: str
     known: dict[tuple[int, str, int], dict[str, Any]]
     launch: str
+    steps_per_epoch: int
     cwd: str
     search_path: tuple[str, ...]
 
@@ -97,7 +100,7 @@ class TrialActor(Trainable):
 
     A result holds: epoch, step, value (None: not finite), score (value, or the worst there is), metrics, seconds (of
     training, of this trial, so far), key (Lineage.key), and `ended` with the last one: "done", "failed" (with `error`)
-    or "interrupted".
+    or "interrupted". One that failed since it diverged holds `why` and a score too.
     """
 
     def setup(self, config: Params, orders: Orders) -> None:  # type: ignore[override]  # see tune.with_parameters
@@ -157,11 +160,9 @@ class TrialActor(Trainable):
         storage = open_storage(run_dir)
         newest = newest_of(storage, cfg)
         resume = "auto"
-        if newest is not None and not is_of(cfg, self.lineage.base, newest):
+        if newest is None or not is_of(cfg, self.lineage.base, newest):
             Store(storage, cfg.CHECKPOINT, f"{self.orders.launch}-{time.time_ns()}").supersede(Progress(-1))
-            newest = None
-        if newest is None:
-            resume = self._source_that_stands(cfg) or "never"
+            resume = self._source_that_stands(cfg) or "auto"
         elif self.epoch < newest.manifest.progress.epoch:
             found = evaluated(storage, self.next_epoch, since=self.lineage.phases[-1][0] if self.lineage.phases else 0)
             if found is not None:
@@ -169,7 +170,7 @@ class TrialActor(Trainable):
         worker.redirect_output(run_dir, 0)
         if self.wished.is_set():
             raise InterruptedError
-        self.training = Training(cfg, Options(resume=resume, overwrite=resume == "never"))
+        self.training = Training(cfg, Options(resume=resume))
         if self.wished.is_set():
             self.training.stop.set()
         return None
@@ -241,7 +242,12 @@ class TrialActor(Trainable):
             return {"ended": "interrupted", "done": True, "epoch": self.epoch}
         expected = isinstance(error, RaytrainError)
         text = str(error) if expected else "".join(traceback.format_exception(error))
-        return {"ended": "failed", "done": True, "epoch": self.epoch, "error": masked(text)}
+        failed = {"ended": "failed", "done": True, "epoch": self.epoch, "error": masked(text)}
+        if not isinstance(error, DivergedError):
+            return failed
+        # To the schedulers as if its next evaluation had been the worst there is.
+        step = self.next_epoch * self.orders.steps_per_epoch
+        return {**failed, "epoch": self.next_epoch, "step": step, "score": self.worst, "why": DIVERGED}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """Where this trial stands; its state is in its run folder."""

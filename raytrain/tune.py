@@ -26,7 +26,7 @@ from raytrain.advice import advice_lines, clip_advice
 from raytrain.cluster import Mailbox
 from raytrain.config import Config, dump_config, with_values
 from raytrain.errors import PreflightError, TrainingError
-from raytrain.ledger import LEDGER, SweepView
+from raytrain.ledger import LEDGER, SweepView, TrialView
 from raytrain.own_cluster import is_tested
 from raytrain.runfolder import RunFolder
 from raytrain.schedulers import POPULATIONS, Terms, build_scheduler
@@ -39,7 +39,7 @@ from raytrain.sweep import BEST, CONFIG, Sweep, check_same
 from raytrain.sweep_check import look_ahead
 from raytrain.sweep_report import HTML, write_report
 from raytrain.task import load_task_class
-from raytrain.trial import Orders, TrialActor
+from raytrain.trial import DIVERGED, Orders, TrialActor
 
 TUNES_FOLDER = "tune"  # what Ray Tune keeps for itself; a sweep is resumed from its ledger, so it goes with the launch
 DEATHS = 3  # restarts of a trial whose process has died
@@ -49,7 +49,6 @@ SETTINGS = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that failed has none
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",
     "TUNE_WARN_SLOW_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "86400",
-    "TUNE_RESULT_BUFFER_LENGTH": "1",
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "86400",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
@@ -257,7 +256,7 @@ def fit(sweep: Sweep, trials: Trials, watch: Watch, launch: str, places: Places,
     """Ray Tune's part: returns once no trial is left, or none is wanted any more."""
     cfg, (metric, mode) = places.settled(sweep.cfg), objective(sweep.cfg)
     search_path = tuple(str(Path(each).absolute()) for each in sys.path)
-    orders = Orders(cfg, metric, mode, sweep.known, launch, str(Path.cwd()), search_path)
+    orders = Orders(cfg, metric, mode, sweep.known, launch, steps_per_epoch, str(Path.cwd()), search_path)
     actor = with_resources(with_parameters(TrialActor, orders=orders), PlacementGroupFactory(places.bundles))
     end = cfg.OPTIMIZATION.NUM_EPOCHS * (1 if cfg.TUNE.UNIT == "epoch" else steps_per_epoch)
     terms = Terms(cfg.TUNE.UNIT, end, mode, places.concurrent, sweep_seed(cfg))
@@ -320,9 +319,16 @@ class Trials(SearchAlgorithm):
         )
 
     def _told(self) -> list[Told]:
-        """What the trials so far have come to."""
-        view = self._sweep.view
-        return [Told(self._sweep.lineages[n].base, trial.best, trial.epoch) for n, trial in sorted(view.trials.items())]
+        """What the trials so far have come to; those that diverged, to no more than the worst of the others."""
+        view, lineages = self._sweep.view, self._sweep.lineages
+        bests = [trial.best for trial in view.trials.values() if trial.best is not None]
+        worst = (min if view.mode == "max" else max)(bests, default=None)
+        return [
+            Told(lineages[number].base, worst, max(trial.epoch, 1))
+            if trial.why == DIVERGED
+            else Told(lineages[number].base, trial.best, trial.epoch)
+            for number, trial in sorted(view.trials.items())
+        ]
 
     def _trial(self, number: int, params: dict[str, Any]) -> Trial:
         spec = self._spec
@@ -344,6 +350,11 @@ class Trials(SearchAlgorithm):
         return self._finished or self.next_number >= self.total
 
 
+def failures(view: SweepView) -> list[TrialView]:
+    """The trials that count for TUNE.MAX_FAILED: that some values lead nowhere is what a sweep is to find out."""
+    return [trial for trial in view.trials.values() if trial.state == "failed" and trial.why != DIVERGED]
+
+
 class Watch(Callback, Stopper):
     """Writes down what Ray Tune's trials come to, shows it, and ends the sweep when that is wished.
 
@@ -355,7 +366,7 @@ class Watch(Callback, Stopper):
         self._sweep, self._trials, self._stop, self._mailbox, self._show = sweep, trials, stop, mailbox, show
         self.why = ""
         self.failure: TrainingError | None = None
-        self._failed_before = sum(trial.state == "failed" for trial in sweep.before.trials.values())
+        self._failed_before = len(failures(sweep.before))
 
     def __getstate__(self) -> dict[str, Any]:
         """Ray Tune writes down who stops its trials; nothing reads it."""
@@ -397,9 +408,10 @@ class Watch(Callback, Stopper):
     def on_trial_complete(self, iteration: int, trials: Any, trial: Trial, **info: Any) -> None:
         number, result = int(trial.trial_id), trial.last_result or {}
         ended, epoch = result.get("ended"), result.get("epoch", 0)
-        state = self._sweep.view.trials[number].state
+        view = self._sweep.view.trials[number]
+        state = view.state
         if ended == "failed":
-            self._note_failure(number, epoch, result["error"])
+            self._note_failure(number, view.epoch, result["error"], result.get("why"))
         elif ended == "done" and state != "done":
             self._sweep.note("done", trial=number, epoch=epoch)
         elif ended is None and state != "stopped":
@@ -409,11 +421,11 @@ class Watch(Callback, Stopper):
         epoch = (trial.last_result or {}).get("epoch", 0)
         self._note_failure(int(trial.trial_id), epoch, f"its process died {DEATHS + 1} times")
 
-    def _note_failure(self, number: int, epoch: int, error: str) -> None:
+    def _note_failure(self, number: int, epoch: int, error: str, why: str | None = None) -> None:
         sweep = self._sweep
         logs = f"{sweep.folder.storage.path_of('')}/trial_{number:04d}/logs"
-        sweep.note("failed", trial=number, epoch=epoch, error=error, logs=logs)
-        failed = [trial for trial in sweep.view.trials.values() if trial.state == "failed"]
+        sweep.note("failed", trial=number, epoch=epoch, error=error, logs=logs, why=why)
+        failed = failures(sweep.view)
         if len(failed) - self._failed_before > sweep.cfg.TUNE.MAX_FAILED:
             self.failure = TrainingError(
                 f"{len(failed)} trials of this sweep failed (TUNE.MAX_FAILED {sweep.cfg.TUNE.MAX_FAILED}); the last, "
