@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -118,7 +119,9 @@ class Population(Orderly):
             PopulationBasedTraining.on_trial_result(self, controller, last, flatten_dict(last.last_result))  # type: ignore[arg-type]
 
     def _exploit(self, controller: Any, trial: Trial, source: Trial) -> None:
-        super()._exploit(controller, trial, source)  # type: ignore[misc]
+        with warnings.catch_warnings():  # of PB2's Gaussian process on how well it fits, in the middle of the table
+            warnings.simplefilter("ignore")
+            super()._exploit(controller, trial, source)  # type: ignore[misc]
         epoch = int(self._trial_state[source].last_result["epoch"])  # type: ignore[attr-defined]
         self.past.cloned(int(trial.trial_id), int(source.trial_id), epoch, dict(trial.config))
 

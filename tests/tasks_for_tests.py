@@ -137,6 +137,13 @@ class Unscored(Exact):
         return super().build_dataset(split) if split == "train" else None
 
 
+class Longer(Exact):
+    """Its model is the same for any number of epochs up to 8, so that a run of it can be made longer."""
+
+    def build_model(self, dataset: Points) -> Net:
+        return Net(8, self.cfg.DATA_CONFIG.NUM_SAMPLES)
+
+
 class SplitByChance(Exact):
     """Draws its split from the global generator, as many tasks do."""
 
