@@ -38,10 +38,11 @@ from benchmarks.measure import (
     table,
     write_json,
 )
-from benchmarks.sweeping import POINTS, TOLD, config_of
+from benchmarks.sweeping import TOLD, config_of
 
 ROUNDS, SEEDS = 3, 10
 CONCURRENT = 2
+PER_AXIS = 4
 EPOCHS = 10
 IDIOM_TRIALS = 4
 TIMEOUT_S = 600.0
@@ -51,30 +52,31 @@ PARTS = ("trials", "asha")
 Measured = dict[str, Any]
 
 
-def by_raytrain(folder: Path, epochs: int) -> Measured:
+def by_raytrain(folder: Path, epochs: int, per_axis: int = PER_AXIS) -> Measured:
     """The command's seconds, and those of it up to the first step of any trial."""
-    command = [sys.executable, "-m", "raytrain", "tune", "--cfg_file", str(config_of(folder, epochs, CONCURRENT))]
+    path = config_of(folder, epochs, per_axis, CONCURRENT)
+    command = [sys.executable, "-m", "raytrain", "tune", "--cfg_file", str(path)]
     began, ended = run_command(command, folder, TIMEOUT_S)
     journals = list(folder.glob("output/sweep/default/trial_*/journal.jsonl"))
-    if len(journals) != len(POINTS):
-        raise BenchmarkError(f"`raytrain tune` trained {len(journals)} of {len(POINTS)} trials")
+    if len(journals) != per_axis**2:
+        raise BenchmarkError(f"`raytrain tune` trained {len(journals)} of {per_axis**2} trials")
     first = min(record["time"] for path in journals for record in records(path) if record["kind"] == "step")
     return {"whole_s": ended - began, "start_s": first - began}
 
 
-def by_ray(folder: Path, epochs: int, num_trials: int) -> Measured:
+def by_ray(folder: Path, epochs: int, num_trials: int, per_axis: int = PER_AXIS) -> Measured:
     """Seconds of all trials, of which `num_trials` were run: see above."""
-    config_of(folder, epochs, CONCURRENT)
+    config_of(folder, epochs, per_axis, CONCURRENT)
     words = ["ray", str(folder), str(num_trials), str(CONCURRENT)]
     began, ended = run_command([sys.executable, "-m", "benchmarks.sweeping", *words], folder, TIMEOUT_S)
     told = json.loads((folder / TOLD).read_text())
     fit_s = told["ended"] - told["began"]
-    return {"whole_s": ended - began + fit_s * (len(POINTS) / num_trials - 1), "measured_s": ended - began}
+    return {"whole_s": ended - began + fit_s * (per_axis**2 / num_trials - 1), "measured_s": ended - began}
 
 
-def bare(folder: Path, epochs: int) -> Measured:
+def bare(folder: Path, epochs: int, per_axis: int = PER_AXIS) -> Measured:
     """Seconds of all trials one after another, divided by CONCURRENT: what a sweep without any cost would take."""
-    config_of(folder, epochs, CONCURRENT)
+    config_of(folder, epochs, per_axis, CONCURRENT)
     run_command([sys.executable, "-m", "benchmarks.sweeping", "bare", str(folder)], folder, TIMEOUT_S)
     return {"whole_s": sum(json.loads((folder / TOLD).read_text())["trials_s"]) / CONCURRENT}
 
@@ -106,7 +108,7 @@ def measure_trials(rounds: int, epochs: int, num_trials: int) -> dict[str, Any]:
         "epochs": epochs,
         "idiom_trials": num_trials,
         "whole_s": whole_s,
-        "per_minute": {key: [60 * len(POINTS) / s for s in values] for key, values in whole_s.items()},
+        "per_minute": {key: [60 * PER_AXIS**2 / s for s in values] for key, values in whole_s.items()},
         "x_ray_tune": ratios(whole_s["ray-tune"], whole_s["raytrain"]),
         "x_bare": ratios(whole_s["raytrain"], whole_s["bare"]),
         "start_s": start_s,
@@ -120,7 +122,7 @@ def shown_trials(report: dict[str, Any]) -> str:
         "ray-tune": f"TorchTrainer in a Tune function, documented ({report['idiom_trials']} trials run)",
         "bare": f"bare, one after another, over {CONCURRENT}",
     }
-    heads = [f"{len(POINTS)} trials of {report['epochs']} epochs, {CONCURRENT} at a time", "seconds", "trials a minute"]
+    heads = [f"{PER_AXIS**2} trials of {report['epochs']} epochs, {CONCURRENT} at a time", "seconds", "trials a minute"]
     rows = [[name, spread(report["whole_s"][key]), spread(report["per_minute"][key])] for key, name in names.items()]
     lines = [
         f"trials a minute, x the idiom's: {spread(report['x_ray_tune'])}",

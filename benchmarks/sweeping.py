@@ -34,7 +34,7 @@ from raytrain.tasks.digits import DigitsTask
 
 LRS = (0.001, 0.003, 0.01, 0.03)
 CLIPS = (0.3, 1.0, 10.0, 100.0)
-POINTS = list(itertools.product(LRS, CLIPS))
+SWEPT = ("OPTIMIZATION.LR", "OPTIMIZATION.GRAD_NORM_CLIP")
 CONFIG, TOLD = "sweep.yaml", "told.json"
 PREPARES = {"CPU": 0.01}  # of Tune: two trials that reserve a core each leave none for their workers, and wait for ever
 
@@ -43,8 +43,14 @@ def bare(folder: Path) -> dict[str, Any]:
     """Seconds of each trial. A first, short one, which is not counted, imports all there is to import."""
     cfg = with_values(load_config(folder / CONFIG), {"TUNE": {}, "SCALE.VIRTUAL_WORKERS": 1})
     trained_s(cfg, "warm", {"OPTIMIZATION.NUM_EPOCHS": 1})
-    points = [{"OPTIMIZATION.LR": lr, "OPTIMIZATION.GRAD_NORM_CLIP": clip} for lr, clip in POINTS]
+    points = [dict(zip(SWEPT, point, strict=True)) for point in points_of(folder)]
     return {"trials_s": [trained_s(cfg, f"bare_{i}", point) for i, point in enumerate(points)]}
+
+
+def points_of(folder: Path) -> list[tuple[float, float]]:
+    """(LR, GRAD_NORM_CLIP) of each trial."""
+    space = load_config(folder / CONFIG).to_tree()["TUNE"]["SPACE"]
+    return list(itertools.product(*(space[key]["grid"] for key in SWEPT)))
 
 
 def trained_s(cfg: Config, name: str, values: dict[str, Any]) -> float:
@@ -99,7 +105,7 @@ def trial_func(config: dict[str, Any], folder: str) -> None:
 def by_ray_tune(folder: Path, num_trials: int, concurrent: int) -> dict[str, Any]:
     """When Tune began and ended, by time.time()."""
     cfg = with_values(load_config(folder / CONFIG), {"TUNE": {}})
-    points = [{"lr": lr, "clip": clip, "cfg": cfg.to_tree()} for lr, clip in POINTS[:num_trials]]
+    points = [{"lr": lr, "clip": clip, "cfg": cfg.to_tree()} for lr, clip in points_of(folder)[:num_trials]]
     ray.init(num_cpus=concurrent)
     function = functools.partial(trial_func, folder=str(folder / "ray_results"))
     tuner = ray.tune.Tuner(
@@ -122,8 +128,8 @@ def main() -> None:
     (folder / TOLD).write_text(json.dumps(found))
 
 
-def config_of(folder: Path, epochs: int, concurrent: int) -> Path:
-    """The sweep's YAML, written to `folder`: the digits example, at POINTS."""
+def config_of(folder: Path, epochs: int, per_axis: int, concurrent: int) -> Path:
+    """The sweep's YAML, written to `folder`: the digits example, at the first `per_axis` of LRS and of CLIPS."""
     root = Path(__file__).parents[1]
     config = {
         "_BASE_CONFIG_": str(root / "configs" / "digits.yaml"),
@@ -131,10 +137,7 @@ def config_of(folder: Path, epochs: int, concurrent: int) -> Path:
         "OPTIMIZATION": {"NUM_EPOCHS": epochs},
         "SCALE": {"NUM_WORKERS": 1},
         "TUNE": {
-            "SPACE": {
-                "OPTIMIZATION.LR": {"grid": list(LRS)},
-                "OPTIMIZATION.GRAD_NORM_CLIP": {"grid": list(CLIPS)},
-            },
+            "SPACE": {key: {"grid": list(values[:per_axis])} for key, values in zip(SWEPT, (LRS, CLIPS), strict=True)},
             "METRIC": "accuracy",
             "MODE": "max",
             "SEARCH": "grid",

@@ -45,6 +45,7 @@ class Orders:
     metric:  of the evaluation, by which trials are compared
     known:   results by (trial, Lineage.key, epoch), from earlier launches of the sweep
     launch:  names the mailbox in which the wish to stop is put
+    datasets: for every trial, packed; None where each is to build its own
     cwd, search_path: of the driver, as in worker.Job
     """
 
@@ -53,6 +54,7 @@ class Orders:
     mode: str
     known: dict[tuple[int, str, int], dict[str, Any]]
     launch: str
+    datasets: bytes | None
     cwd: str
     search_path: tuple[str, ...]
 
@@ -169,7 +171,9 @@ class TrialActor(Trainable):
         worker.redirect_output(run_dir, 0)
         if self.wished.is_set():
             raise InterruptedError
-        self.training = Training(cfg, Options(resume=resume, overwrite=resume == "never"))
+        self.training = Training(
+            cfg, Options(resume=resume, overwrite=resume == "never", datasets=self.orders.datasets)
+        )
         if self.wished.is_set():
             self.training.stop.set()
         return None
