@@ -133,7 +133,7 @@ def run_here(start: Start, stop: threading.Event, show: Show, judge: Judge) -> s
     control = LocalControl(show, stop, judge)
     try:
         with torch_put_back():
-            return run_job(job, world, control).status
+            return run_job(job, world, control, start.options.datasets).status
     except Exception as error:
         if explains_itself(error):
             raise

@@ -36,6 +36,7 @@ class Options:
 
     batch_size: of a step over all virtual workers, in place of BATCH_SIZE_PER_GPU
     dashboard:  whether a cluster that is started for the run serves Ray's
+    datasets:   packed, in place of those that would be built; for a run in this process
     """
 
     address: str | None = None
@@ -45,6 +46,7 @@ class Options:
     pretrained: str | None = None
     batch_size: int | None = None
     dashboard: bool = False
+    datasets: bytes | None = None
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -10,6 +10,7 @@ import torch
 from raytrain.config import Config
 from raytrain.errors import ConfigError
 from raytrain.loop import checked_metrics, predictions_of
+from raytrain.packed import are_the_same_for_all, built_and_packed
 from raytrain.progress import Plan
 from raytrain.randomness import seed_all
 from raytrain.space import objective
@@ -21,17 +22,21 @@ FEW = 2000  # validation samples that an untrained model is scored on here; of m
 
 @dataclasses.dataclass(frozen=True)
 class Prospect:
-    """steps_per_epoch: of a trial.   metrics: that its evaluations give; None where that would take long to find out"""
+    """steps_per_epoch: of a trial.   metrics: that its evaluations give; None where that would take long to find out
+
+    datasets: for every trial, packed; None where each is to build its own
+    """
 
     steps_per_epoch: int
     metrics: tuple[str, ...] | None
+    datasets: bytes | None
 
 
 def look_ahead(cfg: Config) -> Prospect:
     """Of the sweep `cfg`; ConfigError if its trials could not be compared as it says."""
     seed_all(cfg.SEED, "task")
     task = make_task(cfg)
-    datasets = build_datasets(task, cfg.SEED)
+    datasets, for_all = built_and_packed(task, lambda: build_datasets(task, cfg.SEED))
     metric, _ = objective(cfg)
     if "val" not in datasets:
         raise ConfigError(
@@ -46,7 +51,7 @@ def look_ahead(cfg: Config) -> Prospect:
         raise ConfigError(
             f"TUNE.METRIC is {metric!r}, which {type(task).__name__} does not give; it gives {', '.join(metrics)}"
         )
-    return Prospect(plan.steps_per_epoch, metrics)
+    return Prospect(plan.steps_per_epoch, metrics, for_all if are_the_same_for_all(cfg.TUNE.SPACE) else None)
 
 
 def metrics_given(task: Task, datasets: dict[str, Any]) -> tuple[str, ...] | None:

@@ -42,11 +42,12 @@ LEAVE_S = 60.0  # so long a run may take to save its state and end
 class Orders:
     """What all trials of a sweep are told.
 
-    cfg:     the sweep's, with NUM_WORKERS as it is for every trial: 0 where the actor itself trains
-    metric:  of the evaluation, by which trials are compared
-    known:   results by (trial, Lineage.key, epoch), from earlier launches of the sweep
-    launch:  names the mailbox in which the wish to stop is put
+    cfg:      the sweep's, with NUM_WORKERS as it is for every trial: 0 where the actor itself trains
+    metric:   of the evaluation, by which trials are compared
+    known:    results by (trial, Lineage.key, epoch), from earlier launches of the sweep
+    launch:   names the mailbox in which the wish to stop is put
     steps_per_epoch: of a trial, by the sweep's config
+    datasets: for every trial, packed; None where each is to build its own
     cwd, search_path: of the driver, as in worker.Job
     """
 
@@ -56,6 +57,7 @@ class Orders:
     known: dict[tuple[int, str, int], dict[str, Any]]
     launch: str
     steps_per_epoch: int
+    datasets: bytes | None
     cwd: str
     search_path: tuple[str, ...]
 
@@ -170,7 +172,7 @@ class TrialActor(Trainable):
         worker.redirect_output(run_dir, 0)
         if self.wished.is_set():
             raise InterruptedError
-        self.training = Training(cfg, Options(resume=resume))
+        self.training = Training(cfg, Options(resume=resume, datasets=self.orders.datasets))
         if self.wished.is_set():
             self.training.stop.set()
         return None

@@ -36,7 +36,7 @@ from raytrain.space import objective, sweep_seed
 from raytrain.start import ANSWER_S, check_writable, run_dir_of
 from raytrain.storage import joined, open_storage
 from raytrain.sweep import BEST, CONFIG, Sweep, check_same
-from raytrain.sweep_check import look_ahead
+from raytrain.sweep_check import Prospect, look_ahead
 from raytrain.sweep_report import HTML, write_report
 from raytrain.task import load_task_class
 from raytrain.trial import DIVERGED, Orders, TrialActor
@@ -130,7 +130,7 @@ def tune(
         if used.is_ours and is_tested():
             stack.enter_context(actors_as_they_stand())
             used.wait_for_workers()
-        status = run_trials(sweep, search, options, prospect.steps_per_epoch, stop, show or unseen)
+        status = run_trials(sweep, search, options, prospect, stop, show or unseen)
         best = sweep.write_best()
         advice = []
         if best is not None:
@@ -191,7 +191,7 @@ class Places:
 
 
 def run_trials(
-    sweep: Sweep, search: Search, options: SweepOptions, steps_per_epoch: int, stop: threading.Event, show: Show
+    sweep: Sweep, search: Search, options: SweepOptions, prospect: Prospect, stop: threading.Event, show: Show
 ) -> str:
     """The trials that are left, on the cluster that this process is connected to; how it ended."""
     cfg, places = sweep.cfg, Places.of(sweep.cfg)
@@ -204,7 +204,7 @@ def run_trials(
     watch = Watch(sweep, trials, stop, mailbox, show)
     try:
         with ray_tune_settings():
-            fit(sweep, trials, watch, launch, places, steps_per_epoch)
+            fit(sweep, trials, watch, launch, places, prospect)
     finally:
         mailbox.clear()
     status = "stopped" if watch.why else "finished"
@@ -252,13 +252,14 @@ def facts(cfg: Config, total: int, concurrent: int) -> dict[str, Any]:
     }
 
 
-def fit(sweep: Sweep, trials: Trials, watch: Watch, launch: str, places: Places, steps_per_epoch: int) -> None:
+def fit(sweep: Sweep, trials: Trials, watch: Watch, launch: str, places: Places, prospect: Prospect) -> None:
     """Ray Tune's part: returns once no trial is left, or none is wanted any more."""
     cfg, (metric, mode) = places.settled(sweep.cfg), objective(sweep.cfg)
     search_path = tuple(str(Path(each).absolute()) for each in sys.path)
-    orders = Orders(cfg, metric, mode, sweep.known, launch, steps_per_epoch, str(Path.cwd()), search_path)
+    cwd, (steps, datasets) = str(Path.cwd()), (prospect.steps_per_epoch, prospect.datasets)
+    orders = Orders(cfg, metric, mode, sweep.known, launch, steps, datasets, cwd, search_path)
     actor = with_resources(with_parameters(TrialActor, orders=orders), PlacementGroupFactory(places.bundles))
-    end = cfg.OPTIMIZATION.NUM_EPOCHS * (1 if cfg.TUNE.UNIT == "epoch" else steps_per_epoch)
+    end = cfg.OPTIMIZATION.NUM_EPOCHS * (1 if cfg.TUNE.UNIT == "epoch" else prospect.steps_per_epoch)
     terms = Terms(cfg.TUNE.UNIT, end, mode, places.concurrent, sweep_seed(cfg))
     ray.tune.run(  # not a Tuner: that pickles all it is given, for a resume that a ledger does better
         actor,

@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import multiprocessing.util
 import os
+import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -79,8 +80,11 @@ class Outcome:
     best: dict[str, Any] | None
 
 
-def run_job(job: Job, world: World, control: Control) -> Outcome:
-    """Collective. Build the run, bring it to where it stands, and train it."""
+def run_job(job: Job, world: World, control: Control, packed: bytes | None = None) -> Outcome:
+    """Collective. Build the run, bring it to where it stands, and train it.
+
+    packed: the data sets, where they are built already
+    """
     cfg = job.cfg
     prepare_torch(cfg, world.device)
     begun = keeper_begun(job.run_uri, job.launch) if world.is_first and is_possible() else None
@@ -88,7 +92,7 @@ def run_job(job: Job, world: World, control: Control) -> Outcome:
     seed_all(cfg.SEED, "task")
     task = make_task(cfg)
     control.begin("Building the data sets")
-    datasets = build_datasets(task, cfg.SEED)
+    datasets = build_datasets(task, cfg.SEED) if packed is None else pickle.loads(packed)
     control.begin("Building the model")
     run = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), world), world)
     planned, channels_last = evaluation_epochs(cfg, datasets), cfg.OPTIMIZATION.CHANNELS_LAST

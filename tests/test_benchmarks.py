@@ -163,6 +163,25 @@ def test_a_command_that_fails_is_told_with_what_it_printed(tmp_path):
         run_command([sys.executable, "-c", "print('no such luck'); raise SystemExit(3)"], tmp_path, timeout_s=30.0)
 
 
+def test_a_sweep_is_timed_to_its_first_step_and_to_its_end(tmp_path):
+    from benchmarks import sweep
+
+    found = sweep.by_raytrain(tmp_path, epochs=1, per_axis=1)
+    assert 0 < found["start_s"] < found["whole_s"]
+    assert sweep.bare(tmp_path, epochs=1, per_axis=1)["whole_s"] > 0
+    assert sweep.by_ray(tmp_path, epochs=1, per_axis=1, num_trials=1)["whole_s"] > 0
+
+
+def test_a_search_tells_when_it_got_to_the_target(tmp_path):
+    from benchmarks import sweep
+
+    found = sweep.searched(tmp_path, "asha", seed=0, budget={"EPOCHS": 2}, target=0.01)
+    assert 0 < found["to_target_s"] < found["whole_s"]
+    assert (found["to_target_epochs"], found["epochs"] >= 2) == (1, True)
+    report = {"target": 0.01, "budgets": {"epochs": 2}, "seeds": 1, "found": {"asha, epochs": [found]}}
+    assert "| ASHA, 2 epochs | 1 of 1 " in sweep.shown_asha(report)
+
+
 def test_a_recovery_is_to_the_first_step_that_no_worker_had_begun():
     from benchmarks.recovery import Begun, recovery
 

@@ -85,6 +85,7 @@ ORDER = [
     "torchrun",
     "evaluation",
     "lineage",
+    "packed",
     "sweep_check",
     "sweep",
     "schedulers",

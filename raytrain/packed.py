@@ -1,0 +1,65 @@
+"""Data sets that a sweep builds once: every trial unpacks them anew, so that nothing gets from one to the next."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel
+
+from raytrain.task import Task
+
+MAX_BYTES = 256 << 20  # larger ones are built by each trial: packed they would take up memory in every process
+# What a data set may depend on: it is not told the other keys of OPTIMIZATION.
+OF_DATA = ("OPTIMIZATION.BATCH_SIZE_PER_GPU", "OPTIMIZATION.ACCUMULATE", "OPTIMIZATION.NUM_EPOCHS")
+
+
+def are_the_same_for_all(keys: Iterable[str]) -> bool:
+    """Whether trials that differ in these config keys alone train on the same data."""
+    return all(key.startswith("OPTIMIZATION.") and key not in OF_DATA for key in keys)
+
+
+def built_and_packed(task: Task, build: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bytes | None]:
+    """What `build` gives, and the same packed; None where it is large, or is not all that has been built.
+
+    Left to each trial: data that holds its task or a config, whose values a trial has of its own, that does not
+    pickle, and that leaves something in its task (self.num_classes = ...).
+    """
+    before = packed(vars(task), of_data=False)
+    datasets = build()
+    if before is None or before != packed(vars(task), of_data=False):
+        return datasets, None
+    return datasets, packed(datasets)
+
+
+def packed(content: Any, of_data: bool = True) -> bytes | None:
+    """`content` as `pickle.loads` takes it; None if that is not to be had.
+
+    of_data: it is not to be had where a task or a config is in it
+    """
+    file = io.BytesIO()
+    try:
+        Packer(file, of_data).dump(content)
+    except Exception:  # whatever a __reduce__ of the user's raises
+        return None
+    return file.getvalue() if file.tell() <= MAX_BYTES else None
+
+
+class Packer(pickle.Pickler):
+    """Gives up on what `packed` is not to hold, and on large arrays before it copies them."""
+
+    def __init__(self, file: io.BytesIO, of_data: bool) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self._of_data, self._num_bytes = of_data, 0
+
+    def persistent_id(self, each: Any) -> None:
+        if self._of_data and isinstance(each, (BaseModel, Task)):
+            raise pickle.PicklingError("it would tell every trial the same config")
+        if isinstance(each, (np.ndarray, torch.Tensor)):
+            self._num_bytes += each.nbytes
+            if self._num_bytes > MAX_BYTES:
+                raise pickle.PicklingError("it is large")
