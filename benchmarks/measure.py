@@ -74,10 +74,12 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, **own}
 
 
-def run_command(words: Sequence[str], folder: Path, timeout_s: float) -> tuple[float, float]:
+def run_command(
+    words: Sequence[str], folder: Path, timeout_s: float, expected: Sequence[int] = (0,)
+) -> tuple[float, float]:
     """Run to the end in `folder`; time.time() before and after.
 
-    BenchmarkError, with the end of what it printed, if it fails or takes longer; then it and all that it
+    BenchmarkError, with the end of what it printed, if its status is not expected or it takes longer; then it and all that it
     started is ended.
     """
     printed = folder / "printed.txt"
@@ -100,7 +102,7 @@ def run_command(words: Sequence[str], folder: Path, timeout_s: float) -> tuple[f
             ended = time.time()
             if process.poll() is None:
                 end_all(process)
-    if status != 0:
+    if status not in expected:
         how = f"was not done after {timeout_s:.0f} s" if status is None else f"ended with status {status}"
         tail = "\n".join(printed.read_text(errors="replace").splitlines()[-TAIL_LINES:])
         raise BenchmarkError(f"`{' '.join(words)}` {how}; the end of what it printed:\n{tail}")

@@ -1,17 +1,21 @@
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from raytrain import Task
 from raytrain.config import Config
 from raytrain.packed import MAX_BYTES, are_the_same_for_all, built_and_packed
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+
 
 @pytest.fixture
 def task() -> Task:
-    return Task(Config(TASK="raytrain.tasks.digits:DigitsTask"))
+    return Task(Config.model_validate(yaml.safe_load((CONFIGS / "digits.yaml").read_text())))
 
 
 def test_data_is_built_anew_where_a_sweep_changes_more_than_how_it_is_optimized():
