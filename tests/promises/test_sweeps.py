@@ -192,7 +192,9 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_trains_no_result_twice(
     if scheduler == "none":
         wait_for(lambda: count(run, "done"), "a trial that is done")
     else:
-        wait_for(lambda: any(len(records) > 1 for records in told(run, "result").values()), "a second result of a trial")
+        wait_for(
+            lambda: any(len(records) > 1 for records in told(run, "result").values()), "a second result of a trial"
+        )
     run.hold(0)
     pids = wait_for(lambda: [int(path.name[5:]) for path in run.gate.glob("held-*")], "a trial in mid-epoch")
     launched.kill(pids)
