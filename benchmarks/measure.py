@@ -79,8 +79,8 @@ def run_command(
 ) -> tuple[float, float]:
     """Run to the end in `folder`; time.time() before and after.
 
-    BenchmarkError, with the end of what it printed, if its status is not expected or it takes longer; then it and all
-    that it started is ended.
+    BenchmarkError, with the end of what it printed, if its status is none of those expected or it takes longer; then
+    it and all that it started is ended.
     """
     printed = folder / "printed.txt"
     with open(printed, "wb") as file:
