@@ -10,6 +10,7 @@ from raytrain.errors import ResumeError
 from raytrain.ledger import Ledger, SweepView, TrialView, read_ledger, view_of
 from raytrain.lineage import Lineage, Params, lineages_of
 from raytrain.runfolder import RunFolder
+from raytrain.storage import open_storage
 from raytrain.yamltree import parse_text
 
 CONFIG = "sweep.yaml"
@@ -90,7 +91,8 @@ class Sweep:
 def best_config(cfg: Config, lineage: Lineage, best: TrialView) -> Config:
     """The trial's config, to be trained as a run of its own beside the trials."""
     found = lineage.config(cfg, best.number)
-    return found.model_copy(update={"EXTRA_TAG": f"{cfg.EXTRA_TAG}/best"})
+    output = open_storage(cfg.OUTPUT).path_of("") if "://" not in cfg.OUTPUT else cfg.OUTPUT  # from any folder
+    return found.model_copy(update={"EXTRA_TAG": f"{cfg.EXTRA_TAG}/best", "OUTPUT": output})
 
 
 def check_same(cfg: Config, folder: RunFolder) -> None:
