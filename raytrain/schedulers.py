@@ -63,6 +63,8 @@ class Orderly:
     past: Past
     terms: Terms
     by_arrival: bool
+    pauses: bool
+    keeps = False
 
     def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         number, place = int(trial.trial_id), (trial.trial_id, result["key"], result["epoch"])
@@ -86,6 +88,12 @@ class Orderly:
         free = self.terms.concurrent - sum(trial.status == Trial.RUNNING for trial in controller.get_trials())
         controller._tune_controller._max_pending_trials = max(0, free)
         return super().choose_trial_to_run(controller) if free > 0 else None  # type: ignore[misc]
+
+    def on_trial_add(self, controller: Any, trial: Trial) -> None:
+        super().on_trial_add(controller, trial)  # type: ignore[misc]
+        if self.pauses and not self.keeps:  # a whole generation pauses: Ray would keep one of its processes, not all
+            self.keeps = True
+            controller._tune_controller._actor_cache.increase_max(trial.placement_group_factory, self.terms.concurrent)
 
     def _seed(self, number: int, epoch: int) -> None:
         """Ray draws from the generators that everyone uses."""
@@ -129,7 +137,8 @@ class Population(Orderly):
 def build_scheduler(tune_cfg: Any, terms: Terms, past: Past) -> TrialScheduler:
     """The one that TUNE asks for, with `Orderly` mixed in."""
     made: Any = MAKERS[tune_cfg.SCHEDULER](tune_cfg, terms)
-    made.past, made.terms, made.by_arrival = past, terms, tune_cfg.SCHEDULER in BY_ARRIVAL
+    made.past, made.terms = past, terms
+    made.by_arrival, made.pauses = tune_cfg.SCHEDULER in BY_ARRIVAL, tune_cfg.SCHEDULER in POPULATIONS
     return made
 
 

@@ -72,7 +72,8 @@ class SweepOptions:
 
 @dataclasses.dataclass(frozen=True)
 class SweepResult:
-    """How a launch of a sweep ended: "finished" or "stopped" (by a signal; what was trained is saved).
+    """How a launch of a sweep ended: "finished", "spent" (its budget) or "stopped" (by a signal); what was trained is
+    saved.
 
     folder: a path or URI.   best: what best.yaml holds, None without results
     advice: on clipping, lines for people
@@ -94,6 +95,8 @@ class SweepResult:
             ]
         if self.status == "stopped":
             lines.append("stopped; the same command goes on")
+        if self.status == "spent":
+            lines.append("the budget is spent (TUNE.BUDGET); with a larger one the same command goes on")
         return lines
 
 
@@ -207,7 +210,7 @@ def run_trials(
             fit(sweep, trials, watch, launch, places, prospect)
     finally:
         mailbox.clear()
-    status = "stopped" if watch.why else "finished"
+    status = {"": "finished", "budget": "spent"}.get(watch.why, "stopped")
     best = sweep.view.best
     sweep.note(
         "end", status=status, best=best and best.number, value=best and best.best, seconds=time.time() - sweep.began
@@ -283,7 +286,8 @@ class Trials(SearchAlgorithm):
     def __init__(self, sweep: Sweep, search: Search, total: int, concurrent: int) -> None:
         self.total, self.next_number = total, 0
         self._sweep, self._search = sweep, search
-        self._at_once = total if sweep.cfg.TUNE.SCHEDULER in POPULATIONS else concurrent
+        self._pauses = sweep.cfg.TUNE.SCHEDULER in POPULATIONS
+        self._at_once = total if self._pauses else concurrent
         self._live: set[int] = set()
         self._spec: dict[str, Any] = {}
 
@@ -295,7 +299,7 @@ class Trials(SearchAlgorithm):
         self._spec = experiments[0].spec
 
     def next_trial(self) -> Trial | None:
-        while not self.is_finished():
+        while not self._finished and self.next_number < self.total:
             if len(self._live) >= self._at_once:
                 return None
             number = self.next_number
@@ -348,7 +352,9 @@ class Trials(SearchAlgorithm):
         self._live.discard(int(trial_id))
 
     def is_finished(self) -> bool:
-        return self._finished or self.next_number >= self.total
+        """Where trials pause, not before they have ended: Ray would keep no process for those that wait."""
+        more = self.next_number < self.total or (self._pauses and len(self._live) > 0)
+        return self._finished or not more
 
 
 def failures(view: SweepView) -> list[TrialView]:

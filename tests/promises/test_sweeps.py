@@ -342,7 +342,7 @@ def test_a_budget_ends_a_sweep_which_goes_on_with_a_larger_one(
     if raised == "SECONDS":
         (run.gate / "slow").write_text("0.3")
     began = time.monotonic()
-    assert swept(run).status == "stopped"
+    assert swept(run).status == "spent"
     assert time.monotonic() - began < 20
     assert count(run, "result") < 4 * EPOCHS
     assert count(run, "result") <= 6 or raised == "SECONDS"  # one trial was training beside the one that used it up
