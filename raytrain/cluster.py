@@ -67,6 +67,7 @@ class Cluster:
         """Returns once this process is connected; a PreflightError says why it cannot be."""
         if self._own is not None:
             self._own.join()
+            keep_signal_handlers()
             return
         if self._address is not None:
             check_address(self._address)
@@ -83,6 +84,13 @@ class Cluster:
                 f"--address {self._address}: this process is already connected to Ray; "
                 "leave the address out to use that"
             )
+
+
+def keep_signal_handlers() -> None:
+    """Signals come to this process's own handlers again: beneath them Ray has put its own, which print a stack."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.getsignal(number))
 
 
 @contextlib.contextmanager
