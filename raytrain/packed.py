@@ -49,6 +49,11 @@ def packed(content: Any, of_data: bool = True) -> bytes | None:
     return file.getvalue() if file.tell() <= MAX_BYTES else None
 
 
+def unpacked(content: bytes) -> Any:
+    """What `packed` was given, anew. For what came from this sweep's own driver only: unpickling runs code."""
+    return pickle.loads(content)
+
+
 class Packer(pickle.Pickler):
     """Gives up on what `packed` is not to hold, and on large arrays before it copies them."""
 

@@ -120,11 +120,17 @@ class Population(Orderly):
         live = [trial for trial in controller.get_live_trials() if trial is not ended and not trial.is_finished()]
         waiting = [trial for trial in live if trial.status == Trial.PAUSED]
         states: dict[Trial, Any] = self._trial_state  # type: ignore[attr-defined]
+        states[ended].last_score = None  # it is compared no more; to Ray it still lives
+        states[ended].last_train_time = max(states[ended].last_train_time, self._next_perturbation_sync)  # type: ignore[attr-defined]
         if waiting and all(states[trial].last_train_time >= self._next_perturbation_sync for trial in live):  # type: ignore[attr-defined]
             last = min(waiting, key=lambda trial: trial.trial_id)
             states[last].last_perturbation_time = float("-inf")
             self._seed(int(last.trial_id), int(last.last_result["epoch"]))
             PopulationBasedTraining.on_trial_result(self, controller, last, flatten_dict(last.last_result))  # type: ignore[arg-type]
+
+    def _seed(self, number: int, epoch: int) -> None:
+        """By the generation: which of its trials comes in last is chance."""
+        super()._seed(-1, epoch)
 
     def _exploit(self, controller: Any, trial: Trial, source: Trial) -> None:
         with warnings.catch_warnings():  # of PB2's Gaussian process on how well it fits, in the middle of the table

@@ -20,6 +20,7 @@ import ray
 from ray.tune import Trainable
 
 from raytrain import worker
+from raytrain.checkpoint import PAYLOAD, write_checkpoint
 from raytrain.cluster import Mailbox
 from raytrain.config import Config
 from raytrain.errors import DivergedError, RaytrainError, TaskError, masked
@@ -30,7 +31,7 @@ from raytrain.records import read_journal
 from raytrain.runfolder import JOURNAL
 from raytrain.start import Options, run_dir_of
 from raytrain.storage import Storage, open_storage
-from raytrain.store import Saved, Store
+from raytrain.store import FOLDER, Saved, Store, newest_verified, verified
 from raytrain.tree import at
 
 DIVERGED = "diverged"  # why a trial failed whose losses, gradients or weights did not stay finite
@@ -160,11 +161,10 @@ class TrialActor(Trainable):
         cfg = self.lineage.config(self.orders.cfg, self.number)
         run_dir = run_dir_of(cfg)
         storage = open_storage(run_dir)
-        newest = newest_of(storage, cfg)
-        resume = "auto"
+        newest = newest_of(storage)
         if newest is None or not is_of(cfg, self.lineage.base, newest):
             Store(storage, cfg.CHECKPOINT, f"{self.orders.launch}-{time.time_ns()}").supersede(Progress(-1))
-            resume = self._source_that_stands(cfg) or "auto"
+            self._take_source(cfg, storage)
         elif self.epoch < newest.manifest.progress.epoch:
             found = evaluated(storage, self.next_epoch, since=self.lineage.phases[-1][0] if self.lineage.phases else 0)
             if found is not None:
@@ -172,17 +172,20 @@ class TrialActor(Trainable):
         worker.redirect_output(run_dir, 0)
         if self.wished.is_set():
             raise InterruptedError
-        self.training = Training(cfg, Options(resume=resume, datasets=self.orders.datasets))
+        self.training = Training(cfg, Options(datasets=self.orders.datasets))
         if self.wished.is_set():
             self.training.stop.set()
         return None
 
-    def _source_that_stands(self, cfg: Config) -> str | None:
-        """The checkpoint that this trial was cloned from, if it is still there."""
+    def _take_source(self, cfg: Config, storage: Storage) -> None:
+        """The checkpoint that this trial was cloned from becomes its own; without it, it comes there from the start."""
         if self.source is None:
-            return None
-        found = newest_of(open_storage(self.source), cfg, f"checkpoint_epoch_{self.epoch}")
-        return found.path if found is not None and is_of(cfg, self.lineage.base, found) else None
+            return
+        source, name = open_storage(self.source), f"{FOLDER}/checkpoint_epoch_{self.epoch}"
+        with contextlib.suppress(RaytrainError, OSError):  # retention may take it away meanwhile
+            found = verified(source, name.removeprefix(f"{FOLDER}/"))
+            if is_of(cfg, self.lineage.base, found):
+                write_checkpoint(storage, name, source.read_bytes(f"{name}/{PAYLOAD}"), found.manifest)
 
     def _next_result(self, began: float) -> dict[str, Any]:
         assert self.training is not None
@@ -273,11 +276,10 @@ class TrialActor(Trainable):
             training.end()
 
 
-def newest_of(storage: Storage, cfg: Config, name: str | None = None) -> Saved | None:
-    """The newest verified checkpoint of a run folder, or the one of that name; None if there is none to trust."""
-    store = Store(storage, cfg.CHECKPOINT, "")
+def newest_of(storage: Storage) -> Saved | None:
+    """The newest verified checkpoint of a run folder; None if there is none to trust."""
     with contextlib.suppress(RaytrainError):
-        return store.verified(name) if name is not None else store.latest_verified()[0]
+        return newest_verified(storage)[0]
     return None
 
 

@@ -11,7 +11,6 @@ import dataclasses
 import logging
 import multiprocessing.util
 import os
-import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from raytrain.feed import Feed, check_dataset
 from raytrain.gallery import pictures_of, why_not_drawn, write_pictures
 from raytrain.journal import Journal
 from raytrain.memory import Kept, join_keeper, keeper_begun
+from raytrain.packed import unpacked
 from raytrain.precision import fp32_precisions, set_fp32_precisions, set_tf32
 from raytrain.progress import Plan, Progress
 from raytrain.pulse import Stacks, Stragglers, watched
@@ -92,7 +92,7 @@ def run_job(job: Job, world: World, control: Control, packed: bytes | None = Non
     seed_all(cfg.SEED, "task")
     task = make_task(cfg)
     control.begin("Building the data sets")
-    datasets = build_datasets(task, cfg.SEED) if packed is None else pickle.loads(packed)
+    datasets = build_datasets(task, cfg.SEED) if packed is None else unpacked(packed)
     control.begin("Building the model")
     run = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), world), world)
     planned, channels_last = evaluation_epochs(cfg, datasets), cfg.OPTIMIZATION.CHANNELS_LAST

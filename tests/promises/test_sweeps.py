@@ -182,7 +182,7 @@ def test_best_yaml_trains_to_the_bits_of_the_best_trial(
     assert_same_bits(alone, trial)
 
 
-@pytest.mark.parametrize("scheduler", ["none", "hyperband", "pbt"])
+@pytest.mark.parametrize("scheduler", ["none", "hyperband"])
 def test_a_sweep_whose_driver_is_killed_goes_on_and_trains_no_result_twice(
     scheduler: str, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
@@ -254,16 +254,14 @@ def test_a_signal_ends_a_sweep_with_its_states_saved_and_the_same_command_goes_o
 
 
 def test_trials_of_two_workers_train_inside_their_places_on_a_cluster_of_two_cpus(tmp_path: Path) -> None:
+    options = {**under("asha"), "CONCURRENT": None, "NUM_SAMPLES": 3}
+    run = sweep(tmp_path, options, **{"SCALE.NUM_WORKERS": 2, "OPTIMIZATION.NUM_EPOCHS": 2})
     with ray_nodes() as nodes:
         nodes.add()
-        for scheduler in ("asha", "pbt"):
-            (tmp_path / scheduler).mkdir()
-            options = {**under(scheduler), "CONCURRENT": None, "NUM_SAMPLES": 3}
-            run = sweep(tmp_path / scheduler, options, **{"SCALE.NUM_WORKERS": 2, "OPTIMIZATION.NUM_EPOCHS": 2})
-            started(run, "--address", nodes.address).ended(0)
-            view = view_of(ledger(run))
-            assert view.counts()["done"] + view.counts()["stopped"] == 3
-            assert_whole(run, view)
+        started(run, "--address", nodes.address).ended(0)
+    view = view_of(ledger(run))
+    assert view.counts()["done"] + view.counts()["stopped"] == 3
+    assert_whole(run, view)
 
 
 def with_bad_trials(folder: Path, allowed: int) -> Run:
