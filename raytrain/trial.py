@@ -164,7 +164,8 @@ class TrialActor(Trainable):
         newest = newest_of(storage)
         if newest is None or not is_of(cfg, self.lineage.base, newest):
             Store(storage, cfg.CHECKPOINT, f"{self.orders.launch}-{time.time_ns()}").supersede(Progress(-1))
-            self._take_source(cfg, storage)
+            if not self._take_source(cfg, storage):
+                storage.remove_tree(JOURNAL)  # of another lineage, and it would tell of checkpoints that are gone
         elif self.epoch < newest.manifest.progress.epoch:
             found = evaluated(storage, self.next_epoch, since=self.lineage.phases[-1][0] if self.lineage.phases else 0)
             if found is not None:
@@ -177,15 +178,17 @@ class TrialActor(Trainable):
             self.training.stop.set()
         return None
 
-    def _take_source(self, cfg: Config, storage: Storage) -> None:
-        """The checkpoint that this trial was cloned from becomes its own; without it, it comes there from the start."""
+    def _take_source(self, cfg: Config, storage: Storage) -> bool:
+        """Whether the checkpoint that this trial was cloned from is its own now; else it comes there from the start."""
         if self.source is None:
-            return
+            return False
         source, name = open_storage(self.source), f"{FOLDER}/checkpoint_epoch_{self.epoch}"
         with contextlib.suppress(RaytrainError, OSError):  # retention may take it away meanwhile
             found = verified(source, name.removeprefix(f"{FOLDER}/"))
             if is_of(cfg, self.lineage.base, found):
                 write_checkpoint(storage, name, source.read_bytes(f"{name}/{PAYLOAD}"), found.manifest)
+                return True
+        return False
 
     def _next_result(self, began: float) -> dict[str, Any]:
         assert self.training is not None

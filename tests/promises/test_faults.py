@@ -168,9 +168,9 @@ def test_a_process_killed_while_its_keeper_writes_ends_with_the_same_bits(
     (run.gate / "slow").write_text("0.02")
     for _ in range(2):
         launched = Forked(run)
-        keeper = wait_for(lambda: keepers_of(run), "the keeper")[0]
         while not any(name.startswith(leftover) for name in names_in(run.ckpt)):
             assert alive(launched.pid)
+        keeper = wait_for(lambda: keepers_of(run), "the keeper")[0]
         os.kill(keeper, signal.SIGSTOP)
         launched.kill()
         os.kill(keeper, signal.SIGKILL if and_its_keeper else signal.SIGCONT)

@@ -154,7 +154,7 @@ def test_each_search_brings_a_sweep_to_its_end(search: str, tmp_path: Path, ray_
     assert_whole(run, view)
 
 
-@pytest.mark.parametrize("scheduler", ["none", "hyperband", "pbt"])
+@pytest.mark.parametrize("scheduler", ["none", "hyperband"])
 def test_the_same_seed_gives_the_same_trials_results_and_decisions(
     scheduler: str, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
@@ -163,7 +163,7 @@ def test_the_same_seed_gives_the_same_trials_results_and_decisions(
     assert told(run) == told(undisturbed(scheduler))
 
 
-@pytest.mark.parametrize("scheduler", ["none", "asha", "pbt"])
+@pytest.mark.parametrize("scheduler", ["none", "asha"])
 def test_best_yaml_trains_to_the_bits_of_the_best_trial(
     scheduler: str, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
@@ -209,7 +209,7 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_trains_no_result_twice(
     assert_whole(run, view_of(ledger(run)))
 
 
-@pytest.mark.parametrize("scheduler", ["none", "pbt"])
+@pytest.mark.parametrize("scheduler", ["none"])
 def test_a_trial_whose_process_is_killed_goes_on_from_its_state(
     scheduler: str, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
