@@ -96,9 +96,14 @@ class Start:
             pretrained=options.pretrained,
             arguments=options.arguments,
             cwd=str(Path.cwd()),
-            search_path=tuple(str(Path(path).absolute()) for path in sys.path),
+            search_path=search_path(),
             driver=driver(),
         )
+
+
+def search_path() -> tuple[str, ...]:
+    """Where this process imports from."""
+    return tuple(str(Path(path).absolute()) for path in sys.path)
 
 
 def driver() -> tuple[Any, ...]:

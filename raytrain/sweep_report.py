@@ -34,13 +34,14 @@ WIDE = 50.0  # values of a choice that span so much are drawn on a logarithmic a
 FEW = 10  # trials, of which fewer say little of what matters
 
 
-def write_report(storage: Storage, view: SweepView, best_config: str = "") -> None:
-    """Writes sweep.csv and sweep.html into the sweep's folder. best_config: the text of best.yaml"""
+def write_report(storage: Storage, view: SweepView, best_config: str = "") -> ClipAdvice:
+    """Writes sweep.csv and sweep.html into the sweep's folder; the advice in it. best_config: the text of best.yaml"""
     parent, own = parent_and_name(storage.path_of(""))
     name = masked(f"{parent_and_name(parent)[1]}/{own}")
     advice = clip_advice(storage, view)
     storage.write_bytes(CSV, sweep_csv(view).encode())
     storage.write_bytes(HTML, sweep_html(view, advice, name, best_config).encode())
+    return advice
 
 
 def sweep_csv(view: SweepView) -> str:

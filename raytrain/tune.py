@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import secrets
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,18 +20,18 @@ from ray.tune.experiment import Trial
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
 from raytrain import cluster
-from raytrain.advice import advice_lines, clip_advice
+from raytrain.advice import advice_lines
 from raytrain.cluster import Mailbox
 from raytrain.config import Config, dump_config, with_values
 from raytrain.errors import PreflightError, TrainingError
-from raytrain.ledger import LEDGER, SweepView, TrialView
+from raytrain.ledger import LEDGER, SweepView, TrialView, trial_folder
 from raytrain.own_cluster import is_tested
 from raytrain.runfolder import RunFolder
 from raytrain.schedulers import POPULATIONS, Terms, build_scheduler
 from raytrain.search import Search, Told, build_search
 from raytrain.signals import signals_wish_stop
 from raytrain.space import objective, sweep_seed
-from raytrain.start import ANSWER_S, check_writable, run_dir_of
+from raytrain.start import ANSWER_S, check_writable, launch_after, run_dir_of, search_path
 from raytrain.storage import joined, open_storage
 from raytrain.sweep import BEST, CONFIG, Sweep, check_same
 from raytrain.sweep_check import Prospect, look_ahead
@@ -137,8 +135,7 @@ def tune(
         best = sweep.write_best()
         advice = []
         if best is not None:
-            write_report(folder.storage, sweep.view, dump_config(best))
-            advice = advice_lines(clip_advice(folder.storage, sweep.view))
+            advice = advice_lines(write_report(folder.storage, sweep.view, dump_config(best)))
     return SweepResult(status, run_dir, sweep.view, best, advice)
 
 
@@ -172,7 +169,7 @@ class Places:
     @staticmethod
     def of(cfg: Config) -> Places:
         """PreflightError where the cluster cannot hold them."""
-        num_workers, use_gpu = cluster.resolve_workers(cfg.SCALE)
+        _, use_gpu = cluster.resolve_workers(cfg.SCALE)
         num_workers = cfg.SCALE.NUM_WORKERS or 1  # left open: one, and more trials at a time
         per_worker = cluster.resources_per_worker(cfg.SCALE, use_gpu)
         cluster.check_resources(num_workers, per_worker)
@@ -199,7 +196,7 @@ def run_trials(
     """The trials that are left, on the cluster that this process is connected to; how it ended."""
     cfg, places = sweep.cfg, Places.of(sweep.cfg)
     cluster.check_reachable(sweep.folder.storage.path_of(""))
-    launch = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    launch = launch_after(())
     trials = Trials(sweep, search, number_of_trials(sweep, search, options), places.concurrent)
     sweep.folder.storage.write_bytes(CONFIG, dump_config(cfg).encode())
     sweep.note("sweep", **facts(cfg, trials.total, places.concurrent))
@@ -258,9 +255,8 @@ def facts(cfg: Config, total: int, concurrent: int) -> dict[str, Any]:
 def fit(sweep: Sweep, trials: Trials, watch: Watch, launch: str, places: Places, prospect: Prospect) -> None:
     """Ray Tune's part: returns once no trial is left, or none is wanted any more."""
     cfg, (metric, mode) = places.settled(sweep.cfg), objective(sweep.cfg)
-    search_path = tuple(str(Path(each).absolute()) for each in sys.path)
     cwd, (steps, datasets) = str(Path.cwd()), (prospect.steps_per_epoch, prospect.datasets)
-    orders = Orders(cfg, metric, mode, sweep.known, launch, steps, datasets, cwd, search_path)
+    orders = Orders(cfg, metric, mode, sweep.known, launch, steps, datasets, cwd, search_path())
     actor = with_resources(with_parameters(TrialActor, orders=orders), PlacementGroupFactory(places.bundles))
     end = cfg.OPTIMIZATION.NUM_EPOCHS * (1 if cfg.TUNE.UNIT == "epoch" else prospect.steps_per_epoch)
     terms = Terms(cfg.TUNE.UNIT, end, mode, places.concurrent, sweep_seed(cfg))
@@ -430,7 +426,7 @@ class Watch(Callback, Stopper):
 
     def _note_failure(self, number: int, epoch: int, error: str, why: str | None = None) -> None:
         sweep = self._sweep
-        logs = f"{sweep.folder.storage.path_of('')}/trial_{number:04d}/logs"
+        logs = sweep.folder.storage.path_of(f"{trial_folder(number)}/logs")
         sweep.note("failed", trial=number, epoch=epoch, error=error, logs=logs, why=why)
         failed = failures(sweep.view)
         if len(failed) - self._failed_before > sweep.cfg.TUNE.MAX_FAILED:
