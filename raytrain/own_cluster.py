@@ -63,6 +63,9 @@ class OwnCluster:
     """
 
     def __init__(self, num_cpus: int | None, dashboard: bool, warm: Warm) -> None:
+        # Here and not in the thread: while two threads are in the imports of Ray, which go in circles, Python gives up.
+        import ray  # noqa: F401
+
         # aiohttp_cors is of what ray[default] brings; without it Ray would print of it, and raise anything.
         if dashboard and importlib.util.find_spec("aiohttp_cors") is None:
             raise PreflightError(

@@ -58,17 +58,33 @@ class Terms:
 
 
 class Orderly:
-    """A scheduler of Ray's that a sweep can resume: mixed into its class."""
+    """A scheduler of Ray's that a sweep can resume: mixed into its class.
+
+    pauses: its trials wait for each other: all are there from the start, and it may be told the same twice
+    """
 
     past: Past
     terms: Terms
     by_arrival: bool
     pauses: bool
-    keeps = False
+    added: set[str]
+    told: set[tuple[str, str, int]]
+
+    def on_trial_add(self, controller: Any, trial: Trial) -> None:
+        if trial.trial_id in self.added:  # its process has died: to Ray it is a new one, at the end of all
+            self._came_back(trial)
+            return
+        super().on_trial_add(controller, trial)  # type: ignore[misc]
+        if self.pauses and not self.added:  # a whole generation pauses: Ray would keep one of its processes, not all
+            controller._tune_controller._actor_cache.increase_max(trial.placement_group_factory, self.terms.concurrent)
+        self.added.add(trial.trial_id)
+
+    def _came_back(self, trial: Trial) -> None:
+        """It goes on from its last checkpoint, and tells again what it has told since."""
 
     def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         number, place = int(trial.trial_id), (trial.trial_id, result["key"], result["epoch"])
-        if place in self.told:  # a trial that was killed tells again what it had told
+        if place in self.told and not self.pauses:
             return TrialScheduler.CONTINUE
         self.told.add(place)
         self._seed(number, result["epoch"])
@@ -83,17 +99,22 @@ class Orderly:
         else:
             super().on_trial_remove(controller, trial)  # type: ignore[misc]
 
+    def on_trial_error(self, controller: Any, trial: Trial) -> None:
+        if not trial.should_recover():
+            super().on_trial_error(controller, trial)  # type: ignore[misc]
+
     def choose_trial_to_run(self, controller: Any) -> Trial | None:
         """None if as many run as may; Ray begins others that wait by itself, up to a number that is set here."""
-        free = self.terms.concurrent - sum(trial.status == Trial.RUNNING for trial in controller.get_trials())
-        controller._tune_controller._max_pending_trials = max(0, free)
-        return super().choose_trial_to_run(controller) if free > 0 else None  # type: ignore[misc]
+        inner = controller._tune_controller
+        held = (*inner._staged_trials, *inner._trial_to_actor)
+        busy = {trial.trial_id for trial in (*held, *inner._running_trials)}
+        free = max(0, self.terms.concurrent - len(busy))
+        inner._max_pending_trials = free + inner._actor_manager.num_pending_actors
+        return self._choice(controller) if free else None
 
-    def on_trial_add(self, controller: Any, trial: Trial) -> None:
-        super().on_trial_add(controller, trial)  # type: ignore[misc]
-        if self.pauses and not self.keeps:  # a whole generation pauses: Ray would keep one of its processes, not all
-            self.keeps = True
-            controller._tune_controller._actor_cache.increase_max(trial.placement_group_factory, self.terms.concurrent)
+    def _choice(self, controller: Any) -> Trial | None:
+        """Of the trials that wait."""
+        return super().choose_trial_to_run(controller)  # type: ignore[misc]
 
     def _seed(self, number: int, epoch: int) -> None:
         """Ray draws from the generators that everyone uses."""
@@ -101,19 +122,44 @@ class Orderly:
         random.seed(seed)
         np.random.seed(seed % 2**32)
 
-    @property
-    def told(self) -> set[tuple[str, str, int]]:
-        return self.__dict__.setdefault("_told", set())
+
+class Brackets(Orderly):
+    """HyperBand."""
+
+    def _came_back(self, trial: Trial) -> None:
+        bracket, _ = self._trial_info[trial]  # type: ignore[attr-defined]
+        bracket._live_trials[trial] = None
 
 
 class Population(Orderly):
-    """PBT and PB2, synchronous: a generation is compared when all of it has come as far."""
+    """PBT and PB2, synchronous: a generation is compared when all of it has come as far.
+
+    clones: trials that have yet to take their source's checkpoint over
+    """
+
+    clones: set[str]
+
+    def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        self.clones.discard(trial.trial_id)
+        return super().on_trial_result(controller, trial, result)
+
+    def _choice(self, controller: Any) -> Trial | None:
+        """Clones first: a source that trains on removes its older checkpoints."""
+        states: dict[Trial, Any] = self._trial_state  # type: ignore[attr-defined]
+        waiting = [trial for trial in controller.get_trials() if trial.status in (Trial.PENDING, Trial.PAUSED)]
+        due = [trial for trial in waiting if states[trial].last_train_time < self._generation]
+        return min(due, key=lambda trial: (trial.trial_id not in self.clones, trial.trial_id), default=None)
+
+    def _came_back(self, trial: Trial) -> None:
+        state: Any = self._trial_state[trial]  # type: ignore[attr-defined]
+        state.last_train_time = state.last_perturbation_time
 
     def on_trial_complete(self, controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         self._let_the_others_go_on(controller, trial)
 
     def on_trial_error(self, controller: Any, trial: Trial) -> None:
-        self._let_the_others_go_on(controller, trial)
+        if not trial.should_recover():
+            self._let_the_others_go_on(controller, trial)
 
     def _let_the_others_go_on(self, controller: Any, ended: Trial) -> None:
         """Those that wait for one that has ended before it came as far (Ray would let them wait for ever)."""
@@ -121,23 +167,38 @@ class Population(Orderly):
         waiting = [trial for trial in live if trial.status == Trial.PAUSED]
         states: dict[Trial, Any] = self._trial_state  # type: ignore[attr-defined]
         states[ended].last_score = None  # it is compared no more; to Ray it still lives
-        states[ended].last_train_time = max(states[ended].last_train_time, self._next_perturbation_sync)  # type: ignore[attr-defined]
-        if waiting and all(states[trial].last_train_time >= self._next_perturbation_sync for trial in live):  # type: ignore[attr-defined]
+        states[ended].last_train_time = max(states[ended].last_train_time, self._generation)
+        if waiting and all(states[trial].last_train_time >= self._generation for trial in live):
             last = min(waiting, key=lambda trial: trial.trial_id)
             states[last].last_perturbation_time = float("-inf")
-            self._seed(int(last.trial_id), int(last.last_result["epoch"]))
             PopulationBasedTraining.on_trial_result(self, controller, last, flatten_dict(last.last_result))  # type: ignore[arg-type]
 
-    def _seed(self, number: int, epoch: int) -> None:
-        """By the generation: which of its trials comes in last is chance."""
-        super()._seed(-1, epoch)
+    @property
+    def _generation(self) -> int:
+        """At how many units the next comparison is."""
+        return int(self._next_perturbation_sync)  # type: ignore[attr-defined]
+
+    def _checkpoint_or_exploit(self, trial: Trial, *others: Any) -> None:
+        self._seed(int(trial.trial_id), self._generation)  # which one it is to become
+        super()._checkpoint_or_exploit(trial, *others)  # type: ignore[misc]
 
     def _exploit(self, controller: Any, trial: Trial, source: Trial) -> None:
+        self._seed(int(trial.trial_id), -self._generation)  # and with which params
         with warnings.catch_warnings():  # of PB2's Gaussian process on how well it fits, in the middle of the table
             warnings.simplefilter("ignore")
             super()._exploit(controller, trial, source)  # type: ignore[misc]
+        self.clones.add(trial.trial_id)
         epoch = int(self._trial_state[source].last_result["epoch"])  # type: ignore[attr-defined]
         self.past.cloned(int(trial.trial_id), int(source.trial_id), epoch, dict(trial.config))
+
+
+class BayesianPopulation(Population):
+    """PB2: its model sees what trials came to in one order, whichever of them came first."""
+
+    def _exploit(self, controller: Any, trial: Trial, source: Trial) -> None:
+        self.data: Any = self.data.drop_duplicates()
+        self.data = self.data.sort_values(["Time", "Trial", "Reward"], kind="stable").reset_index(drop=True)
+        super()._exploit(controller, trial, source)
 
 
 def build_scheduler(tune_cfg: Any, terms: Terms, past: Past) -> TrialScheduler:
@@ -145,6 +206,7 @@ def build_scheduler(tune_cfg: Any, terms: Terms, past: Past) -> TrialScheduler:
     made: Any = MAKERS[tune_cfg.SCHEDULER](tune_cfg, terms)
     made.past, made.terms = past, terms
     made.by_arrival, made.pauses = tune_cfg.SCHEDULER in BY_ARRIVAL, tune_cfg.SCHEDULER in POPULATIONS
+    made.added, made.told, made.clones = set(), set(), set()
     return made
 
 
@@ -169,7 +231,7 @@ def _asha(tune_cfg: Any, terms: Terms) -> Any:
 
 
 def _hyperband(tune_cfg: Any, terms: Terms) -> Any:
-    return orderly(HyperBandScheduler)(
+    return orderly(HyperBandScheduler, Brackets)(
         time_attr=terms.unit,
         metric=SCORE,
         mode=terms.mode,
@@ -230,7 +292,7 @@ def _pb2(tune_cfg: Any, terms: Terms) -> Any:
     from ray.tune.schedulers.pb2 import PB2
 
     bounds = {key: list(next(iter(dict(entry).values())))[:2] for key, entry in tune_cfg.SPACE.items()}
-    return orderly(PB2, Population)(
+    return orderly(PB2, BayesianPopulation)(
         time_attr=terms.unit,
         metric=SCORE,
         mode=terms.mode,

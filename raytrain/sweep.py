@@ -24,7 +24,11 @@ FREE = (
 
 
 class Sweep:
-    """One launch of a sweep: its ledger is read, and written on."""
+    """One launch of a sweep: its ledger is read, and written on.
+
+    lineages: of each trial, as far as the sweep has come; what this launch goes through again does not set it back
+    begun:    by trial, the params it had at first
+    """
 
     def __init__(self, cfg: Config, folder: RunFolder) -> None:
         self.cfg, self.folder, self.began = cfg, folder, time.time()
@@ -32,6 +36,8 @@ class Sweep:
         self.view: SweepView = view_of(records)
         self.before: SweepView = view_of(records)
         self.lineages: dict[int, Lineage] = lineages_of(records)
+        self.begun: dict[int, Params] = {r["trial"]: r["params"] for r in records if r["kind"] == "trial"}
+        self._retold = {number: Lineage(params) for number, params in self.begun.items()}
         self.known = {(r["trial"], r["key"], r["epoch"]): r for r in records if r["kind"] == "result" and "key" in r}
         self.clones = {(r["trial"], r["epoch"], r["from"]) for r in records if r["kind"] == "clone"}
         self.ledger = Ledger(folder)
@@ -41,15 +47,17 @@ class Sweep:
         self.view.add(self.ledger.append({"kind": kind, "time": time.time(), **fields}))
 
     def made(self, number: int, params: Params) -> None:
-        if number not in self.lineages:
-            self.lineages[number] = Lineage(params)
+        if number not in self.begun:
+            self.begun[number] = params
+            self.lineages[number] = self._retold[number] = Lineage(params)
             self.note("trial", trial=number, params=params)
 
     def cloned(self, number: int, source: int, epoch: int, params: Params) -> None:
-        self.lineages[number] = self.lineages[source].changed(epoch, params)
+        lineage = self._retold[number] = self._retold[source].changed(epoch, params)
         if (number, epoch, source) not in self.clones:
             self.clones.add((number, epoch, source))
-            phases = self.lineages[number].config(self.cfg, number).to_tree()["OPTIMIZATION"]["PHASES"]
+            self.lineages[number] = lineage
+            phases = lineage.config(self.cfg, number).to_tree()["OPTIMIZATION"]["PHASES"]
             self.note("clone", trial=number, epoch=epoch, params=params, config_phases=phases, **{"from": source})
 
     def measured(self, number: int, result: dict[str, Any]) -> None:

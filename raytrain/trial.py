@@ -19,7 +19,7 @@ from typing import Any
 import ray
 from ray.tune import Trainable
 
-from raytrain import worker
+from raytrain import board, worker
 from raytrain.checkpoint import PAYLOAD, write_checkpoint
 from raytrain.cluster import Mailbox
 from raytrain.config import Config
@@ -29,7 +29,7 @@ from raytrain.lineage import Lineage, Params
 from raytrain.progress import Progress
 from raytrain.records import read_journal
 from raytrain.runfolder import JOURNAL
-from raytrain.start import Options, run_dir_of
+from raytrain.start import BEREAVED_S, Options, run_dir_of
 from raytrain.storage import Storage, open_storage
 from raytrain.store import FOLDER, Saved, Store, newest_verified, verified
 from raytrain.tree import at
@@ -161,6 +161,7 @@ class TrialActor(Trainable):
         cfg = self.lineage.config(self.orders.cfg, self.number)
         run_dir = run_dir_of(cfg)
         storage = open_storage(run_dir)
+        board.take_over(run_dir, BEREAVED_S)  # what the training before a pause still writes and removes
         newest = newest_of(storage)
         if newest is None or not is_of(cfg, self.lineage.base, newest):
             Store(storage, cfg.CHECKPOINT, f"{self.orders.launch}-{time.time_ns()}").supersede(Progress(-1))

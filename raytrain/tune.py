@@ -45,6 +45,7 @@ SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials have journals of their own
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that failed has none
+    "TUNE_MAX_PENDING_TRIALS_PG": "1000000",  # at first; then schedulers.Orderly sets it
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",
     "TUNE_WARN_SLOW_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "86400",
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "86400",
@@ -299,8 +300,7 @@ class Trials(SearchAlgorithm):
             if len(self._live) >= self._at_once:
                 return None
             number = self.next_number
-            lineage = self._sweep.lineages.get(number)
-            params = lineage.base if lineage else self._search.params_of(number, self._told())
+            params = self._sweep.begun.get(number) or self._search.params_of(number, self._told())
             if params is None:  # the space is exhausted
                 self.set_finished()
                 return None
@@ -376,6 +376,9 @@ class Watch(Callback, Stopper):
         return {}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Told of each result before the scheduler is: what that makes of it comes after it in the ledger."""
+        if "key" in result:
+            self._sweep.measured(int(trial_id), result)
         return False
 
     def stop_all(self) -> bool:
@@ -403,10 +406,6 @@ class Watch(Callback, Stopper):
         view = self._sweep.view.trials[number]
         if view.state != "running" and not self._sweep.is_over(number):
             self._sweep.note("start", trial=number, epoch=view.epoch)
-
-    def on_trial_result(self, iteration: int, trials: Any, trial: Trial, result: dict[str, Any], **info: Any) -> None:
-        if "key" in result:
-            self._sweep.measured(int(trial.trial_id), result)
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Trial, **info: Any) -> None:
         number, result = int(trial.trial_id), trial.last_result or {}

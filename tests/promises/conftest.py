@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 from runs import Run
 
 import raytrain
+
+if TYPE_CHECKING:
+    from sweeps import Undisturbed
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +39,19 @@ def failed_on_two(tmp_path_factory: pytest.TempPathFactory) -> Run:
     (run.gate / "fail").unlink()
     assert run.names()[-1] == "checkpoint_step_8"
     return run
+
+
+@pytest.fixture(scope="session")
+def undisturbed_sweep(tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Undisturbed:
+    """A finished sweep under a scheduler."""
+    from sweeps import sweep, swept, under  # which import Ray Tune
+
+    runs: dict[str, Run] = {}
+
+    def of(scheduler: str) -> Run:
+        if scheduler not in runs:
+            runs[scheduler] = sweep(tmp_path_factory.mktemp(scheduler), under(scheduler))
+            assert swept(runs[scheduler]).status == "finished"
+        return runs[scheduler]
+
+    return of

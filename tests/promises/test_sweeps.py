@@ -1,148 +1,54 @@
-"""Sweeps on real Ray: each scheduler and search, the same seed, kills at any moment, and what is refused."""
+"""Sweeps on real Ray: each scheduler and search, the same seed, what fails, and what is refused."""
 
 from __future__ import annotations
 
-import copy
 import importlib.util
-import os
-import signal
-import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ray_nodes import ray_nodes
-from runs import Launched, Run, alive, assert_same_bits, environment, family, wait_for
+from runs import Run, assert_same_bits
+from sweeps import (
+    CLIP,
+    EPOCHS,
+    LR,
+    SCHEDULERS,
+    SPACE,
+    Undisturbed,
+    assert_whole,
+    count,
+    flags,
+    ledger,
+    started,
+    sweep,
+    swept,
+    told,
+    under,
+)
 
 import raytrain
 from raytrain.cli import main
 from raytrain.errors import ConfigError, PreflightError, ResumeError
-from raytrain.ledger import SweepView, read_ledger, trial_folder, view_of
-from raytrain.records import Record, read_journal
-from raytrain.storage import open_storage
-from raytrain.store import newest_verified
-from raytrain.tune import SweepOptions, SweepResult, tune
+from raytrain.ledger import trial_folder, view_of
 
 pytestmark = pytest.mark.ray
-
-EPOCHS = 4
-LR, CLIP = "OPTIMIZATION.LR", "OPTIMIZATION.GRAD_NORM_CLIP"
-SPACE = {LR: {"loguniform": [1e-4, 1.0]}, CLIP: {"loguniform": [0.1, 10.0]}}
-SCHEDULERS = ("none", "asha", "hyperband", "median", "pbt", "pb2")
-PBT = {"SCHEDULER": "pbt", "PERTURB_EVERY": 1, "QUANTILE": 0.5}
-
-Undisturbed = Callable[[str], Run]
-
-
-def sweep(folder: Path, tune_cfg: dict[str, Any] | None = None, **changes: Any) -> Run:
-    """Four trials, of one worker unless `changes` say otherwise."""
-    own = {"SPACE": copy.deepcopy(SPACE), "METRIC": "accuracy", "NUM_SAMPLES": 4, "CONCURRENT": 2, "REDUCTION": 2}
-    told = {"TUNE": {**own, **(tune_cfg or {})}, "OPTIMIZATION.NUM_EPOCHS": EPOCHS, "SCALE.NUM_WORKERS": 1}
-    return Run(folder, {**told, **changes})
-
-
-def under(scheduler: str) -> dict[str, Any]:
-    return PBT if scheduler == "pbt" else {"SCHEDULER": scheduler, "PERTURB_EVERY": 1}
-
-
-def swept(run: Run, *words: str, extend: int = 0) -> SweepResult:
-    """The sweep, begun or gone on with in this process, on the cluster that it is connected to."""
-    cfg = raytrain.load_config(run.config_file, ["OUTPUT", str(run.folder / "output"), *words])
-    return tune(cfg, SweepOptions(extend=extend))
-
-
-def flags(run: Run, *more: str) -> list[str]:
-    return ["tune", *run.words(*more)[1:]]
-
-
-def started(run: Run, *more: str) -> Launched:
-    """The command, in a process group and on a cluster of its own."""
-    return Launched([sys.executable, "-m", "raytrain", *flags(run, *more)], run.folder, environment())
-
-
-def ledger(run: Run) -> list[Record]:
-    return read_ledger(open_storage(str(run.run_dir)))
-
-
-def told(run: Run, *kinds: str) -> dict[int, list[Record]]:
-    """By trial its records of these kinds, without what time decides."""
-    found: dict[int, list[Record]] = {}
-    for record in ledger(run):
-        if record["kind"] in (kinds or ("trial", "result", "clone", "stopped", "done")):
-            own = {key: value for key, value in record.items() if key not in ("time", "seconds")}
-            found.setdefault(record["trial"], []).append(own)
-    return found
-
-
-def count(run: Run, kind: str) -> int:
-    return sum(record["kind"] == kind for record in ledger(run))
-
-
-def journals(run: Run, view: SweepView, state: str = "done") -> dict[int, bytes]:
-    """Of the trials in that state."""
-    ended = [number for number, trial in view.trials.items() if trial.state == state]
-    return {number: (run.run_dir / trial_folder(number) / "journal.jsonl").read_bytes() for number in ended}
-
-
-def assert_whole(run: Run, view: SweepView) -> None:
-    """All that a sweep leaves is there and nothing else; each trial is a run folder that ends where the trial does."""
-    names = {path.name for path in run.run_dir.iterdir()}
-    assert {"sweep.yaml", "sweep.jsonl", "sweep.csv", "best.yaml", "sweep.html"} <= names
-    assert "tune" not in names
-    for number, trial in view.trials.items():
-        folder = run.run_dir / trial_folder(number)
-        newest, passed_over = newest_verified(open_storage(str(folder)))
-        assert newest is not None and not passed_over
-        progress = newest.manifest.progress
-        assert (progress.epoch, progress.cursor) == (trial.epoch, 0), f"trial {number} {trial.state} at {trial.epoch}"
-        evals = [record for record in read_journal(folder / "journal.jsonl") if record["kind"] == "eval"]
-        assert [record["epoch"] for record in evals][-1] == trial.epoch
-        assert list((folder / "tensorboard").rglob("events.*"))
-    wait_for(lambda: not actors(), "the end of all trials' processes")
-
-
-def actors() -> list[int]:
-    """Processes of trials below this one."""
-
-    def trains(pid: int) -> bool:
-        try:
-            return b"TrialActor" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        except OSError:
-            return False
-
-    return [pid for pid in family(os.getpid()) if trains(pid) and alive(pid)]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Undisturbed:
-    """A finished sweep under a scheduler, trained once."""
-    runs: dict[str, Run] = {}
-
-    def of(scheduler: str) -> Run:
-        if scheduler not in runs:
-            runs[scheduler] = sweep(tmp_path_factory.mktemp(scheduler), under(scheduler))
-            assert swept(runs[scheduler]).status == "finished"
-        return runs[scheduler]
-
-    return of
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_a_sweep_under_each_scheduler_leaves_whole_runs_and_nothing_else(
-    scheduler: str, undisturbed: Undisturbed
+    scheduler: str, undisturbed_sweep: Undisturbed
 ) -> None:
-    run = undisturbed(scheduler)
+    run = undisturbed_sweep(scheduler)
     view = view_of(ledger(run))
     assert view.counts()["done"] + view.counts()["stopped"] == 4
     assert view.counts()["done"] >= 1
     assert_whole(run, view)
 
 
-@pytest.mark.parametrize("search", ["random", "grid", "tpe", "gp", "bohb"])
+@pytest.mark.parametrize("search", ["grid", "tpe", "gp", "bohb"])
 def test_each_search_brings_a_sweep_to_its_end(search: str, tmp_path: Path, ray_address: str) -> None:
     if search == "bohb" and not all(map(importlib.util.find_spec, ("hpbandster", "ConfigSpace"))):
         pytest.skip("needs hpbandster and ConfigSpace")
@@ -154,20 +60,20 @@ def test_each_search_brings_a_sweep_to_its_end(search: str, tmp_path: Path, ray_
     assert_whole(run, view)
 
 
-@pytest.mark.parametrize("scheduler", ["none", "hyperband"])
+@pytest.mark.parametrize("scheduler", ["hyperband", "pbt", "pb2"])
 def test_the_same_seed_gives_the_same_trials_results_and_decisions(
-    scheduler: str, tmp_path: Path, undisturbed: Undisturbed
+    scheduler: str, tmp_path: Path, undisturbed_sweep: Undisturbed
 ) -> None:
     run = sweep(tmp_path, under(scheduler))
     swept(run)
-    assert told(run) == told(undisturbed(scheduler))
+    assert told(run) == told(undisturbed_sweep(scheduler))
 
 
-@pytest.mark.parametrize("scheduler", ["none", "asha"])
+@pytest.mark.parametrize("scheduler", ["none", "asha", "pbt"])
 def test_best_yaml_trains_to_the_bits_of_the_best_trial(
-    scheduler: str, tmp_path: Path, undisturbed: Undisturbed
+    scheduler: str, tmp_path: Path, undisturbed_sweep: Undisturbed
 ) -> None:
-    run = undisturbed(scheduler)
+    run = undisturbed_sweep(scheduler)
     best = view_of(ledger(run)).best
     assert best is not None
     assert bool(best.clones) == (scheduler == "pbt")
@@ -180,77 +86,6 @@ def test_best_yaml_trains_to_the_bits_of_the_best_trial(
         for folder in (run.run_dir / trial_folder(best.number), tmp_path)
     )
     assert_same_bits(alone, trial)
-
-
-@pytest.mark.parametrize("scheduler", ["none", "hyperband"])
-def test_a_sweep_whose_driver_is_killed_goes_on_and_trains_no_result_twice(
-    scheduler: str, tmp_path: Path, undisturbed: Undisturbed
-) -> None:
-    run = sweep(tmp_path, under(scheduler))
-    (run.gate / "slow").write_text("0.03")
-    launched = started(run)
-    if scheduler == "none":
-        wait_for(lambda: count(run, "done"), "a trial that is done")
-    else:
-        wait_for(
-            lambda: any(len(records) > 1 for records in told(run, "result").values()), "a second result of a trial"
-        )
-    run.hold(0)
-    pids = wait_for(lambda: [int(path.name[5:]) for path in run.gate.glob("held-*")], "a trial in mid-epoch")
-    launched.kill(pids)
-    (run.gate / "slow").unlink()
-    run.release()
-    before = view_of(ledger(run))
-    kept = journals(run, before)
-    assert swept(run).status == "finished"
-    expected = told(undisturbed(scheduler), "trial", "result", "clone")
-    assert told(run, "trial", "result", "clone") == expected
-    assert {number: journals(run, view_of(ledger(run)))[number] for number in kept} == kept
-    assert_whole(run, view_of(ledger(run)))
-
-
-@pytest.mark.parametrize("scheduler", ["none"])
-def test_a_trial_whose_process_is_killed_goes_on_from_its_state(
-    scheduler: str, tmp_path: Path, undisturbed: Undisturbed
-) -> None:
-    run = sweep(tmp_path, under(scheduler))
-    run.hold(26)
-    with ThreadPoolExecutor(1) as pool:
-        ending = pool.submit(swept, run)
-        os.kill(held(run, ending), signal.SIGKILL)
-        run.release()
-        view = ending.result().view
-    assert told(run, "trial", "result", "clone") == told(undisturbed(scheduler), "trial", "result", "clone")
-    uses = [line.split()[0] for line in (run.gate / "uses.txt").read_text().splitlines()]
-    assert uses.count("0") == 4  # none has begun anew
-    assert_whole(run, view)
-
-
-def held(run: Run, ending: Future[Any]) -> int:
-    """Pid of a process that waits at the gate."""
-    found = wait_for(lambda: ending.done() or list(run.gate.glob("held-*")), "a trial at the gate")
-    assert found is not True, ending.result()
-    return int(found[0].name[5:])
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_sweep_with_its_states_saved_and_the_same_command_goes_on(
-    number: signal.Signals, tmp_path: Path, undisturbed: Undisturbed
-) -> None:
-    run = sweep(tmp_path)
-    (run.gate / "slow").write_text("0.03")
-    launched = started(run)
-    wait_for(lambda: count(run, "result"), "a first result")
-    below, began = set(family(launched.pid)), time.monotonic()
-    os.kill(launched.pid, number)
-    assert "the same command goes on" in launched.ended(75)
-    assert time.monotonic() - began < 30
-    wait_for(lambda: not any(map(alive, below)), "the end of all its processes")
-    (run.gate / "slow").unlink()
-    uses = len((run.gate / "uses.txt").read_text().splitlines())
-    assert swept(run).status == "finished"
-    assert told(run, "trial", "result") == told(undisturbed("none"), "trial", "result")
-    assert len((run.gate / "uses.txt").read_text().splitlines()) == 4 * EPOCHS * 11 > uses  # each step once
 
 
 def test_trials_of_two_workers_train_inside_their_places_on_a_cluster_of_two_cpus(tmp_path: Path) -> None:
@@ -334,7 +169,7 @@ def test_a_sweep_that_cannot_be_is_refused_before_anything_starts(tmp_path: Path
 
 @pytest.mark.parametrize(("budget", "raised"), [({"EPOCHS": 5}, "EPOCHS"), ({"SECONDS": 5.0}, "SECONDS")])
 def test_a_budget_ends_a_sweep_which_goes_on_with_a_larger_one(
-    budget: dict[str, Any], raised: str, tmp_path: Path, undisturbed: Undisturbed
+    budget: dict[str, Any], raised: str, tmp_path: Path, undisturbed_sweep: Undisturbed
 ) -> None:
     run = sweep(tmp_path, {"BUDGET": budget})
     if raised == "SECONDS":
@@ -346,4 +181,4 @@ def test_a_budget_ends_a_sweep_which_goes_on_with_a_larger_one(
     assert count(run, "result") <= 6 or raised == "SECONDS"  # one trial was training beside the one that used it up
     (run.gate / "slow").unlink(missing_ok=True)
     assert swept(run, f"TUNE.BUDGET.{raised}", "1000").status == "finished"
-    assert told(run, "trial", "result") == told(undisturbed("none"), "trial", "result")
+    assert told(run, "trial", "result") == told(undisturbed_sweep("none"), "trial", "result")

@@ -113,9 +113,10 @@ def test_a_worker_that_dies_three_times_in_one_step_is_one_screen_with_its_rank_
     with pytest.raises(TrainingError) as raised:
         raytrain.train(config(tmp_path, "DiesOnRank1", CHECKPOINT={"SNAPSHOT_EVERY": None}), quiet=True)
     screen = str(raised.value)
-    given_up = "It failed 3 times in a row without getting beyond step 3, so it was given up"
-    for part in ("failed on rank 1", "died without a word", "ran out of memory", given_up, str(tmp_path)):
+    for part in ("failed on rank 1", "died without a word", "ran out of memory", str(tmp_path)):
         assert part in screen, screen
+    # 3, unless rank 0 was gone before it could say so: workers tell their step a few times a second.
+    assert re.search(r"It failed 3 times in a row without getting beyond step [123], so it was given up", screen)
     assert len(screen.split("\n")) <= 12 and "ActorMetadata" not in screen
 
 

@@ -1,0 +1,101 @@
+"""Sweeps that are killed or stopped at any moment: the same command goes on, and comes to the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import Run, alive, family, wait_for
+from sweeps import (
+    EPOCHS,
+    Undisturbed,
+    assert_whole,
+    count,
+    journals,
+    ledger,
+    started,
+    sweep,
+    swept,
+    told,
+    under,
+)
+
+from raytrain.ledger import view_of
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.mark.parametrize("scheduler", ["none", "pbt"])
+def test_a_sweep_whose_driver_is_killed_goes_on_and_trains_no_result_twice(
+    scheduler: str, tmp_path: Path, undisturbed_sweep: Undisturbed
+) -> None:
+    run = sweep(tmp_path, under(scheduler))
+    (run.gate / "slow").write_text("0.03")
+    launched = started(run)
+    if scheduler == "none":
+        wait_for(lambda: count(run, "done"), "a trial that is done")
+    else:
+        wait_for(
+            lambda: any(len(records) > 1 for records in told(run, "result").values()), "a second result of a trial"
+        )
+    run.hold(0)
+    pids = wait_for(lambda: [int(path.name[5:]) for path in run.gate.glob("held-*")], "a trial in mid-epoch")
+    launched.kill(pids)
+    (run.gate / "slow").unlink()
+    run.release()
+    before = view_of(ledger(run))
+    kept = journals(run, before)
+    assert swept(run).status == "finished"
+    expected = told(undisturbed_sweep(scheduler), "trial", "result", "clone")
+    assert told(run, "trial", "result", "clone") == expected
+    assert {number: journals(run, view_of(ledger(run)))[number] for number in kept} == kept
+    assert_whole(run, view_of(ledger(run)))
+
+
+@pytest.mark.parametrize("scheduler", ["none", "pbt"])
+def test_a_trial_whose_process_is_killed_goes_on_from_its_state(
+    scheduler: str, tmp_path: Path, undisturbed_sweep: Undisturbed
+) -> None:
+    run = sweep(tmp_path, under(scheduler))
+    run.hold(26)
+    with ThreadPoolExecutor(1) as pool:
+        ending = pool.submit(swept, run)
+        os.kill(held(run, ending), signal.SIGKILL)
+        run.release()
+        view = ending.result().view
+    assert told(run, "trial", "result", "clone") == told(undisturbed_sweep(scheduler), "trial", "result", "clone")
+    uses = [line.split()[0] for line in (run.gate / "uses.txt").read_text().splitlines()]
+    assert uses.count("0") == 4  # none has begun anew
+    assert_whole(run, view)
+
+
+def held(run: Run, ending: Future[Any]) -> int:
+    """Pid of a process that waits at the gate."""
+    found = wait_for(lambda: ending.done() or list(run.gate.glob("held-*")), "a trial at the gate")
+    assert found is not True, ending.result()
+    return int(found[0].name[5:])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM])
+def test_a_signal_ends_a_sweep_with_its_states_saved_and_the_same_command_goes_on(
+    number: signal.Signals, tmp_path: Path, undisturbed_sweep: Undisturbed
+) -> None:
+    run = sweep(tmp_path)
+    (run.gate / "slow").write_text("0.03")
+    launched = started(run)
+    wait_for(lambda: count(run, "result"), "a first result")
+    below, began = set(family(launched.pid)), time.monotonic()
+    os.kill(launched.pid, number)
+    assert "the same command goes on" in launched.ended(75)
+    assert time.monotonic() - began < 30
+    wait_for(lambda: not any(map(alive, below)), "the end of all its processes")
+    (run.gate / "slow").unlink()
+    uses = len((run.gate / "uses.txt").read_text().splitlines())
+    assert swept(run).status == "finished"
+    assert told(run, "trial", "result") == told(undisturbed_sweep("none"), "trial", "result")
+    assert len((run.gate / "uses.txt").read_text().splitlines()) == 4 * EPOCHS * 11 > uses  # each step once
