@@ -161,7 +161,7 @@ class Store:
                 left = parse_temporary(name)
                 if left is None or left.writer_lives:
                     continue
-                if folder and left.kind == "writing":
+                if folder and left.kind == "writing" and left.name.startswith("checkpoint_"):
                     recover_checkpoint(self.storage, folder + name, folder + left.name)
                 else:
                     self.storage.remove_tree(folder + name)

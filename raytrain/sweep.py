@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from raytrain.config import Config, config_diff, dump_config
-from raytrain.errors import ResumeError
+from raytrain.errors import ConfigError, ResumeError
 from raytrain.ledger import Ledger, SweepView, TrialView, read_ledger, view_of
 from raytrain.lineage import Lineage, Params, lineages_of
 from raytrain.runfolder import RunFolder
@@ -107,7 +107,13 @@ def check_same(cfg: Config, folder: RunFolder) -> None:
     """ResumeError if the sweep in this folder was begun with a config under which trials mean something else."""
     if not folder.storage.exists(CONFIG):
         return
-    old = parse_text(folder.storage.read_bytes(CONFIG).decode(), folder.storage.path_of(CONFIG))
+    try:
+        old = parse_text(folder.storage.read_bytes(CONFIG).decode(), folder.storage.path_of(CONFIG))
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise ResumeError(
+            f"{error}\nWhat to do: put {CONFIG} of this sweep back from a copy, or remove it: the next launch writes "
+            "it anew, without a check that its config is the one that the sweep was begun with"
+        ) from None
     different = [(k, a, b) for k, a, b in config_diff(old, cfg.to_tree()) if not k.startswith(FREE)]
     if different:
         raise ResumeError(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 REDRAW_S = 0.2
+WIDE = 240  # columns, where output is no terminal: a file or a pipe has room for all that is swept
 ROWS_AT_THE_END = 30
 BEST_KEPT = 3  # rows that a short screen keeps before those of trials that run
 FINAL = ("done", "stopped", "failed")
@@ -100,7 +101,8 @@ class SweepDisplay:
     def _close(self, view: SweepView, now: float) -> None:
         self.leave()
         for part in table_parts(view, ROWS_AT_THE_END):
-            self._console.print(part, soft_wrap=not self._console.is_terminal)
+            there = self._console.is_terminal
+            self._console.print(part, soft_wrap=not there, width=None if there else max(self._console.width, WIDE))
         self._print(headline_text(view, now))
 
     def _print(self, text: str) -> None:
@@ -134,7 +136,9 @@ def trial_text(trial: TrialView, view: SweepView) -> str:
     if trial.state == "failed":
         lines = (trial.error or "").strip().splitlines() or ["the process died"]
         logs = f" (logs: {masked(trial.logs)})" if trial.logs else ""
-        return clean(f"{head}: {masked(lines[-1])[:ERROR_LENGTH]}{logs}")
+        error = masked(lines[-1])
+        cut = error if len(error) <= ERROR_LENGTH else f"{error[:ERROR_LENGTH]}..."
+        return clean(f"{head}: {cut}{logs}")
     metric = [f"{view.metric} {number(trial.best)}"] if trial.best is not None else []
     return "  ".join([head, *metric, *_params_text(trial, view)])
 

@@ -23,7 +23,7 @@ from raytrain import cluster
 from raytrain.advice import advice_lines
 from raytrain.cluster import Mailbox
 from raytrain.config import Config, dump_config, with_values
-from raytrain.errors import PreflightError, TrainingError
+from raytrain.errors import PreflightError, ResumeError, TrainingError
 from raytrain.ledger import LEDGER, SweepView, TrialView, trial_folder
 from raytrain.own_cluster import is_tested
 from raytrain.runfolder import RunFolder
@@ -198,9 +198,10 @@ def run_trials(
     cfg, places = sweep.cfg, Places.of(sweep.cfg)
     cluster.check_reachable(sweep.folder.storage.path_of(""))
     launch = launch_after(())
-    trials = Trials(sweep, search, number_of_trials(sweep, search, options), places.concurrent)
+    samples = number_of_samples(sweep, options)
+    trials = Trials(sweep, search, search.num_trials(samples), places.concurrent)
     sweep.folder.storage.write_bytes(CONFIG, dump_config(cfg).encode())
-    sweep.note("sweep", **facts(cfg, trials.total, places.concurrent))
+    sweep.note("sweep", **facts(cfg, samples, trials.total, places.concurrent))
     mailbox = Mailbox(launch)
     watch = Watch(sweep, trials, stop, mailbox, show)
     try:
@@ -231,13 +232,20 @@ def concurrency(wanted: int | None, num_workers: int, per_worker: dict[str, floa
     return wanted or fitting
 
 
-def number_of_trials(sweep: Sweep, search: Search, options: SweepOptions) -> int:
+def number_of_samples(sweep: Sweep, options: SweepOptions) -> int:
     """TUNE.NUM_SAMPLES, or those of earlier launches if that was more; and what this one adds."""
-    before = int(sweep.view.launch.get("num_samples", 0))
-    return search.num_trials(max(sweep.cfg.TUNE.NUM_SAMPLES, before) + options.extend)
+    before, scheduler = int(sweep.view.launch.get("samples", 0)), sweep.cfg.TUNE.SCHEDULER
+    samples = max(sweep.cfg.TUNE.NUM_SAMPLES, before) + options.extend
+    if 0 < before < samples and scheduler in ("pbt", "pb2"):
+        raise ResumeError(
+            f"{sweep.folder.storage.path_of('')} holds a population of {before}, and {samples} are asked for; under "
+            f"{scheduler} each generation is compared as a whole, so with more its clones would have been others. "
+            "Leave --extend out, or start another sweep (--extra_tag NAME)"
+        )
+    return samples
 
 
-def facts(cfg: Config, total: int, concurrent: int) -> dict[str, Any]:
+def facts(cfg: Config, samples: int, total: int, concurrent: int) -> dict[str, Any]:
     """What the ledger says of a launch."""
     tune_cfg, (metric, mode) = cfg.to_tree()["TUNE"], objective(cfg)
     return {
@@ -245,7 +253,8 @@ def facts(cfg: Config, total: int, concurrent: int) -> dict[str, Any]:
         "search": cfg.TUNE.SEARCH,
         "metric": metric,
         "mode": mode,
-        "num_samples": total,
+        "samples": samples,
+        "num_samples": total,  # trials: grids multiply them
         "seed": sweep_seed(cfg),
         "num_epochs": cfg.OPTIMIZATION.NUM_EPOCHS,
         "space": tune_cfg["SPACE"],

@@ -48,21 +48,23 @@ def nothing_left_in_tmp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         yield
     shutil.rmtree(folder, ignore_errors=True)
     left = set(semaphores()) - before  # before one looks who has them: other sessions make new ones meanwhile
-    mapped = "".join(maps_of(process) for process in Path("/proc").glob("[0-9]*"))
+    mapped = {line.split()[4] for process in Path("/proc").glob("[0-9]*") for line in maps_of(process)}
     for semaphore in left:
-        if str(semaphore) not in mapped:
-            semaphore.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if str(semaphore.stat().st_ino) not in mapped:  # by inode: whoever made it has it by another name
+                semaphore.unlink()
 
 
 def semaphores() -> Iterator[Path]:
     return Path("/dev/shm").glob("sem.mp-*")
 
 
-def maps_of(process: Path) -> str:
+def maps_of(process: Path) -> list[str]:
+    """Lines on the semaphores that it has."""
     try:
-        return (process / "maps").read_text()
+        return [line for line in (process / "maps").read_text().splitlines() if "/dev/shm/sem." in line]
     except OSError:  # it has ended, or is another user's
-        return ""
+        return []
 
 
 @pytest.fixture(scope="session")

@@ -361,6 +361,14 @@ def test_death_between_any_two_file_operations_of_a_save_loses_nothing(tmp_path:
     assert survived >= 5 and not died
 
 
+def test_a_launch_that_was_killed_as_it_tried_the_folder_does_not_keep_the_next_one_out(tmp_path: Path) -> None:
+    left = tmp_path / "ckpt" / f".writing-.writable-{os.getpid()}.1-0123abcd"
+    left.parent.mkdir()
+    left.write_bytes(b"")
+    Store(LocalStorage(tmp_path), policy(), "a").clean_leftovers()
+    assert not left.exists()
+
+
 def test_a_leftover_of_a_living_writer_is_left_alone(tmp_path: Path) -> None:
     if not Path("/proc/self/stat").exists():
         pytest.skip("this system does not tell when a process began")

@@ -160,7 +160,7 @@ def test_an_error_in_any_phase_leaves_the_state_before_it(run: Run, phase: str) 
 
 
 @pytest.mark.parametrize("and_its_keeper", [False, True], ids=["alone", "with its keeper"])
-@pytest.mark.parametrize("leftover", [".writing-", ".trash-"], ids=["uploading", "retention"])
+@pytest.mark.parametrize("leftover", [".writing-checkpoint", ".trash-checkpoint"], ids=["uploading", "retention"])
 def test_a_process_killed_while_its_keeper_writes_ends_with_the_same_bits(
     run: Run, leftover: str, and_its_keeper: bool
 ) -> None:
