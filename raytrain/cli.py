@@ -91,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except RaytrainError as error:
+        if error.told:
+            return error.exit_status
         if speaks():
             print(f"raytrain: {error}", file=sys.stderr)
         elif error.exit_status == EXIT_USAGE:

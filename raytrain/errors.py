@@ -17,9 +17,13 @@ def masked(text: str) -> str:
 
 
 class RaytrainError(Exception):
-    """Base of every error that raytrain raises on purpose; a secret in a URI is not told."""
+    """Base of every error that raytrain raises on purpose; a secret in a URI is not told.
+
+    told: the message has been shown already
+    """
 
     exit_status = EXIT_FAILED
+    told = False
 
     def __init__(self, message: str = "") -> None:
         super().__init__(masked(message))

@@ -118,6 +118,9 @@ def run_as_worker(job: Job, world: World, store: Any, stop: threading.Event) -> 
                 )
             hung = [failure_by(hang, job.run_uri) for hang in hangs_here(job.run_uri)]
             seen = as_seen((hung or [failure_of(error, world.rank, control.place(), logs)])[0])
-            if not world.is_first:
-                print(f"raytrain: {seen}", file=screen, flush=True)
+            if world.is_first:
+                display.close()
+            # Here, while a SIGTERM is only a wish: torchrun sends one as soon as it sees a rank die.
+            print(f"raytrain: {seen}", file=screen, flush=True)
+            seen.told = True
             raise seen from error

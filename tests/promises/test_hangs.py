@@ -13,11 +13,16 @@ from runs import TESTS, Launched, Run, assert_same_bits, wait_for
 pytestmark = pytest.mark.ray
 
 HANG_S = 8.0  # a step of these runs takes a millisecond, their first one a second, on busy cores some
-# Stragglers are told after some seconds, not after half a minute.
-QUICK = (
-    "from raytrain import pulse; pulse.WINDOW_STEPS, pulse.WINDOW_S = 40, 0.5; "
-    "from raytrain.cli import main; raise SystemExit(main())"
-)
+# Stragglers are told after some seconds, not after half a minute. A rank takes its time to end, so that torchrun's
+# SIGTERM comes before it has.
+QUICK = """
+import time
+import torch.distributed as dist
+from raytrain import cli, pulse
+pulse.WINDOW_STEPS, pulse.WINDOW_S = 40, 0.5
+dist.destroy_process_group = lambda: time.sleep(2)
+raise SystemExit(cli.main())
+"""
 
 
 def hanging(folder: Path, **changes: Any) -> Run:
@@ -48,9 +53,9 @@ def test_a_straggler_and_a_loader_worker_that_hangs_are_named_under_torchrun(tmp
     # Loader workers take their time to start.
     run = hanging(tmp_path, **{**changes, "LOADER.WORKERS": 1, "SCALE.HANG_TIMEOUT": 1.5 * HANG_S})
     (run.gate / "slow_forward").write_text("0.02")
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--monitor_interval", "1"]
     env = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    launched = Launched([*words, sys.executable, "-c", QUICK, *run.words()], tmp_path, env)
+    launched = Launched([*words, "--no-python", sys.executable, "-c", QUICK, *run.words()], tmp_path, env)
     wait_for(lambda: "straggler: " in launched.output(), "the straggler")
     (run.gate / "data").write_text("3")
     said = launched.ended(1)
