@@ -53,9 +53,11 @@ def test_a_straggler_and_a_loader_worker_that_hangs_are_named_under_torchrun(tmp
     # Loader workers take their time to start.
     run = hanging(tmp_path, **{**changes, "LOADER.WORKERS": 1, "SCALE.HANG_TIMEOUT": 1.5 * HANG_S})
     (run.gate / "slow_forward").write_text("0.02")
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--monitor_interval", "1"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     env = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    launched = Launched([*words, "--no-python", sys.executable, "-c", QUICK, *run.words()], tmp_path, env)
+    launched = Launched(
+        [*words, "--monitor_interval", "1", "--no-python", sys.executable, "-c", QUICK, *run.words()], tmp_path, env
+    )
     wait_for(lambda: "straggler: " in launched.output(), "the straggler")
     (run.gate / "data").write_text("3")
     said = launched.ended(1)
