@@ -1,11 +1,13 @@
 """The digits task: what its data, its model and its errors promise."""
 
-import builtins
+import importlib.util
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import sklearn.datasets
 import torch
 from torch import nn
 
@@ -162,16 +164,19 @@ def test_what_does_not_belong_in_the_config_is_named(section, entry, message):
     assert str(caught.value) == message
 
 
+def test_the_digits_are_those_of_scikit_learn():
+    pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
+    images, numbers = load_digits()
+    assert torch.equal(images.view(-1, 64).double() * 16, torch.as_tensor(pixels))
+    assert torch.equal(numbers, torch.as_tensor(labels))
+
+
+def test_the_digits_are_there_without_the_import_of_scikit_learn():
+    code = "import sys; from raytrain.tasks.digits import load_digits; load_digits(); print('sklearn' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
 def test_without_scikit_learn_the_error_says_how_to_get_it(monkeypatch):
-    real_import = builtins.__import__
-
-    def no_sklearn(name, *args, **kwargs):
-        if name.startswith("sklearn"):
-            raise ModuleNotFoundError("No module named 'sklearn'")
-        return real_import(name, *args, **kwargs)
-
-    for name in [name for name in sys.modules if name.startswith("sklearn")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(builtins, "__import__", no_sklearn)
+    monkeypatch.setattr(importlib.util, "find_spec", {}.get)
     with pytest.raises(TaskError, match=r'pip install "raytrain\[digits\]"'):
         digits_task().build_dataset("train")
