@@ -1,6 +1,7 @@
 """Ray Tune's schedulers for a sweep: no result is told to them twice, and what they draw is keyed by a seed.
 
-Private parts of Ray are used where there are no public ones: how many trials may begin, and what a PBT exploits.
+Private parts of Ray are used where there are no public ones: how many trials may begin, in which processes, and what
+a PBT exploits.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from ray import tune
+from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
@@ -57,6 +59,20 @@ class Terms:
     seed: int
 
 
+class Controller(TuneController):
+    """Ray's loop over trials, which begins no more processes than have to be."""
+
+    def _maybe_reuse_cached_actor(self, trial: Trial) -> bool:
+        """Not for a trial whose own process starts already: Ray would end that, and begin another for the next trial.
+
+        Where trials take less time than processes to start, none would ever stand but the first.
+        """
+        own = self._trial_to_actor.get(trial)
+        if own in self._actor_manager._live_actors_to_ray_actors_resources and own not in self._started_actors:
+            return False
+        return bool(super()._maybe_reuse_cached_actor(trial))
+
+
 class Orderly:
     """A scheduler of Ray's that a sweep can resume: mixed into its class.
 
@@ -75,7 +91,7 @@ class Orderly:
             self._came_back(trial)
             return
         super().on_trial_add(controller, trial)  # type: ignore[misc]
-        if self.pauses and not self.added:  # a whole generation pauses: Ray would keep one of its processes, not all
+        if not self.added:  # of the processes of trials that end, or pause, at once Ray would keep one, not all
             controller._tune_controller._actor_cache.increase_max(trial.placement_group_factory, self.terms.concurrent)
         self.added.add(trial.trial_id)
 
@@ -106,15 +122,19 @@ class Orderly:
     def choose_trial_to_run(self, controller: Any) -> Trial | None:
         """None if as many run as may; Ray begins others that wait by itself, up to a number that is set here."""
         inner = controller._tune_controller
-        held = (*inner._staged_trials, *inner._trial_to_actor)
-        busy = {trial.trial_id for trial in (*held, *inner._running_trials)}
-        free = max(0, self.terms.concurrent - len(busy))
-        inner._max_pending_trials = free + inner._actor_manager.num_pending_actors
-        return self._choice(controller) if free else None
+        held = {*inner._staged_trials, *inner._trial_to_actor, *inner._running_trials}
+        free = max(0, self.terms.concurrent - len(held))
+        waits = (Trial.PENDING, Trial.PAUSED)
+        waiting = [trial for trial in controller.get_trials() if trial.status in waits and trial not in held]
+        chosen = self._choice(controller, waiting) if free and waiting else None
+        # Only those are counted that need new processes: the next trials are chosen for the processes that wait.
+        new = free if chosen is None else max(0, free - inner._actor_cache.num_cached_objects)
+        inner._max_pending_trials = new + inner._actor_manager.num_pending_actors
+        return chosen
 
-    def _choice(self, controller: Any) -> Trial | None:
-        """Of the trials that wait."""
-        return super().choose_trial_to_run(controller)  # type: ignore[misc]
+    def _choice(self, controller: Any, waiting: list[Trial]) -> Trial | None:
+        """Of the trials that wait, at least one, the next one."""
+        return min(waiting, key=lambda trial: trial.status != Trial.PENDING)
 
     def _seed(self, number: int, epoch: int) -> None:
         """Ray draws from the generators that everyone uses."""
@@ -125,6 +145,10 @@ class Orderly:
 
 class Brackets(Orderly):
     """HyperBand."""
+
+    def _choice(self, controller: Any, waiting: list[Trial]) -> Trial | None:
+        chosen = super(Orderly, self).choose_trial_to_run(controller)  # type: ignore[misc]
+        return chosen if chosen in waiting else None
 
     def _came_back(self, trial: Trial) -> None:
         bracket, _ = self._trial_info[trial]  # type: ignore[attr-defined]
@@ -143,10 +167,9 @@ class Population(Orderly):
         self.clones.discard(trial.trial_id)
         return super().on_trial_result(controller, trial, result)
 
-    def _choice(self, controller: Any) -> Trial | None:
+    def _choice(self, controller: Any, waiting: list[Trial]) -> Trial | None:
         """Clones first: a source that trains on removes its older checkpoints."""
         states: dict[Trial, Any] = self._trial_state  # type: ignore[attr-defined]
-        waiting = [trial for trial in controller.get_trials() if trial.status in (Trial.PENDING, Trial.PAUSED)]
         due = [trial for trial in waiting if states[trial].last_train_time < self._generation]
         return min(due, key=lambda trial: (trial.trial_id not in self.clones, trial.trial_id), default=None)
 

@@ -27,7 +27,7 @@ from raytrain.errors import PreflightError, ResumeError, TrainingError
 from raytrain.ledger import LEDGER, SweepView, TrialView, trial_folder
 from raytrain.own_cluster import is_tested
 from raytrain.runfolder import RunFolder
-from raytrain.schedulers import POPULATIONS, Terms, build_scheduler
+from raytrain.schedulers import POPULATIONS, Controller, Terms, build_scheduler
 from raytrain.search import Search, Told, build_search
 from raytrain.signals import signals_wish_stop
 from raytrain.space import objective, sweep_seed
@@ -449,8 +449,10 @@ class Watch(Callback, Stopper):
 
 @contextlib.contextmanager
 def ray_tune_settings() -> Iterator[None]:
-    """Ray Tune as a library: it prints nothing, catches no signal, and writes no logs of its own."""
+    """Ray Tune as a library: it prints nothing, catches no signal, writes no logs of its own, and keeps processes."""
     kept = {name: os.environ.get(name) for name in SETTINGS}
+    controller = ray.tune.tune.TuneController
+    ray.tune.tune.TuneController = Controller  # type: ignore[misc]
     os.environ.update(SETTINGS)
     log = logging.getLogger("ray.tune")
     level = log.level
@@ -459,6 +461,7 @@ def ray_tune_settings() -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
+        ray.tune.tune.TuneController = controller  # type: ignore[misc]
         for name, value in kept.items():
             if value is None:
                 os.environ.pop(name, None)

@@ -18,6 +18,7 @@ from typing import Any
 import processes
 import torch
 import yaml
+from forks import Fork, forks
 from tensorboard_events import events_of
 
 from raytrain.records import read_journal
@@ -95,11 +96,7 @@ class Run:
 
     def start(self, *flags: str, env: Mapping[str, str] | None = None) -> Launched:
         """The command, running in a process group of its own."""
-        return Launched(
-            [sys.executable, "-m", "raytrain", *self.words(*flags)],
-            self.folder,
-            {**environment(), **(env or {})},
-        )
+        return commanded(self.words(*flags), self.folder, env)
 
     def run(self, *flags: str, status: int = 0) -> str:
         """What the command printed, once it has ended with this exit status."""
@@ -175,15 +172,28 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "COLUMNS": "200"}
 
 
+def commanded(words: list[str], folder: Path, env: Mapping[str, str] | None = None) -> Launched:
+    """`raytrain` with these words, in a process group of its own; a fork unless `env` says more than the tests'."""
+    output = folder / f"output-{time.time_ns()}.txt"
+    if env:
+        return Launched.of([sys.executable, "-m", "raytrain", *words], folder, {**environment(), **env})
+    return Launched(forks().start(words, folder, environment(), output), output)
+
+
 class Launched:
     """A command that runs. Its output goes to a file, so that no reader can hold it up."""
 
-    def __init__(self, command: list[str], folder: Path, env: Mapping[str, str]) -> None:
-        self._output = folder / f"output-{time.time_ns()}.txt"
-        with self._output.open("wb") as file:
-            self.process = subprocess.Popen(
+    def __init__(self, process: subprocess.Popen[bytes] | Fork, output: Path) -> None:
+        self.process, self._output = process, output
+
+    @classmethod
+    def of(cls, command: list[str], folder: Path, env: Mapping[str, str]) -> Launched:
+        output = folder / f"output-{time.time_ns()}.txt"
+        with output.open("wb") as file:
+            process = subprocess.Popen(
                 command, cwd=folder, env=dict(env), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )
+        return cls(process, output)
 
     @property
     def pid(self) -> int:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from runs import Launched, Run, alive, environment, family, wait_for
+from runs import Launched, Run, alive, commanded, family, wait_for
 
 import raytrain
 from raytrain.ledger import SweepView, read_ledger, trial_folder
@@ -50,7 +49,7 @@ def flags(run: Run, *more: str) -> list[str]:
 
 def started(run: Run, *more: str) -> Launched:
     """The command, in a process group and on a cluster of its own."""
-    return Launched([sys.executable, "-m", "raytrain", *flags(run, *more)], run.folder, environment())
+    return commanded(flags(run, *more), run.folder)
 
 
 def ledger(run: Run) -> list[Record]:

@@ -232,4 +232,4 @@ def torchrun(run: Run, *options: str, begun_at: str | None = None) -> Launched:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options]
     words = run.words(*(["--resume", str(run.ckpt / begun_at)] if begun_at else []))
     command = [*start, "--no-python", sys.executable, "-m", "raytrain", *words]
-    return Launched(command, run.folder, {**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+    return Launched.of(command, run.folder, {**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})

@@ -55,7 +55,7 @@ def test_a_straggler_and_a_loader_worker_that_hangs_are_named_under_torchrun(tmp
     (run.gate / "slow_forward").write_text("0.02")
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     env = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    launched = Launched(
+    launched = Launched.of(
         [*words, "--monitor_interval", "1", "--no-python", sys.executable, "-c", QUICK, *run.words()], tmp_path, env
     )
     wait_for(lambda: "straggler: " in launched.output(), "the straggler")

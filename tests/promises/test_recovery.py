@@ -23,7 +23,7 @@ def started(run: Run, change: str, *flags: str) -> Launched:
     code = f"from raytrain import driver; {change}; from raytrain.cli import main; exit(main())"
     words = [sys.executable, "-c", code, *run.words("--num_workers", "2", *flags)]
     env = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "COLUMNS": "200", "RAY_ADDRESS": ""}
-    return Launched(words, run.folder, env)
+    return Launched.of(words, run.folder, env)
 
 
 def test_a_run_leaves_a_node_that_is_drained_and_waits_for_room_when_one_has_died(

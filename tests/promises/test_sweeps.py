@@ -46,6 +46,8 @@ def test_a_sweep_under_each_scheduler_leaves_whole_runs_and_nothing_else(
     assert view.counts()["done"] + view.counts()["stopped"] == 4
     assert view.counts()["done"] >= 1
     assert_whole(run, view)
+    pids = {(run.run_dir / trial_folder(number) / ".lock").read_text().split()[1] for number in view.trials}
+    assert len(pids) <= 2, "more processes than trials at a time"
 
 
 @pytest.mark.parametrize("search", ["grid", "tpe", "gp", "bohb"])

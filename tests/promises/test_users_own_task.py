@@ -83,4 +83,4 @@ def command(shop: Path, *flags: str) -> Launched:
     installed = shutil.which("raytrain", path=str(Path(sys.executable).parent))
     assert installed, "the package is installed with its command"
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return Launched([installed, "train", "--cfg_file", "configs/shop.yaml", *flags], shop, env)
+    return Launched.of([installed, "train", "--cfg_file", "configs/shop.yaml", *flags], shop, env)
