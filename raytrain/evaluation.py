@@ -16,10 +16,9 @@ from torch.utils.data import Subset
 from raytrain import loop
 from raytrain.config import Config, Eval, load_config, stays_below, with_overrides
 from raytrain.errors import CheckpointError, ConfigError, TaskError
-from raytrain.failure import explains_itself, failure_of, keep_traceback
 from raytrain.feed import Feed
 from raytrain.gallery import pictures_of, why_not_drawn, write_pictures
-from raytrain.launch import as_seen
+from raytrain.launch import explained
 from raytrain.progress import Progress
 from raytrain.randomness import seed_all
 from raytrain.records import strict
@@ -103,13 +102,8 @@ def view(cfg: Config | str | os.PathLike[str], checkpoint: str | None = None, *,
 @contextlib.contextmanager
 def _explained(what: str, run_dir: str) -> Iterator[None]:
     """torch is afterwards set as it was, and a failure is told as one of training is."""
-    try:
-        with torch_put_back():
-            yield
-    except Exception as error:
-        if explains_itself(error):
-            raise
-        raise as_seen(failure_of(error, 0, {"what": what}, keep_traceback(error, run_dir))) from error
+    with explained(what, run_dir), torch_put_back():
+        yield
 
 
 def _evaluated(cfg: Config, run_dir: str, checkpoint: str | None, eval_tag: str, save_predictions: bool) -> Evaluation:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -240,6 +240,17 @@ def worker_callbacks(launch_id: str) -> list[Any]:
             stop_on_signal(launch_id)
 
     return [StopOnSignal()]
+
+
+@contextlib.contextmanager
+def explained(what: str, run_dir: str) -> Iterator[None]:
+    """An exception of the task is told as one of training is: `what` failed, in which lines of the user's."""
+    try:
+        yield
+    except Exception as error:
+        if explains_itself(error):
+            raise
+        raise as_seen(failure_of(error, 0, {"what": what}, keep_traceback(error, run_dir))) from error
 
 
 def as_seen(failure: dict[str, Any]) -> RaytrainError:

@@ -113,9 +113,11 @@ class SweepDisplay:
 
 def headline_text(view: SweepView, now: float) -> str:
     """`12 of 24 trials: 5 done, 2 running, 5 stopped  in 1:23  best accuracy 0.98 (trial 7)`."""
-    counts = {state: count for state, count in view.counts().items() if count and state != "waiting"}
+    counts = {state: count for state, count in view.counts().items() if count}
+    waiting = counts.pop("waiting", 0)
     ended = sum(count for state, count in counts.items() if state in FINAL)
-    states = ", ".join(f"{count} {state}" for state, count in counts.items()) or "none has begun"
+    states = ", ".join(f"{count} {state}" for state, count in counts.items())
+    states = states or (f"{waiting} waiting" if waiting else "none has begun")
     best = f"best {best_text(view)}" if view.best is not None else ""
     parts = [f"{ended} of {view.num_samples} trials: {states}", f"in {eta(view.elapsed_s(now))}", best]
     return "  ".join(filter(None, parts))

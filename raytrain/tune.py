@@ -24,6 +24,7 @@ from raytrain.advice import advice_lines
 from raytrain.cluster import Mailbox
 from raytrain.config import Config, dump_config, with_values
 from raytrain.errors import PreflightError, ResumeError, TrainingError
+from raytrain.launch import explained
 from raytrain.ledger import LEDGER, SweepView, TrialView, trial_folder
 from raytrain.own_cluster import is_tested
 from raytrain.runfolder import RunFolder
@@ -125,7 +126,8 @@ def tune(
         check_same(cfg, folder)
         stop = stop or stack.enter_context(signals_wish_stop())
         used = ahead or stack.enter_context(cluster.starting_for_trials(cfg, options.address))
-        prospect = look_ahead(cfg)
+        with explained("A look at the task, before any trial,", run_dir):
+            prospect = look_ahead(cfg)
         sweep = Sweep(cfg, folder)
         stack.callback(sweep.close)
         used.connect()

@@ -127,6 +127,8 @@ def test_the_headline_of_a_sweep_that_has_just_begun() -> None:
     view = SweepView()
     view.add(SWEEP)
     assert headline_text(view, 5.0) == "0 of 4 trials: none has begun  in 0:05"
+    view.add(of("trial", 0, 0, params={}))
+    assert headline_text(view, 5.0) == "0 of 4 trials: 1 waiting  in 0:05"
 
 
 def test_a_failure_without_an_error_says_that_the_process_died() -> None:

@@ -31,7 +31,7 @@ from sweeps import (
 
 import raytrain
 from raytrain.cli import main
-from raytrain.errors import ConfigError, PreflightError, ResumeError
+from raytrain.errors import ConfigError, PreflightError, ResumeError, TrainingError
 from raytrain.ledger import trial_folder, view_of
 
 pytestmark = pytest.mark.ray
@@ -169,6 +169,10 @@ def test_a_sweep_that_cannot_be_is_refused_before_anything_starts(tmp_path: Path
         swept(run, "TUNE.CONCURRENT", "9")
     with pytest.raises(ConfigError, match=r"TUNE\.SPACE is empty"):
         swept(sweep(tmp_path, {"SPACE": {}}))
+    (run.gate / "spoil_score").touch()
+    told = r"A look at the task, before any trial, failed(.*\n)*.*tasks_for_tests\.py"
+    with pytest.raises(TrainingError, match=told):
+        swept(sweep(tmp_path))
     assert not ledger(run)
     assert not list(run.run_dir.glob("trial_*"))
 
