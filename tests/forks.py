@@ -44,9 +44,12 @@ class Forks:
         atexit.register(server.wait)
         atexit.register(ours.close)  # which comes first
 
-    def start(self, words: Sequence[str], folder: Path, env: Mapping[str, str], output: Path) -> Fork:
-        """`raytrain` with these words; what it prints goes to that file."""
-        asked = {"words": list(words), "folder": str(folder), "env": dict(env), "output": str(output)}
+    def start(
+        self, words: Sequence[str], folder: Path, env: Mapping[str, str], output: Path, errors: Path | None = None
+    ) -> Fork:
+        """`raytrain` with these words; what it prints goes to that file, and to `errors` what goes to stderr."""
+        asked = {"words": list(words), "folder": str(folder), "env": dict(env)}
+        asked |= {"output": str(output), "errors": str(errors or output)}
         status, write = os.pipe()
         try:
             socket.send_fds(self._channel, [json.dumps(asked).encode()], [write])
@@ -111,13 +114,13 @@ def serve(channel: socket.socket) -> None:
             channel.send(str(pid).encode())
 
 
-def become(words: list[str], folder: str, env: dict[str, str], output: str) -> NoReturn:
+def become(words: list[str], folder: str, env: dict[str, str], output: str, errors: str) -> NoReturn:
     """This process goes on as that command."""
     os.setsid()
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for standard in (1, 2):
+    for standard, path in ((1, output), (2, errors)):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, standard)
-    os.close(file)
+        os.close(file)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)

@@ -8,7 +8,6 @@ import os
 import re
 import resource
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,8 @@ import pytest
 import s3_server
 import torch
 import yaml
+from commands import environment
+from forks import forks
 from s3_server import Server
 
 from raytrain.checkpoint import Manifest
@@ -111,10 +112,9 @@ def in_process(words: list[str]) -> int:
 
 
 def as_process(words: list[str]) -> tuple[int, str, str]:
-    env = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "COLUMNS": "200"}
-    command = [sys.executable, "-m", "raytrain", *words]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
-    return done.returncode, done.stdout, done.stderr
+    output, errors = Path("printed.txt"), Path("printed-errors.txt")
+    status = forks().start(words, Path.cwd(), environment(), output.absolute(), errors.absolute()).wait(120)
+    return status, output.read_text(), errors.read_text()
 
 
 # What is done before the command, by the name in `before`

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from runs import Launched, Run, alive, commanded, family, wait_for
+from commands import Launched, alive, commanded, family, wait_for
+from runs import Run
 
 import raytrain
 from raytrain.ledger import SweepView, read_ledger, trial_folder

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import Run, assert_curves_are_whole, assert_same_bits, wait_for
+from commands import wait_for
+from runs import Run, assert_curves_are_whole, assert_same_bits
 
 from raytrain.cli import main
 

@@ -12,18 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import (
-    DEADLINE_S,
-    Launched,
-    Run,
-    alive,
-    assert_same_bits,
-    assert_uses_once,
-    environment,
-    keeper_of,
-    keepers_of,
-    wait_for,
-)
+from commands import DEADLINE_S, Launched, alive, environment, wait_for
+from runs import Run, assert_same_bits, assert_uses_once, keeper_of, keepers_of
 
 import raytrain
 from raytrain import board

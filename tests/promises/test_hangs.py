@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import TESTS, Launched, Run, assert_same_bits, wait_for
+from commands import TESTS, Launched, wait_for
+from runs import Run, assert_same_bits
 
 pytestmark = pytest.mark.ray
 

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import EPOCHS, TESTS, Run, assert_same_bits, assert_uses_once, keeper_of, wait_for
+from commands import TESTS, wait_for
+from runs import EPOCHS, Run, assert_same_bits, assert_uses_once, keeper_of
 
 from raytrain import board
 

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import TESTS, Run, family
+from commands import TESTS, family
+from runs import Run
 
 from raytrain.cluster import ask_head
 

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import TESTS, Launched, family, wait_for
 from ray_nodes import ray_nodes
-from runs import TESTS, Launched, Run, assert_curves_are_whole, assert_same_bits, family, wait_for
+from runs import Run, assert_curves_are_whole, assert_same_bits
 
 from raytrain.cli import main
 

@@ -9,17 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import (
-    EPOCHS,
-    Run,
-    alive,
-    assert_curves_are_whole,
-    assert_same_bits,
-    assert_uses_once,
-    gone,
-    loader_workers_of,
-    wait_for,
-)
+from commands import alive, gone, wait_for
+from runs import EPOCHS, Run, assert_curves_are_whole, assert_same_bits, assert_uses_once, loader_workers_of
 
 from raytrain.cli import main
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import Launched, Run, assert_curves_are_whole, assert_same_bits, family, gone, loader_workers_of, wait_for
+from commands import Launched, family, gone, wait_for
+from runs import Run, assert_curves_are_whole, assert_same_bits, loader_workers_of
 
 from raytrain.cli import main
 from raytrain.cluster import Mailbox

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import Launched, Run, assert_same_bits, assert_uses_once, gone, wait_for
+from commands import Launched, gone, wait_for
+from runs import Run, assert_same_bits, assert_uses_once
 
 from raytrain import board
 from raytrain.cli import main

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import Run, alive, family, wait_for
+from commands import alive, family, wait_for
+from runs import Run
 from sweeps import (
     EPOCHS,
     Undisturbed,

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import Launched
+from commands import Launched
 
 pytestmark = pytest.mark.ray
 
