@@ -60,7 +60,17 @@ class Terms:
 
 
 class Controller(TuneController):
-    """Ray's loop over trials, which begins no more processes than have to be."""
+    """Ray's loop over trials, which begins no more processes than have to be, and has none of them wait."""
+
+    def _maybe_add_actors(self) -> None:
+        """For every process that stands free: Ray makes a trial for one, then waits 0.1 s for what others tell."""
+        super()._maybe_add_actors()
+        while self._actor_cache.num_cached_objects:
+            before = len(self._trials)
+            self._maybe_update_trial_queue()
+            if len(self._trials) == before:
+                return
+            super()._maybe_add_actors()
 
     def _maybe_reuse_cached_actor(self, trial: Trial) -> bool:
         """Not for a trial whose own process starts already: Ray would end that, and begin another for the next trial.

@@ -64,9 +64,8 @@ def test_every_dependency_is_pinned_to_a_version_that_the_package_accepts():
 def test_torch_is_installed_first_and_by_its_pin(tmp_path):
     assert str(pinned()["torch"].specifier) == "==2.13.0"
     installs = [line for line in dry_run("setup", tmp_path / "venv").splitlines() if "pip install" in line]
-    assert len(installs) == 2
     assert installs[0].endswith("--constraint constraints.txt torch==2.13.0")
-    assert "--constraint constraints.txt" in installs[1]
+    assert all("--constraint constraints.txt" in line for line in installs)
 
 
 def test_make_train_sets_up_and_trains_the_detector(tmp_path):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import commanded
 from ray_nodes import ray_nodes
 from runs import Run, assert_same_bits
 from sweeps import (
@@ -31,8 +31,10 @@ from sweeps import (
 
 import raytrain
 from raytrain.cli import main
+from raytrain.config import dump_config
 from raytrain.errors import ConfigError, PreflightError, ResumeError, TrainingError
 from raytrain.ledger import trial_folder, view_of
+from raytrain.lineage import lineages_of
 
 pytestmark = pytest.mark.ray
 
@@ -52,8 +54,6 @@ def test_a_sweep_under_each_scheduler_leaves_whole_runs_and_nothing_else(
 
 @pytest.mark.parametrize("search", ["grid", "tpe", "gp", "bohb"])
 def test_each_search_brings_a_sweep_to_its_end(search: str, tmp_path: Path, ray_address: str) -> None:
-    if search == "bohb" and not all(map(importlib.util.find_spec, ("hpbandster", "ConfigSpace"))):
-        pytest.skip("needs hpbandster and ConfigSpace")
     space = {LR: {"choice": [0.01, 0.1, 0.2]}, CLIP: {"choice": [0.1, 1.0, 2.0, 10.0]}} if search == "grid" else SPACE
     run = sweep(tmp_path, {"SEARCH": search, "SPACE": space, "NUM_SAMPLES": 12}, **{"OPTIMIZATION.NUM_EPOCHS": 1})
     view = swept(run).view
@@ -90,15 +90,26 @@ def test_best_yaml_trains_to_the_bits_of_the_best_trial(
     assert_same_bits(alone, trial)
 
 
-def test_trials_of_two_workers_train_inside_their_places_on_a_cluster_of_two_cpus(tmp_path: Path) -> None:
-    options = {**under("asha"), "CONCURRENT": None, "NUM_SAMPLES": 2}
-    run = sweep(tmp_path, options, **{"SCALE.NUM_WORKERS": 2, "OPTIMIZATION.NUM_EPOCHS": 2})
+def test_a_population_of_two_workers_each_clones_inside_its_places_on_a_cluster_of_two_cpus(tmp_path: Path) -> None:
+    options = {**under("pbt"), "CONCURRENT": None, "NUM_SAMPLES": 2}
+    run = sweep(tmp_path, options, **{"SCALE.NUM_WORKERS": 2, "OPTIMIZATION.NUM_EPOCHS": 3})
     with ray_nodes() as nodes:
         nodes.add()
         started(run, "--address", nodes.address).ended(0)
-    view = view_of(ledger(run))
-    assert view.counts()["done"] + view.counts()["stopped"] == 2
-    assert_whole(run, view)
+        view = view_of(ledger(run))
+        assert view.counts()["done"] == 2
+        assert_whole(run, view)
+        clone = next(trial for trial in view.trials.values() if trial.clones)
+        cfg = lineages_of(ledger(run))[clone.number].config(raytrain.load_config(run.run_dir / "sweep.yaml"), 0)
+        assert cfg.OPTIMIZATION.PHASES
+        (tmp_path / "alone.yaml").write_text(dump_config(cfg.model_copy(update={"OUTPUT": str(tmp_path / "alone")})))
+        commanded(["train", "--cfg_file", "alone.yaml", "--address", nodes.address], tmp_path).ended(0)
+    name = "ckpt/checkpoint_epoch_3/checkpoint.pth"
+    trial, alone = (
+        torch.load(next(folder.rglob(name)), weights_only=True)["model_state"]
+        for folder in (run.run_dir / trial_folder(clone.number), tmp_path / "alone")
+    )
+    assert_same_bits(alone, trial)
 
 
 def with_bad_trials(folder: Path, allowed: int) -> Run:

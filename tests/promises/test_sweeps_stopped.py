@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from commands import alive, family, wait_for
+from ray_nodes import ray_nodes
 from runs import Run
 from sweeps import (
     EPOCHS,
@@ -31,7 +32,7 @@ from raytrain.ledger import view_of
 pytestmark = pytest.mark.ray
 
 
-@pytest.mark.parametrize("scheduler", ["none", "pbt"])
+@pytest.mark.parametrize("scheduler", ["none", "hyperband", "pbt"])
 def test_a_sweep_whose_driver_is_killed_goes_on_and_trains_no_result_twice(
     scheduler: str, tmp_path: Path, undisturbed_sweep: Undisturbed
 ) -> None:
@@ -58,7 +59,7 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_trains_no_result_twice(
     assert_whole(run, view_of(ledger(run)))
 
 
-@pytest.mark.parametrize("scheduler", ["pbt"])
+@pytest.mark.parametrize("scheduler", ["none", "pbt"])
 def test_a_trial_whose_process_is_killed_goes_on_from_its_state(
     scheduler: str, tmp_path: Path, undisturbed_sweep: Undisturbed
 ) -> None:
@@ -73,6 +74,23 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_state(
     uses = [line.split()[0] for line in (run.gate / "uses.txt").read_text().splitlines()]
     assert uses.count("0") == 4, uses.count("0")  # none has begun anew
     assert_whole(run, view)
+
+
+def test_a_sweep_whose_node_dies_goes_on_on_another(tmp_path: Path, undisturbed_sweep: Undisturbed) -> None:
+    run = sweep(tmp_path)
+    run.hold(26)
+    with ray_nodes() as nodes:
+        nodes.add()
+        launched = started(run, "--address", nodes.address)
+        wait_for(lambda: len(list(run.gate.glob("held-*"))) == 2, "two trials at the gate")
+        nodes.kill()
+        run.release()
+        nodes.add()
+        launched.ended(0)
+    assert told(run, "trial", "result") == told(undisturbed_sweep("none"), "trial", "result")
+    uses = [line.split()[0] for line in (run.gate / "uses.txt").read_text().splitlines()]
+    assert uses.count("0") == 4, "a trial has begun anew"
+    assert_whole(run, view_of(ledger(run)))
 
 
 def held(run: Run, ending: Future[Any]) -> int:
