@@ -14,6 +14,7 @@ import re
 import struct
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -24,6 +25,8 @@ from raytrain.checkpoint import MANIFEST, PAYLOAD, check_sha256, damage_named, r
 from raytrain.errors import CheckpointError
 from raytrain.storage import Storage, open_storage
 
+LARGE_BYTES = 32 << 20  # of a state that several threads copy
+COPIERS = 4  # at most
 INT32 = range(-(2**31), 2**31)
 PICKLED = b"\x80\x02"  # how a pickle of torch.save begins
 FIRST_INT, FIRST_FLOAT = 0x5A3C0000, 0x43E5A3C900000000  # stand for the numbers of a payload while it is laid out
@@ -130,18 +133,45 @@ class Sheet:
         self._memory, self._places = memory, places
         self._first = [place.first for place in tensors]
         self._views = [place.view(memory) for place in tensors]
+        self._is_large = sum(view.nbytes for view in self._views) >= LARGE_BYTES
         self._written: list[int | float | None] = [None] * len(places)
 
     def fill(self, leaves: Leaves) -> None:
         """Copies tensors and numbers to their places; from a GPU without waiting for them to arrive."""
         sources = [leaves.tensors[index] for index in self._first]
-        if sources:
+        if self._is_large and not any(source.is_cuda for source in sources):
+            copy_in_threads(self._views, sources)
+        elif sources:
             torch._foreach_copy_(self._views, sources, non_blocking=True)
         for index, (number, written) in enumerate(zip(leaves.numbers, self._written, strict=False)):
             if number != written:
                 at, form = self._places[index]
                 struct.pack_into(form, self._memory, at, number)
                 self._written[index] = number
+
+
+def copy_in_threads(views: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Each source's values to its view. Two threads take 50 ms for 600 MB, one 94: it has half of the bandwidth."""
+    size_bytes = sum(view.nbytes for view in views)
+    count = min(COPIERS, len(os.sched_getaffinity(0)))
+    parts: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = [([], []) for _ in range(count)]
+    copied_bytes = 0
+    for view, source in zip(views, sources, strict=True):
+        pairs = [(view, source.detach())]
+        if view.nbytes > LARGE_BYTES // COPIERS and view.is_contiguous() and source.is_contiguous():
+            pairs = list(zip(view.view(-1).chunk(count), source.detach().view(-1).chunk(count), strict=True))
+        for to, values in pairs:
+            part = parts[min(copied_bytes * count // size_bytes, count - 1)]
+            part[0].append(to)
+            part[1].append(values)
+            copied_bytes += to.nbytes
+
+    def copy_part(part: tuple[list[torch.Tensor], list[torch.Tensor]]) -> None:
+        if part[0]:
+            torch._foreach_copy_(*part)
+
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(copy_part, parts))
 
 
 def dumps(payload: dict[str, Any]) -> bytes:

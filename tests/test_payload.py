@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from raytrain.errors import CheckpointError
-from raytrain.payload import Blueprint, OddPayload, check_loadable, dumps, leaves_of, loads
+from raytrain.payload import LARGE_BYTES, Blueprint, OddPayload, check_loadable, dumps, leaves_of, loads
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 
@@ -76,6 +76,17 @@ def test_what_was_filled_in_last_comes_back_bit_for_bit() -> None:
     assert_same(loads(memory, "memory"), later)
     assert_same(torch.load(io.BytesIO(memory), weights_only=True), later)
     check_loadable(memory)
+
+
+def test_a_large_state_which_several_threads_copy_comes_back_bit_for_bit() -> None:
+    images = torch.randn(64, 16, 64, 64).to(memory_format=torch.channels_last)  # 16 MB, in an order of its own
+    large = torch.nn.Parameter(torch.randn(LARGE_BYTES // 4 + 3))
+    state = {"small": torch.arange(7), "large": large, "images": images, "turned": torch.randn(900, 1000).T}
+    blueprint = Blueprint(leaves_of({"model_state": {name: torch.zeros_like(t) for name, t in state.items()}}))
+    found = loads(filled(blueprint, {"model_state": state}), "memory")["model_state"]
+    for name, tensor in state.items():
+        assert torch.equal(found[name], tensor), name
+        assert found[name].stride() == tensor.stride(), name
 
 
 def test_tied_tensors_are_one_in_the_file_and_parts_of_a_buffer_are_not() -> None:
