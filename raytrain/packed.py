@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,13 +28,23 @@ def built_and_packed(task: Task, build: Callable[[], dict[str, Any]]) -> tuple[d
     """What `build` gives, and the same packed; None where it is large, or is not all that has been built.
 
     Left to each trial: data that holds its task or a config, whose values a trial has of its own, that does not
-    pickle, and that leaves something in its task (self.num_classes = ...).
+    pickle, and that leaves something in its task (self.num_classes = ...), the task's classes or their modules.
     """
-    before = packed(vars(task), of_data=False)
+    before, around = packed(vars(task), of_data=False), surroundings(task)
     datasets = build()
-    if before is None or before != packed(vars(task), of_data=False):
+    if before is None or before != packed(vars(task), of_data=False) or around != surroundings(task):
         return datasets, None
     return datasets, packed(datasets)
+
+
+def surroundings(task: Task) -> list[dict[str, tuple[int, int]]]:
+    """What stands in the task's own classes and their modules: by name which object, and how long if it can grow."""
+    classes = [each for each in type(task).__mro__ if each not in (Task, object)]
+    places = [*classes, *(sys.modules[each.__module__] for each in classes)]
+    return [
+        {name: (id(value), len(value) if isinstance(value, (list, dict, set)) else 0) for name, value in items}
+        for items in ([*vars(place).items()] for place in places)
+    ]
 
 
 def packed(content: Any, of_data: bool = True) -> bytes | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import random
 import warnings
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +25,7 @@ from ray.tune.schedulers import (
 )
 from ray.tune.utils.util import flatten_dict
 
+from raytrain.distributions import Range, distribution
 from raytrain.randomness import keyed_seed
 
 SCORE = "score"  # in a trial's results: the metric, or where that is not finite the worst there is
@@ -286,11 +286,9 @@ def _pbt(tune_cfg: Any, terms: Terms) -> Any:
     def within(params: dict[str, Any]) -> dict[str, Any]:
         """A perturbed value stays within its range."""
         for key, entry in space.items():
-            bounds = next(
-                (entry[kind] for kind in ("loguniform", "uniform", "quniform", "randint") if kind in entry), None
-            )
-            if bounds is not None:
-                params[key] = min(max(params[key], bounds[0]), bounds[1])
+            drawn = distribution(entry)
+            if isinstance(drawn, Range):
+                params[key] = min(max(params[key], drawn.low), drawn.high)
         return params
 
     return orderly(PopulationBasedTraining, Population)(
@@ -308,17 +306,11 @@ def _pbt(tune_cfg: Any, terms: Terms) -> Any:
 
 
 def mutation_of(entry: dict[str, Any]) -> Any:
-    """A distribution of TUNE.SPACE as Ray's PBT takes it."""
-    ((kind, arguments),) = entry.items()
-    if kind in ("choice", "grid"):
-        return list(arguments)
-    makers: dict[str, Callable[..., Any]] = {
-        "loguniform": tune.loguniform,
-        "uniform": tune.uniform,
-        "quniform": tune.quniform,
-        "randint": tune.randint,
-    }
-    return makers[kind](*arguments)
+    """A distribution of TUNE.SPACE as Ray's PBT takes it; of steps and options those beside one are next to it."""
+    drawn = distribution(entry)
+    if isinstance(drawn, Range):
+        return (tune.loguniform if drawn.log else tune.uniform)(drawn.low, drawn.high)
+    return [drawn.at(index) for index in range(drawn.size)]
 
 
 def _pb2(tune_cfg: Any, terms: Terms) -> Any:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from raytrain.config import Config, config_diff, dump_config
-from raytrain.errors import ConfigError, ResumeError
-from raytrain.ledger import Ledger, SweepView, TrialView, read_ledger, view_of
+from raytrain.config import Config, config_diff, dump_config, with_values
+from raytrain.errors import ConfigError, ResumeError, masked
+from raytrain.ledger import Ledger, SweepView, TrialView, read_ledger, trial_folder, view_of
 from raytrain.lineage import Lineage, Params, lineages_of
 from raytrain.runfolder import RunFolder
 from raytrain.storage import open_storage
@@ -39,6 +39,7 @@ class Sweep:
         self.begun: dict[int, Params] = {r["trial"]: r["params"] for r in records if r["kind"] == "trial"}
         self._retold = {number: Lineage(params) for number, params in self.begun.items()}
         self.known = {(r["trial"], r["key"], r["epoch"]): r for r in records if r["kind"] == "result" and "key" in r}
+        self.lengths = lengths_of(records)
         self.clones = {(r["trial"], r["epoch"], r["from"]) for r in records if r["kind"] == "clone"}
         self.ledger = Ledger(folder)
 
@@ -83,22 +84,53 @@ class Sweep:
             return False
         return trial.state != "done" or trial.epoch >= self.cfg.OPTIMIZATION.NUM_EPOCHS
 
+    def write_config(self) -> None:
+        """sweep.yaml: what the trials are drawn from and mean; a later launch is held against it."""
+        self.folder.storage.write_bytes(CONFIG, masked(dump_config(self.cfg)).encode())
+
     def write_best(self) -> Config | None:
         """best.yaml: the config with which `raytrain train` gives the best trial's weights; None without results."""
         best = self.view.best
         if best is None:
             return None
         cfg = best_config(self.cfg, self.lineages[best.number], best)
-        self.folder.storage.write_bytes(BEST, dump_config(cfg).encode())
+        self.folder.storage.write_bytes(BEST, masked(dump_config(cfg)).encode())
         return cfg
+
+    def lengthened(self) -> list[str]:
+        """A line if the best trial was not a run of NUM_EPOCHS from its start: best.yaml gives other bits then."""
+        best, now = self.view.best, self.cfg.OPTIMIZATION.NUM_EPOCHS
+        if best is None:
+            return []
+        before = {length for epoch, length in self.lengths.get(best.number, {}).items() if epoch <= best.epoch}
+        if before <= {now}:
+            return []
+        return [
+            f"note: trial {best.number} was begun as a run of {min(before)} epochs and made longer; {BEST} has the "
+            f"schedule of {now} epochs from the start, so it gives other weights than {trial_folder(best.number)} has"
+        ]
 
     def close(self) -> None:
         self.ledger.close()
 
 
+def lengths_of(records: list[dict[str, Any]]) -> dict[int, dict[int, int]]:
+    """By trial and epoch, the NUM_EPOCHS of the launch that trained it."""
+    found: dict[int, dict[int, int]] = {}
+    num_epochs = 0
+    for record in records:
+        if record["kind"] == "sweep":
+            num_epochs = record["num_epochs"]
+        elif record["kind"] == "result":
+            found.setdefault(record["trial"], {})[record["epoch"]] = num_epochs
+    return found
+
+
 def best_config(cfg: Config, lineage: Lineage, best: TrialView) -> Config:
     """The trial's config, to be trained as a run of its own beside the trials."""
-    found = lineage.config(cfg, best.number)
+    scale = {"NUM_WORKERS": cfg.SCALE.NUM_WORKERS or 1}  # left open, a run takes all there are, and a trial one
+    scale["VIRTUAL_WORKERS"] = cfg.SCALE.VIRTUAL_WORKERS or scale["NUM_WORKERS"]
+    found = with_values(lineage.config(cfg, best.number), {f"SCALE.{key}": value for key, value in scale.items()})
     output = open_storage(cfg.OUTPUT).path_of("") if "://" not in cfg.OUTPUT else cfg.OUTPUT  # from any folder
     return found.model_copy(update={"EXTRA_TAG": f"{cfg.EXTRA_TAG}/best", "OUTPUT": output})
 
@@ -114,6 +146,12 @@ def check_same(cfg: Config, folder: RunFolder) -> None:
             f"{error}\nWhat to do: put {CONFIG} of this sweep back from a copy, or remove it: the next launch writes "
             "it anew, without a check that its config is the one that the sweep was begun with"
         ) from None
+    order = [list((tree.get("TUNE") or {}).get("SPACE") or {}) for tree in (old, cfg.to_tree())]
+    if sorted(order[0]) == sorted(order[1]) and order[0] != order[1]:
+        raise ResumeError(
+            f"{folder.storage.path_of('')} holds a sweep whose TUNE.SPACE has its keys in another order "
+            f"({', '.join(order[0])}), which the trials are drawn in. What to do: put them back in that order"
+        )
     different = [(k, a, b) for k, a, b in config_diff(old, cfg.to_tree()) if not k.startswith(FREE)]
     if different:
         raise ResumeError(

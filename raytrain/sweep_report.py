@@ -30,7 +30,7 @@ from raytrain.storage import Storage, parent_and_name
 CSV, HTML = "sweep.csv", "sweep.html"
 PAGE = Path(__file__).parent / "page"
 MAP_KEYS = ("OPTIMIZATION.LR", "OPTIMIZATION.GRAD_NORM_CLIP")
-WIDE = 50.0  # values of a choice that span so much are drawn on a logarithmic axis
+WIDE = 50  # values of a choice that span so much are drawn on a logarithmic axis
 FEW = 10  # trials, of which fewer say little of what matters
 
 
@@ -180,7 +180,7 @@ def key_facts(view: SweepView, key: str) -> dict[str, Any]:
     kind, bounds = next(iter(spec.items()), ("", [])) if isinstance(spec, dict) else ("", [])
     positive = numbers and bool(values) and min(values) > 0
     listed = kind in ("choice", "grid", "")
-    log = positive and (kind == "loguniform" or (listed and max(values) / min(values) >= WIDE))
+    log = positive and (kind == "loguniform" or (listed and max(values) >= WIDE * min(values)))
     inside = not listed and numbers and bool(values) and bounds[0] <= min(values) and max(values) <= bounds[1]
     return {
         "key": key,

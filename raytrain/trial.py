@@ -133,17 +133,17 @@ class TrialActor(Trainable):
             self.training.stop.set()
 
     def step(self) -> dict[str, Any]:
-        known = self.orders.known.get((self.number, self.lineage.key(self.next_epoch), self.next_epoch))
-        if self.training is None and known is not None:
-            return self._result(known["epoch"], known["step"], known["metrics"], known["seconds"])
         began = time.monotonic()
         try:
+            known = self.orders.known.get((self.number, self.lineage.key(self.next_epoch), self.next_epoch))
+            if self.training is None and known is not None:
+                return self._result(known["epoch"], known["step"], known["metrics"], known["seconds"])
             if self.training is None:
                 found = self._start()
                 if found is not None:
                     return self._result(found["epoch"], found["step"], found["metrics"], self.seconds)
             return self._next_result(began)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a task may call sys.exit
             return self._failure(error)
 
     @property
@@ -245,7 +245,7 @@ class TrialActor(Trainable):
     def worst(self) -> float:
         return -1e30 if self.orders.mode == "max" else 1e30
 
-    def _failure(self, error: Exception) -> dict[str, Any]:
+    def _failure(self, error: Exception | SystemExit) -> dict[str, Any]:
         self.cleanup()
         if isinstance(error, InterruptedError):
             return {"ended": "interrupted", "done": True, "epoch": self.epoch}

@@ -34,7 +34,7 @@ from raytrain.signals import signals_wish_stop
 from raytrain.space import objective, sweep_seed
 from raytrain.start import ANSWER_S, check_writable, launch_after, run_dir_of, search_path
 from raytrain.storage import joined, open_storage
-from raytrain.sweep import BEST, CONFIG, Sweep, check_same
+from raytrain.sweep import BEST, Sweep, check_same
 from raytrain.sweep_check import Prospect, look_ahead
 from raytrain.sweep_report import HTML, write_report
 from raytrain.task import load_task_class
@@ -76,7 +76,7 @@ class SweepResult:
     saved.
 
     folder: a path or URI.   best: what best.yaml holds, None without results
-    advice: on clipping, lines for people
+    advice: lines for people: on clipping, and on what best.yaml cannot give
     """
 
     status: str
@@ -139,6 +139,7 @@ def tune(
         advice = []
         if best is not None:
             advice = advice_lines(write_report(folder.storage, sweep.view, dump_config(best)))
+            advice += sweep.lengthened()
     return SweepResult(status, run_dir, sweep.view, best, advice)
 
 
@@ -202,7 +203,7 @@ def run_trials(
     launch = launch_after(())
     samples = number_of_samples(sweep, options)
     trials = Trials(sweep, search, search.num_trials(samples), places.concurrent)
-    sweep.folder.storage.write_bytes(CONFIG, dump_config(cfg).encode())
+    sweep.write_config()
     sweep.note("sweep", **facts(cfg, samples, trials.total, places.concurrent))
     mailbox = Mailbox(launch)
     watch = Watch(sweep, trials, stop, mailbox, show)
@@ -311,7 +312,7 @@ class Trials(SearchAlgorithm):
             if len(self._live) >= self._at_once:
                 return None
             number = self.next_number
-            params = self._sweep.begun.get(number) or self._search.params_of(number, self._told())
+            params = self._sweep.begun.get(number) or self._search.params_of(number, self._told(number))
             if params is None:  # the space is exhausted
                 self.set_finished()
                 return None
@@ -330,16 +331,17 @@ class Trials(SearchAlgorithm):
             failed and self._sweep.cfg.TUNE.SCHEDULER not in POPULATIONS
         )
 
-    def _told(self) -> list[Told]:
-        """What the trials so far have come to; those that diverged, to no more than the worst of the others."""
+    def _told(self, number: int) -> list[Told]:
+        """What the trials before it have come to; those that diverged, to no more than the worst of the others."""
         view, lineages = self._sweep.view, self._sweep.lineages
         bests = [trial.best for trial in view.trials.values() if trial.best is not None]
         worst = (min if view.mode == "max" else max)(bests, default=None)
         return [
-            Told(lineages[number].base, worst, max(trial.epoch, 1))
+            Told(lineages[other].base, worst, max(trial.epoch, 1))
             if trial.why == DIVERGED
-            else Told(lineages[number].base, trial.best, trial.epoch)
-            for number, trial in sorted(view.trials.items())
+            else Told(lineages[other].base, trial.best, trial.epoch)
+            for other, trial in sorted(view.trials.items())
+            if other < number
         ]
 
     def _trial(self, number: int, params: dict[str, Any]) -> Trial:

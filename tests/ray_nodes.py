@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -57,17 +56,16 @@ class Nodes:
 @contextlib.contextmanager
 def ray_nodes() -> Iterator[Nodes]:
     """The cluster for the time of the block; nothing is left of it."""
-    folder = tempfile.mkdtemp(prefix="rt-", dir="/tmp")
-    (Path(folder) / "ray").mkdir()
-    env = {**os.environ, "RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
-    with subprocess.Popen(
-        [sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            yield Nodes(process)
-        finally:
-            process.communicate()
-    shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="rt-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        (Path(folder) / "ray").mkdir()
+        env = {**os.environ, "RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
+        with subprocess.Popen(
+            [sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+            try:
+                yield Nodes(process)
+            finally:
+                process.communicate()
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -193,12 +194,14 @@ def pass_gate(gate: Path, step: int) -> None:
 
     step: steps done before this one.   While the file `hold` exists, passes of the step that it
     names and of later ones wait, having left the file `held-<pid>`. The file `fail` names a step
-    that fails; `SIGTERM` or `SIGINT` one in which the process sends itself that. While the file
-    `slow` exists, each pass takes the seconds that it says.
+    that fails, `exit` one that ends the interpreter; `SIGTERM` or `SIGINT` one in which the process
+    sends itself that. While the file `slow` exists, each pass takes the seconds that it says.
     """
     for name in ("SIGTERM", "SIGINT"):
         if read_number(gate / name) == step:
             os.kill(os.getpid(), signal.Signals[name])
+    if read_number(gate / "exit") == step:
+        sys.exit("the task has seen enough")
     if read_number(gate / "fail") == step:
         raise RuntimeError(f"failed at step {step}, as the test wished")
     slow = read_number(gate / "slow")

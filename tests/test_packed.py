@@ -1,5 +1,6 @@
 import pickle
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -45,3 +46,23 @@ def test_data_that_each_trial_has_to_build_is_not_packed(task):
 
     assert built_and_packed(task, leaves_something)[1] is None
     assert built_and_packed(task, lambda: {"train": [1]})[1] is not None
+
+
+class Vocal(Task):
+    words: ClassVar[list[str]] = []
+
+
+def test_data_whose_making_leaves_something_in_the_tasks_class_or_module_is_built_by_each_trial(task, monkeypatch):
+    vocal = Vocal(task.cfg)
+
+    def grows() -> dict:
+        Vocal.words.append("word")
+        return {"train": [1]}
+
+    def names() -> dict:
+        monkeypatch.setitem(globals(), "VOCABULARY", ["word"])
+        return {"train": [1]}
+
+    assert built_and_packed(vocal, lambda: {"train": [1]})[1] is not None
+    assert built_and_packed(vocal, grows)[1] is None
+    assert built_and_packed(vocal, names)[1] is None

@@ -204,7 +204,10 @@ def test_importance_of_a_choice_names_the_best_one() -> None:
 
 
 def test_an_axis_is_logarithmic_where_the_space_says_so_or_a_choice_spans_decades() -> None:
-    params = [{"A.LR": 0.1, "B.LR": 1.0, "C": 3, "D": None}, {"A.LR": 0.2, "B.LR": 1000.0, "C": 4, "D": 1.0}]
+    params = [
+        {"A.LR": 0.1, "B.LR": 1.0, "C": 3, "D": None, "E": 1},
+        {"A.LR": 0.2, "B.LR": 1000.0, "C": 4, "D": 1.0, "E": 10**400},
+    ]
     space = {"A.LR": {"loguniform": [0.01, 1]}, "B.LR": {"choice": [1, 1000]}, "C": {"uniform": [0, 10]}}
     view = sweep(params, [[0.5], [0.6]], space=space)
     facts = [key_facts(view, key) for key in view.keys]
@@ -213,4 +216,5 @@ def test_an_axis_is_logarithmic_where_the_space_says_so_or_a_choice_spans_decade
         ("B.LR", "number", True, None),
         ("C", "number", False, [0.0, 10.0]),
         ("D", "choice", False, None),
+        ("E", "number", True, None),
     ]

@@ -134,6 +134,16 @@ def test_a_trial_that_raises_is_listed_with_its_error_and_the_sweep_goes_on(tmp_
     assert len(swept(run).view.trials) == 4  # not twice as many with each launch
 
 
+def test_trials_whose_values_do_not_go_together_or_whose_task_exits_say_so(tmp_path: Path, ray_address: str) -> None:
+    space = {"OPTIMIZATION.COMPILE": {"grid": [False]}, "OPTIMIZATION.CUDA_GRAPHS": {"grid": [False, True]}}
+    run = sweep(tmp_path, {"SPACE": space, "NUM_SAMPLES": 1, "MAX_FAILED": 2}, **{"OPTIMIZATION.COMPILE": True})
+    (run.gate / "exit").write_text("15")
+    trials = swept(run).view.trials
+    assert [(trial.state, trial.epoch) for _, trial in sorted(trials.items())] == [("failed", 1), ("failed", 0)]
+    assert "the task has seen enough" in str(trials[0].error)
+    assert "CUDA_GRAPHS" in str(trials[1].error) and "COMPILE" in str(trials[1].error)
+
+
 def test_more_failed_trials_than_allowed_end_the_sweep(
     tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

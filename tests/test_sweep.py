@@ -1,0 +1,86 @@
+"""What a sweep keeps of itself, and what its best.yaml says."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytrain.config import Config, dump_config
+from raytrain.errors import ResumeError
+from raytrain.ledger import LEDGER
+from raytrain.runfolder import RunFolder
+from raytrain.sweep import BEST, CONFIG, Sweep, check_same
+
+LR, CLIP = "OPTIMIZATION.LR", "OPTIMIZATION.GRAD_NORM_CLIP"
+SPACE = {LR: {"loguniform": [1e-4, 1e-1]}, CLIP: {"grid": [1.0, 10.0]}}
+
+
+def config(folder: Path, epochs: int = 2, **sections: Any) -> Config:
+    return Config(
+        TASK="pkg.module:Class",
+        OUTPUT=str(folder),
+        OPTIMIZATION={"BATCH_SIZE_PER_GPU": 4, "NUM_EPOCHS": epochs},
+        **{"TUNE": {"SPACE": SPACE}, **sections},
+    )
+
+
+@contextlib.contextmanager
+def launched(cfg: Config, folder: Path) -> Iterator[Sweep]:
+    (folder / "sweep").mkdir(parents=True, exist_ok=True)
+    run = RunFolder(str(folder / "sweep"), LEDGER)
+    with contextlib.closing(run), run.locked(), contextlib.closing(Sweep(cfg, run)) as sweep:
+        sweep.note("sweep", num_epochs=cfg.OPTIMIZATION.NUM_EPOCHS, metric="accuracy", mode="max", num_samples=1)
+        yield sweep
+
+
+def trained(sweep: Sweep, *epochs: int) -> None:
+    sweep.made(0, {LR: 0.01, CLIP: 1.0})
+    for epoch in epochs:
+        key = sweep.lineages[0].key(epoch)
+        result = {"epoch": epoch, "step": epoch, "value": epoch / 10, "metrics": {}, "seconds": 1.0, "key": key}
+        sweep.measured(0, result)
+
+
+def test_the_best_config_is_of_the_workers_that_a_trial_had(tmp_path: Path) -> None:
+    for asked, workers in ((None, 1), (3, 3)):
+        folder = tmp_path / str(asked)
+        with launched(config(folder, SCALE={"NUM_WORKERS": asked}), folder) as sweep:
+            trained(sweep, 1)
+            best = sweep.write_best()
+        assert best is not None
+        assert (workers, workers) == (best.SCALE.NUM_WORKERS, best.SCALE.VIRTUAL_WORKERS)
+
+
+def test_no_file_of_a_sweep_holds_a_secret(tmp_path: Path) -> None:
+    cfg = config(tmp_path, EXTRA_TAG="kept").model_copy(update={"OUTPUT": "s3://KEY:sesame@bucket/runs"})
+    with launched(cfg, tmp_path) as sweep:
+        trained(sweep, 1)
+        sweep.write_config()
+        sweep.write_best()
+    written = {path.name: path.read_text() for path in (tmp_path / "sweep").iterdir() if path.suffix == ".yaml"}
+    assert written.keys() == {CONFIG, BEST}
+    assert not any("sesame" in text for text in written.values())
+
+
+def test_a_trial_that_was_made_longer_is_said_to_be_no_run_of_that_length(tmp_path: Path) -> None:
+    with launched(config(tmp_path), tmp_path) as sweep:
+        trained(sweep, 1, 2)
+        assert sweep.lengthened() == []
+    with launched(config(tmp_path, epochs=4), tmp_path) as sweep:
+        trained(sweep, 3, 4)
+        (line,) = sweep.lengthened()
+    assert "trial 0 was begun as a run of 2 epochs and made longer" in line and BEST in line
+
+
+def test_a_space_in_another_order_is_another_sweep(tmp_path: Path) -> None:
+    with launched(config(tmp_path), tmp_path) as sweep:
+        sweep.write_config()
+        check_same(config(tmp_path), sweep.folder)
+        turned = config(tmp_path, TUNE={"SPACE": dict(reversed(SPACE.items()))})
+        assert "SPACE" in dump_config(turned)
+        with pytest.raises(ResumeError, match=rf"keys in another order \({LR}, {CLIP}\)"):
+            check_same(turned, sweep.folder)
