@@ -180,6 +180,9 @@ def _journal(storage: Storage, folder: str) -> list[Record]:
 def _optimization(storage: Storage, folder: str) -> Mapping[str, Any]:
     """The OPTIMIZATION section of the trial's config; empty where there is none."""
     name = f"{folder}/config.yaml"
-    config = yaml.safe_load(storage.read_bytes(name)) if storage.exists(name) else {}
+    try:
+        config = yaml.safe_load(storage.read_bytes(name)) if storage.exists(name) else {}
+    except yaml.YAMLError:  # somebody has damaged it: there is no advice from this trial
+        config = {}
     section = config.get("OPTIMIZATION") if isinstance(config, dict) else None
     return section if isinstance(section, dict) else {}

@@ -165,12 +165,24 @@ class Slots:
         return memoryview(self.memory)[start : start + size_bytes]
 
 
+def closed_in_forks(file: Any) -> None:
+    """A process that the user's code forks does not hold on to `file`: it may live on when this one is killed."""
+    living = weakref.ref(file)
+
+    def close() -> None:
+        if (kept := living()) is not None:
+            kept.close()
+
+    os.register_at_fork(after_in_child=close)
+
+
 class Line:
     """One end of the talk between a worker and the keeper: dicts as JSON, and file descriptors."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self._peer, _ = peer_of(sock)
+        self.peer, _ = peer_of(sock)
         self._connection = Connection(sock.detach())
+        closed_in_forks(self._connection)
 
     def fileno(self) -> int:
         return self._connection.fileno()
@@ -188,12 +200,12 @@ class Line:
         """As `hear`, of a keeper; PreflightError if it is stopped, or says nothing for so long."""
         until = time.monotonic() + timeout_s
         while not self.hears(min(ANSWER_S, timeout_s)):
-            stopped = is_stopped(self._peer)
+            stopped = is_stopped(self.peer)
             if stopped or time.monotonic() > until:
                 why = "is stopped (SIGSTOP)" if stopped else f"has not answered for {timeout_s:g} s"
                 raise PreflightError(
-                    f"process {self._peer}, the keeper of this run's newest state, {why}. `kill -CONT {self._peer}` "
-                    f"lets it go on, and save that; `kill -9 {self._peer}` gives up what is in no checkpoint. "
+                    f"process {self.peer}, the keeper of this run's newest state, {why}. `kill -CONT {self.peer}` "
+                    f"lets it go on, and save that; `kill -9 {self.peer}` gives up what is in no checkpoint. "
                     "Then run the same command again"
                 )
         return self.hear()
@@ -319,14 +331,21 @@ def held(run_uri: str) -> Progress | None:
 def take_over(run_uri: str, patience_s: float) -> None:
     """Nobody keeps this run folder on this host any more: the newest state that was kept is in its checkpoints.
 
-    Returns without that if workers still train there after patience_s. PreflightError if the keeper does not answer.
+    Returns without that if workers still train there after patience_s. PreflightError if the keeper does not answer,
+    or cannot save it.
     """
     line = connected(run_uri) if is_possible() else None
     if line is None:
         return
     try:
         line.say(op="take_over", patience_s=patience_s)
-        line.hear_within(patience_s + SAVE_S)  # that workers train there, or the end
+        told = line.hear_within(patience_s + SAVE_S)  # that workers train there, or the end
+        if "unsaved" in told:
+            raise PreflightError(
+                f"{run_uri}: the state after step {told['step']} stands in the memory of process {line.peer} only, "
+                f"which could not save it: {told['unsaved']}\nIt tries again every few seconds and at the next launch. "
+                f"`kill -9 {line.peer}` gives up what is in no checkpoint"
+            )
     except (EOFError, OSError):
         return
     finally:

@@ -22,6 +22,8 @@ from raytrain.storage import CHUNK_BYTES, Storage, temporary_name
 
 PAYLOAD = "checkpoint.pth"
 MANIFEST = "manifest.json"
+WORLD = ("num_workers", "virtual_workers", "num_samples", "batch_size", "accumulate")
+DAMAGE = {errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP}  # of one checkpoint: no other has it too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +91,18 @@ def _typed(manifest: Manifest) -> Manifest:
         raise CheckpointError("its progress, sizes and seed should be whole numbers")
     if not all(type(value) in (int, float, type(None)) for value in (manifest.metrics or {}).values()):
         raise CheckpointError("its metrics should be numbers")
+    if any(type(value) is int and abs(value) > 2**63 for value in (manifest.metrics or {}).values()):
+        raise CheckpointError("its metrics should be numbers that a float can hold")
     if not (isinstance(manifest.config, dict) and isinstance(manifest.world, dict)):
         raise CheckpointError("its config and world should be mappings")
+    if not all(type(manifest.world.get(name)) is int for name in WORLD):
+        raise CheckpointError(f"its world should have whole numbers as {', '.join(WORLD)}")
+    optimization = manifest.config.get("OPTIMIZATION", {})
+    phases = optimization.get("PHASES") or [] if isinstance(optimization, dict) else None
+    if not isinstance(phases, list) or not all(
+        isinstance(phase, dict) and type(phase.get("FROM_EPOCH")) is int for phase in phases
+    ):
+        raise CheckpointError("its config's OPTIMIZATION and PHASES should be those of a config")
     if not all(isinstance(text, str) for text in (manifest.launch, manifest.created, manifest.version)):
         raise CheckpointError("its launch, created and version should be texts")
     return manifest
@@ -214,7 +226,7 @@ def check_sha256(stream: IO[bytes], path: str, file: str, manifest: Manifest) ->
 
 @contextlib.contextmanager
 def damage_named(path: str) -> Iterator[None]:
-    """Turns a bad sector, and a file that goes while it is read, into a CheckpointError.
+    """Turns a bad sector, a file that goes while it is read or is a folder, into a CheckpointError.
 
     Other storage errors (no permission, no network) stay what they are: they say nothing
     about this checkpoint, and to pass over all of them would start the run over.
@@ -223,7 +235,7 @@ def damage_named(path: str) -> Iterator[None]:
         yield
     except StorageError as error:
         cause = error.__cause__
-        if isinstance(cause, OSError) and (isinstance(cause, FileNotFoundError) or cause.errno == errno.EIO):
+        if isinstance(cause, OSError) and (isinstance(cause, FileNotFoundError) or cause.errno in DAMAGE):
             raise CheckpointError(f"{path}: {error}") from error
         raise
 

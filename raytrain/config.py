@@ -328,7 +328,7 @@ class Tune(Section):
     CONSTANTS: dict[str, Any] = {}  # dotted key: what it is in every trial
     MAX_FAILED: Natural = 3  # failed trials that the sweep bears
     UNIT: Literal["epoch", "step"] = "epoch"  # of GRACE and PERTURB_EVERY
-    GRACE: Count = 1  # asha, hyperband, median: a trial is not stopped before
+    GRACE: Count = 1  # asha, median: a trial is not stopped before
     REDUCTION: Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=2)] = (
         3  # asha, hyperband: one trial of so many goes on
     )

@@ -23,16 +23,17 @@ from typing import Any
 
 from raytrain.board import Board, Line, Slots, address_of, host, is_own, started_at
 from raytrain.checkpoint import Manifest
-from raytrain.errors import RaytrainError
+from raytrain.errors import CheckpointError, RaytrainError, StorageError
 from raytrain.progress import Progress
 from raytrain.runfolder import JOURNAL, locked
 from raytrain.storage import open_storage
-from raytrain.store import Store
+from raytrain.store import FOLDER, Store, checkpoint_name
 from raytrain.watchdog import Watchdog
 
 TICK_S = 0.25
 GRACE_S = 30.0  # so long workers may be away while their driver lives, or lives where it cannot be seen
 LOCK_S = 40.0
+RETRY_S, HOLD_S = 5.0, 3600.0  # between two tries to save the newest state; after so long it is given up
 
 
 @dataclasses.dataclass(eq=False)
@@ -68,6 +69,8 @@ class Keeper:
         self.watchdog = Watchdog(self.board, run_uri)
         self.alone_since = time.monotonic()
         self.takers: list[tuple[Line, float]] = []
+        self.held_since: float | None = None
+        self.retry_at = 0.0
 
     def live(self) -> None:
         """Until the run has ended, or all that took part in it is gone."""
@@ -90,11 +93,29 @@ class Keeper:
         """Whether nobody is to come any more. Then the newest state has been written."""
         if self.workers:
             return False
-        if not self.takers and not self.driver_is_dead() and time.monotonic() - self.alone_since < GRACE_S:
+        now = time.monotonic()
+        if not self.takers and not self.driver_is_dead() and now - self.alone_since < GRACE_S:
             return False
+        if not self.writer.is_idle or now < self.retry_at:
+            return False
+        try:
+            self.flush()
+        except (StorageError, CheckpointError) as error:
+            return self.has_held_on(str(error), now)
         self.writer.close()
-        self.flush()
         return True
+
+    def has_held_on(self, why: str, now: float) -> bool:
+        """The newest state, which cannot be saved, is kept and tried again; whether that has been so for HOLD_S."""
+        if self.held_since is None:
+            self.held_since = now
+            note(self.run_uri, f"the newest state is held in memory, since it could not be saved: {why}")
+        self.retry_at = now + RETRY_S
+        slot = self.board.newest()
+        for line, _ in self.takers:
+            self.tell(line, unsaved=why, step=self.board.progress(slot).step if slot is not None else 0)
+        self.takers = []
+        return now - self.held_since > HOLD_S
 
     def driver_is_dead(self) -> bool:
         driver = self.about.get("driver") or [None]
@@ -187,6 +208,7 @@ class Keeper:
 
     def on_take_over(self, line: Line, patience_s: float) -> None:
         self.takers.append((line, time.monotonic() + patience_s))
+        self.retry_at = 0.0
 
     def on_end(self, line: Line) -> bool:
         """The run is over and saved: nothing in here is needed any more."""
@@ -286,9 +308,25 @@ class Writer:
     def _write(self, order: Order) -> None:
         store = self._keeper.store()
         if order.data is None:
-            store.add_metrics(order.name, order.metrics)
+            if store.storage.exists(f"{FOLDER}/{order.name}"):
+                store.add_metrics(order.name, order.metrics)
+            else:
+                self._save_again(store, order)
             return
         self._keeper.save(store, order.data, order.progress, order.manifest)
+
+    def _save_again(self, store: Store, order: Order) -> None:
+        """Somebody has removed the checkpoint that these metrics are of: it is saved with them, if it is the newest."""
+        keeper = self._keeper
+        slot = keeper.board.newest()
+        if slot is None or checkpoint_name(keeper.board.progress(slot)) != order.name:
+            return  # memory holds what came after it
+        keeper.board.read_by(slot, 1)
+        try:
+            manifest = {**keeper.about["manifest"], "metrics": order.metrics}
+            keeper.save(store, keeper.state(slot), keeper.board.progress(slot), manifest)
+        finally:
+            keeper.board.read_by(slot, -1)
 
 
 def main(run_uri: str, launch: str) -> None:

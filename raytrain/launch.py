@@ -17,7 +17,7 @@ from raytrain.config import Config, load_config, with_overrides
 from raytrain.control import Judge, LocalControl, never_ends
 from raytrain.display import Display, failure_screen
 from raytrain.driver import Fit, Inbox, Show, say
-from raytrain.errors import DivergedError, RaytrainError, TrainingError
+from raytrain.errors import DivergedError, PreflightError, RaytrainError, TrainingError
 from raytrain.failure import explains_itself, failure_of, keep_traceback
 from raytrain.own_cluster import is_tested
 from raytrain.records import Record
@@ -105,10 +105,14 @@ def launch(
         with contextlib.nullcontext(stop) if stop else signals_wish_stop() as stop:
             here = cfg.SCALE.NUM_WORKERS == 0
             status = run_here(start, stop, show, judge) if here else run_on_ray(start, stop, show, ahead, judge)
+    except BaseException:
+        with contextlib.suppress(PreflightError):  # what failed is what to tell; the next launch says the rest
+            board.take_over(start.run_dir, BEREAVED_S)  # the last state it had is saved
+        raise
     finally:
         if display is not None:
             display.close()
-        board.take_over(start.run_dir, BEREAVED_S)  # if it failed: the last state it had is saved
+    board.take_over(start.run_dir, BEREAVED_S)
     return result_of(start, status)
 
 
@@ -134,7 +138,7 @@ def run_here(start: Start, stop: threading.Event, show: Show, judge: Judge) -> s
     try:
         with torch_put_back():
             return run_job(job, world, control, start.options.datasets).status
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a task that calls sys.exit has not finished the run
         if explains_itself(error):
             raise
         raise as_seen(failure_of(error, 0, control.place(), keep_traceback(error, start.run_dir))) from error

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from types import NoneType
 from typing import Any
 
 from raytrain.journal import JsonlSink
@@ -75,7 +76,24 @@ def read_ledger(storage: Storage) -> list[Record]:
     """The records of the sweep in this folder, oldest first; none where there is no ledger yet."""
     if not storage.exists(LEDGER):
         return []
-    return records_of(storage.read_bytes(LEDGER).decode("utf-8", errors="replace").split("\n"))
+    records = records_of(storage.read_bytes(LEDGER).decode("utf-8", errors="replace").split("\n"))
+    made: set[int] = set()
+    return [record for record in records if _is_sound(record, made)]
+
+
+def _is_sound(record: Record, made: set[int]) -> bool:
+    """Whether it says what its kind says; made: the trials that there are, whose records count."""
+    kind, number = record.get("kind"), record.get("trial")
+    if not isinstance(kind, str) or not isinstance(record.get("time"), (int, float)):
+        return False
+    if kind not in CHANGES:
+        return True
+    types: dict[str, Any] = {"trial": int, "epoch": int, "from": int, "params": dict, "value": (int, float, NoneType)}
+    if any(not isinstance(record.get(name), types[name]) for name in NEEDED[kind]):
+        return False
+    if kind == "trial":
+        made.add(record["trial"])
+    return number in made and record.get("from", number) in made
 
 
 @dataclasses.dataclass
@@ -221,8 +239,11 @@ def view_of(records: Iterable[Record]) -> SweepView:
 
 
 def _made(view: SweepView, trial: TrialView, record: Record) -> None:
+    """Anew too: a later launch found that it went another way."""
     trial.params = dict(record["params"])
-    trial.history = [(0, trial.params)]
+    trial.history, trial.clones, trial.phases = [(0, trial.params)], [], None
+    trial.forget_after(0)
+    _rate(view, trial)
 
 
 def _started(view: SweepView, trial: TrialView, record: Record) -> None:
@@ -262,6 +283,15 @@ CHANGES = {
     "stopped": _ended,
     "done": _ended,
     "failed": _ended,
+}
+
+
+NEEDED = {
+    "trial": ("trial", "params"),
+    "start": ("trial", "epoch"),
+    "result": ("trial", "epoch", "value"),
+    "clone": ("trial", "epoch", "from", "params"),
+    **dict.fromkeys(("stopped", "done", "failed"), ("trial", "epoch")),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 from collections.abc import Callable, Iterable
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from raytrain import board
 from raytrain.checkpoint import Manifest, is_verified, verify_checkpoint
 from raytrain.config import Checkpoint
-from raytrain.errors import CheckpointError, PreflightError, masked
+from raytrain.errors import CheckpointError, PreflightError, StorageError, masked
 from raytrain.records import clean, number
 from raytrain.resume import Origin, is_complete, newest_to_trust, origin_of
 from raytrain.runfolder import JOURNAL
@@ -203,10 +204,10 @@ def leftovers(storage: Storage) -> tuple[list[str], tuple[str, Any] | None]:
         if left.writer_lives:
             lines.append(f"{left.name} is being saved now ({name})")
             continue
-        try:
-            found = (left.name, verify_checkpoint(storage, path).progress)
-        except CheckpointError:
-            found = None
+        found = None
+        with contextlib.suppress(CheckpointError):
+            if left.name.startswith("checkpoint_"):
+                found = (left.name, verify_checkpoint(storage, path).progress)
         if found is None or is_verified(storage, f"{FOLDER}/{left.name}"):
             lines.append(f"leftover: {name}, of a save that no process here is at; the next start removes it")
         else:
@@ -217,11 +218,15 @@ def leftovers(storage: Storage) -> tuple[list[str], tuple[str, Any] | None]:
 
 def superseded(storage: Storage) -> list[str]:
     """A line for each launch that went back to an older checkpoint, on those that it moved aside."""
-    return [
-        f"superseded: {', '.join(storage.list(f'{SUPERSEDED}/{launch}'))} (moved aside by launch {launch}, which went "
-        f"back; kept in {SUPERSEDED} until you remove them)"
-        for launch in storage.list(SUPERSEDED)
-    ]
+    lines = []
+    for launch in storage.list(SUPERSEDED):
+        with contextlib.suppress(StorageError):  # a file, which no launch has put there
+            names = ", ".join(storage.list(f"{SUPERSEDED}/{launch}"))
+            lines.append(
+                f"superseded: {names} (moved aside by launch {launch}, which went back; kept in {SUPERSEDED} until "
+                "you remove them)"
+            )
+    return lines
 
 
 def report(found: Survey, now: float) -> list[RenderableType]:

@@ -66,11 +66,15 @@ def train_epochs(run: RunState, task: Task, feed: Feed, saves: Saves, journal: J
         control.saved(Pending.of_old(run.progress), run.metrics)
         stopped = not goes_on(run, control) and not run.plan.finished(run.progress)
     while not stopped and not run.plan.finished(run.progress):
-        stopped = not train_one_epoch(run, task, feed, saves, journal, control)
+        goes_on_training, save_wished = train_one_epoch(run, task, feed, saves, journal, control)
+        stopped = not goes_on_training
         evaluates = feed.evaluate_after(run.progress.epoch)
         finished = run.plan.finished(run.progress)
         save = None
-        due = stopped or evaluates or finished or saves.store.progress_due(run.progress, epoch_done=True)
+        due = stopped or save_wished or evaluates or finished
+        due = due or saves.store.progress_due(run.progress, epoch_done=True)
+        if not due and saves.after_epoch(run):
+            journal.hand_over()
         if due:  # before the evaluation: whatever happens in there, the epoch is not trained again
             save = save_checkpoint(run, saves, journal, control, metrics=None if evaluates else {})
         if evaluates and not stopped:
@@ -88,8 +92,10 @@ def goes_on(run: RunState, control: Control) -> bool:
     return bool(run.world.broadcast_object(run.world.is_first and control.goes_on(run.progress, run.metrics)))
 
 
-def train_one_epoch(run: RunState, task: Task, feed: Feed, saves: Saves, journal: Journal, control: Control) -> bool:
-    """Collective. Train what is left of this epoch; False if stopped on the way."""
+def train_one_epoch(
+    run: RunState, task: Task, feed: Feed, saves: Saves, journal: Journal, control: Control
+) -> tuple[bool, bool]:
+    """Collective. Train what is left of this epoch; False if stopped on the way, and whether its end is to be saved."""
     run.model.train()
 
     def wishes() -> tuple[bool, bool]:
@@ -97,6 +103,7 @@ def train_one_epoch(run: RunState, task: Task, feed: Feed, saves: Saves, journal
 
     run.notes += untrained(run)
     taken: deque[Step] = deque(maxlen=LATE_STEPS + 1)
+    save_granted = False
     step_start = time.perf_counter()
     for step in feed.epoch_steps(run.progress):
         began = run.progress
@@ -134,12 +141,12 @@ def train_one_epoch(run: RunState, task: Task, feed: Feed, saves: Saves, journal
         tell_stragglers(run, journal)
         stop_granted, save_granted = stepped.wishes
         if stop_granted:
-            return False
+            return False, False
         due = save_granted or saves.store.progress_due(run.progress, epoch_done=False)
         if due and run.progress.epoch == began.epoch:
             control.saved(save_checkpoint(run, saves, journal, control, may_be_replaced=True), {})
-            step_start = time.perf_counter()
-    return True
+            step_start, save_granted = time.perf_counter(), False
+    return True, save_granted
 
 
 def train_step(

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from raytrain import __version__
+from raytrain.board import closed_in_forks
 from raytrain.errors import PreflightError, masked
 from raytrain.journal import JsonlSink, LogSink, TensorBoardSink
+from raytrain.patience import explained
 from raytrain.records import Record, log_file_name
 from raytrain.storage import LocalStorage, Storage, open_storage
 
@@ -113,11 +115,14 @@ def locked(storage: Storage, patience_s: float = 30.0) -> Iterator[None]:
     if not storage.is_local:
         yield
         return
-    with open(storage.local_path(LOCK), "a+") as file:
-        _wait_for_lock(file, storage.path_of(""), patience_s)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}")
-        file.flush()
+    with contextlib.ExitStack() as stack:
+        with explained("lock this run folder", storage.path_of(LOCK)):
+            file = stack.enter_context(open(storage.local_path(LOCK), "a+"))
+            closed_in_forks(file)
+            _wait_for_lock(file, storage.path_of(""), patience_s)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}")
+            file.flush()
         yield
 
 

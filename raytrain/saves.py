@@ -27,6 +27,7 @@ from raytrain.store import CheckpointPolicy, Store, checkpoint_name
 
 LEAST_S, MOST_S = 60.0, 3600.0  # between saves where EVERY_SECONDS is auto
 LOOK_S = 0.02
+HEAR_S = 1.0  # so often it is looked whether the keeper lives
 HEAVY_S = 0.25  # a first copy that took as long is not done again right away
 ERRORS = {error.__name__: error for error in (StorageError, CheckpointError)}
 
@@ -118,6 +119,7 @@ class Saves:
         self._answers = self._kept.board.answers if self._kept else 0
         self._done: list[Pending] = []
         self._saved_at: float | None = None
+        self._due, self._heard_at = False, time.monotonic()
         self._interval_s = LEAST_S
         self._pace = Pace(self.policy.OVERHEAD)
 
@@ -140,12 +142,24 @@ class Saves:
         """Keep the state in memory if that is due; whether it was. What failed in the background is raised here."""
         if self._kept is None or self._memory is None:
             return False
-        if self._kept.board.answers != self._answers:
+        now = time.monotonic()
+        if self._kept.board.answers != self._answers or now - self._heard_at > HEAR_S:
+            self._heard_at = now
             self._hear()
         self._memory.settle(wait=False)
-        due = self._pace.is_due(self.policy.SNAPSHOT_EVERY)
-        slot = self._memory.free_slot(self._used()) if due else None
-        if slot is None or run.progress.cursor == 0:  # an epoch's end has more to it than the state: save() keeps it
+        self._due = self._pace.is_due(self.policy.SNAPSHOT_EVERY)
+        # An epoch's end may have more to it than the state: that is save()'s, or after_epoch()'s if nothing is saved.
+        return self._due and run.progress.cursor > 0 and self._keep(run)
+
+    def after_epoch(self, run: RunState) -> bool:
+        """Keep the state at the end of an epoch that is neither saved nor evaluated, if that is due; whether it was."""
+        return self._memory is not None and self._due and self._keep(run)
+
+    def _keep(self, run: RunState) -> bool:
+        """Copy the run's state to memory, if there is a place for it; whether it was."""
+        assert self._memory is not None
+        slot = self._memory.free_slot(self._used())
+        if slot is None:
             return False
         began = time.perf_counter()
         try:
@@ -159,7 +173,7 @@ class Saves:
 
     def time_due(self, now: float) -> bool:
         """True if EVERY_SECONDS have passed since the last save, or since the first call. Ask on rank 0 only."""
-        if self._saved_at is None:
+        if self._saved_at is None or now < self._saved_at:  # or the clock was set back
             self._saved_at = now
         every = self.policy.EVERY_SECONDS
         return every is not None and now - self._saved_at >= (self._interval_s if every == "auto" else every)
@@ -208,6 +222,7 @@ class Saves:
                 self._hear(wait=True)
             else:
                 time.sleep(LOOK_S)  # the keeper writes what workers that have died had ordered, and tells nobody
+                self._hear()  # it may die meanwhile
         try:
             self._put(run, slot, torch.tensor(True))
         except OSError as error:

@@ -117,6 +117,8 @@ class Orderly:
         decision = super().on_trial_result(controller, trial, result)  # type: ignore[misc]
         if self.by_arrival:  # results came in another order then: what was decided stands
             decision = self.past.decided(number, result["epoch"]) or decision
+            if decision != TrialScheduler.STOP:  # the median rule keeps those that it has ended, and no result may come
+                getattr(self, "_stopped_trials", set()).discard(trial)
         return str(decision)
 
     def on_trial_complete(self, controller: Any, trial: Trial, result: dict[str, Any]) -> None:

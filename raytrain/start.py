@@ -157,6 +157,7 @@ def find_start(cfg: Config, options: Options) -> Start:
             pass
         board.take_over(run_dir, BEREAVED_S)  # one that is just dying saves its state: before, not into the new run
         with locked(storage):
+            store.clean_leftovers()  # of the old run: the new one would take what its writer has finished for its own
             start_over(store, options.overwrite)
     return Start(cfg, options, run_dir, store, origin)
 

@@ -36,11 +36,12 @@ class Sweep:
         self.view: SweepView = view_of(records)
         self.before: SweepView = view_of(records)
         self.lineages: dict[int, Lineage] = lineages_of(records)
-        self.begun: dict[int, Params] = {r["trial"]: r["params"] for r in records if r["kind"] == "trial"}
+        self.begun: dict[int, Params] = {r["trial"]: r["params"] for r in reversed(records) if r["kind"] == "trial"}
         self._retold = {number: Lineage(params) for number, params in self.begun.items()}
         self.known = {(r["trial"], r["key"], r["epoch"]): r for r in records if r["kind"] == "result" and "key" in r}
         self.lengths = lengths_of(records)
         self.clones = {(r["trial"], r["epoch"], r["from"]) for r in records if r["kind"] == "clone"}
+        self._recloned: set[tuple[int, int, int]] = set()
         self.ledger = Ledger(folder)
 
     def note(self, kind: str, **fields: Any) -> None:
@@ -55,6 +56,7 @@ class Sweep:
 
     def cloned(self, number: int, source: int, epoch: int, params: Params) -> None:
         lineage = self._retold[number] = self._retold[source].changed(epoch, params)
+        self._recloned.add((number, epoch, source))
         if (number, epoch, source) not in self.clones:
             self.clones.add((number, epoch, source))
             self.lineages[number] = lineage
@@ -63,10 +65,25 @@ class Sweep:
 
     def measured(self, number: int, result: dict[str, Any]) -> None:
         place = (number, result["key"], result["epoch"])
+        before = {clone for clone in self.clones if clone[0] == number and clone[1] < result["epoch"]}
+        if before - self._recloned:
+            self._went_another_way(number, result["epoch"])
         if place not in self.known:
             told = ("epoch", "step", "value", "metrics", "seconds", "key")
             self.note("result", trial=number, **{name: result[name] for name in told})
             self.known[place] = self.view.newest
+
+    def _went_another_way(self, number: int, epoch: int) -> None:
+        """The trial was once a clone, and is none in this launch: another one failed then, and did not now."""
+        lineage = self.lineages[number] = self._retold[number]
+        self.clones = {clone for clone in self.clones if clone[0] != number or clone in self._recloned}
+        self.note("trial", trial=number, params=lineage.base)
+        phases = lineage.config(self.cfg, number).to_tree()["OPTIMIZATION"]["PHASES"]
+        for since, params in lineage.phases:
+            self.note("clone", trial=number, epoch=since, params=params, config_phases=phases, **{"from": number})
+        for (trial, key, at), record in list(self.known.items()):  # what was told before counts again
+            if trial == number and at < epoch and key == lineage.key(at):
+                self.note(**{name: record[name] for name in record if name != "time"})
 
     def decided(self, number: int, epoch: int) -> str | None:
         """See schedulers.Past: from the launches before this one."""
@@ -141,6 +158,8 @@ def check_same(cfg: Config, folder: RunFolder) -> None:
         return
     try:
         old = parse_text(folder.storage.read_bytes(CONFIG).decode(), folder.storage.path_of(CONFIG))
+        if not isinstance(old, dict):
+            raise ConfigError(f"{folder.storage.path_of(CONFIG)}: this is no config")
     except (ConfigError, UnicodeDecodeError) as error:
         raise ResumeError(
             f"{error}\nWhat to do: put {CONFIG} of this sweep back from a copy, or remove it: the next launch writes "

@@ -259,7 +259,8 @@ class TrialActor(Trainable):
         return {**failed, "epoch": self.next_epoch, "step": step, "score": self.worst, "why": DIVERGED}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Where this trial stands; its state is in its run folder."""
+        """Where this trial stands, which pauses here; its state is in its run folder, and another process may go on."""
+        self.cleanup()
         run_dir = run_dir_of(self.lineage.config(self.orders.cfg, self.number))
         return {"lineage": dataclasses.asdict(self.lineage), "epoch": self.epoch, "run_dir": run_dir,
                 "seconds": self.seconds, "trial": self.number}  # fmt: skip

@@ -23,7 +23,7 @@ from raytrain import cluster
 from raytrain.advice import advice_lines
 from raytrain.cluster import Mailbox
 from raytrain.config import Config, dump_config, with_values
-from raytrain.errors import PreflightError, ResumeError, TrainingError
+from raytrain.errors import PreflightError, ResumeError, TrainingError, masked
 from raytrain.launch import explained
 from raytrain.ledger import LEDGER, SweepView, TrialView, trial_folder
 from raytrain.own_cluster import is_tested
@@ -88,11 +88,10 @@ class SweepResult:
     def lines(self) -> list[str]:
         """For a terminal, after the table: where everything is, and what to do next."""
         lines = [*self.advice, f"  sweep folder  {self.folder}"]
+        lines.append(f"  the picture   {joined(self.folder, HTML)}")
         if self.best is not None:
-            lines += [
-                f"  the picture   {joined(self.folder, HTML)}",
-                f"  the best one  raytrain train --cfg_file {joined(self.folder, BEST)}",
-            ]
+            command = "raytrain train --cfg_file " if "://" not in self.folder else ""  # configs are read from disks
+            lines.append(f"  the best one  {command}{joined(self.folder, BEST)}")
         if self.status == "stopped":
             lines.append("stopped; the same command goes on")
         if self.status == "spent":
@@ -134,13 +133,22 @@ def tune(
         if used.is_ours and is_tested():
             stack.enter_context(actors_as_they_stand())
             used.wait_for_workers()
-        status = run_trials(sweep, search, options, prospect, stop, show or unseen)
-        best = sweep.write_best()
-        advice = []
-        if best is not None:
-            advice = advice_lines(write_report(folder.storage, sweep.view, dump_config(best)))
-            advice += sweep.lengthened()
+        try:
+            status = run_trials(sweep, search, options, prospect, stop, show or unseen)
+        except TrainingError:  # too many trials have failed: what the others came to is shown all the same
+            reported(sweep)
+            raise
+        best, advice = reported(sweep)
     return SweepResult(status, run_dir, sweep.view, best, advice)
+
+
+def reported(sweep: Sweep) -> tuple[Config | None, list[str]]:
+    """best.yaml and the report are written; what best.yaml holds, and lines for people."""
+    best = sweep.write_best()
+    found = write_report(sweep.folder.storage, sweep.view, dump_config(best) if best is not None else "")
+    if best is None:
+        return None, [f"no trial has a finite {sweep.view.metric}, so there is no {BEST}"]
+    return best, [*advice_lines(found), *sweep.lengthened()]
 
 
 @contextlib.contextmanager
@@ -204,7 +212,7 @@ def run_trials(
     samples = number_of_samples(sweep, options)
     trials = Trials(sweep, search, search.num_trials(samples), places.concurrent)
     sweep.write_config()
-    sweep.note("sweep", **facts(cfg, samples, trials.total, places.concurrent))
+    sweep.note("sweep", extend=options.extend, **facts(cfg, samples, trials.total, places.concurrent))
     mailbox = Mailbox(launch)
     watch = Watch(sweep, trials, stop, mailbox, show)
     try:
@@ -238,7 +246,10 @@ def concurrency(wanted: int | None, num_workers: int, per_worker: dict[str, floa
 def number_of_samples(sweep: Sweep, options: SweepOptions) -> int:
     """TUNE.NUM_SAMPLES, or those of earlier launches if that was more; and what this one adds."""
     before, scheduler = int(sweep.view.launch.get("samples", 0)), sweep.cfg.TUNE.SCHEDULER
-    samples = max(sweep.cfg.TUNE.NUM_SAMPLES, before) + options.extend
+    added = options.extend
+    if (sweep.view.end or {}).get("status") != "finished" and sweep.view.launch.get("extend") == added:
+        added = 0  # the launch before was to add them, and did not come to its end
+    samples = max(sweep.cfg.TUNE.NUM_SAMPLES, before) + added
     if 0 < before < samples and scheduler in ("pbt", "pb2"):
         raise ResumeError(
             f"{sweep.folder.storage.path_of('')} holds a population of {before}, and {samples} are asked for; under "
@@ -324,6 +335,10 @@ class Trials(SearchAlgorithm):
             return self._trial(number, params)
         return None
 
+    def are_left(self) -> bool:
+        """Whether some trial has not come to its end, or is still to be made."""
+        return self.next_number < self.total or bool(self._live)
+
     def _may_be_left_out(self, number: int) -> bool:
         """Whether no other trial is compared with it any more."""
         failed = self._sweep.before.trials[number].state == "failed"
@@ -408,8 +423,10 @@ class Watch(Callback, Stopper):
             return "failure"
         if self._stop.is_set():
             return "signal"
-        if budget.SECONDS is not None and view.elapsed_s(time.time()) >= budget.SECONDS:
+        if budget.SECONDS is not None and self._trials.are_left() and view.elapsed_s(time.time()) >= budget.SECONDS:
             return "budget"
+        if not self._trials.are_left():
+            return ""
         if budget.EPOCHS is not None and sum(trial.trained for trial in view.trials.values()) >= budget.EPOCHS:
             return "budget"
         return ""
@@ -438,7 +455,7 @@ class Watch(Callback, Stopper):
 
     def _note_failure(self, number: int, epoch: int, error: str, why: str | None = None) -> None:
         sweep = self._sweep
-        logs = sweep.folder.storage.path_of(f"{trial_folder(number)}/logs")
+        logs = masked(sweep.folder.storage.path_of(f"{trial_folder(number)}/logs"))
         sweep.note("failed", trial=number, epoch=epoch, error=error, logs=logs, why=why)
         failed = failures(sweep.view)
         if len(failed) - self._failed_before > sweep.cfg.TUNE.MAX_FAILED:

@@ -16,6 +16,7 @@ import torch
 
 import raytrain
 from raytrain.checkpoint import (
+    WORLD,
     Manifest,
     is_verified,
     read_manifest,
@@ -26,6 +27,9 @@ from raytrain.errors import CheckpointError, StorageError
 from raytrain.payload import dumps, load_payload, load_weights_file
 from raytrain.progress import Progress
 from raytrain.storage import ArrowStorage, LocalStorage, Storage, open_storage
+
+A_WORLD = dict.fromkeys(WORLD, 1)
+WORLD_OF_TWO = {**A_WORLD, "num_workers": 2}
 
 
 def payload(step: int = 7, width: int = 16) -> dict[str, Any]:
@@ -41,7 +45,13 @@ def payload(step: int = 7, width: int = 16) -> dict[str, Any]:
 
 
 def manifest(step: int = 7, **metrics: Any) -> Manifest:
-    return Manifest(Progress(1, 24, step), {"SEED": 3, "MODEL": {"D": {1: "one"}}}, {"num_workers": 2}, 3, metrics)
+    return Manifest(
+        Progress(1, 24, step),
+        {"SEED": 3, "MODEL": {"D": {1: "one"}}},
+        WORLD_OF_TWO,
+        3,
+        metrics,
+    )
 
 
 @pytest.fixture(params=["local", "arrow file", "arrow memory"])
@@ -191,7 +201,7 @@ def test_a_bad_sector_is_damage_of_this_checkpoint(tmp_path: Path) -> None:
     facts = {"size_bytes": 0, "sha256": "0" * 64}
     (tmp_path / "one").mkdir()
     (tmp_path / "one/checkpoint.pth").symlink_to("/proc/self/mem")
-    text = Manifest(Progress(), {}, {}, 0, files={"checkpoint.pth": facts}).to_json()
+    text = Manifest(Progress(), {}, A_WORLD, 0, files={"checkpoint.pth": facts}).to_json()
     (tmp_path / "one/manifest.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"/one: .*checkpoint.pth: cannot read: Input/output error"):
         verify_checkpoint(storage, "one")

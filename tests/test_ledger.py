@@ -82,7 +82,8 @@ def test_results_behind_a_uri_wait_a_few_seconds_for_the_next(tmp_path: Path) ->
     with s3_server.serving() as server, opened(server.uri("bucket/sweep")) as ledger:
         storage = open_storage(server.uri("bucket/sweep"))
         ledger.append(SWEEP)
-        for epoch, there in ((1, 1), (2, 1), (4, 4)):  # at 103, 104 and 106 s; the last copy was at 100, then 106
+        ledger.append(trial(0))
+        for epoch, there in ((1, 2), (2, 2), (4, 5)):  # at 103, 104 and 106 s; the last copy was at 100, then 106
             ledger.append(result(0, epoch, 0.5))
             assert len(read_ledger(storage)) == there
 
@@ -91,12 +92,13 @@ def test_a_record_is_in_the_file_when_append_returns_and_its_writer_is_killed(tm
     writer = (
         "import os, signal, sys\nfrom raytrain.ledger import *\nfrom raytrain.runfolder import RunFolder\n"
         "ledger = Ledger(RunFolder(sys.argv[1], LEDGER))\n"
+        "ledger.append({'kind': 'trial', 'time': 1.0, 'trial': 0, 'params': {}})\n"
         "for epoch in range(5): ledger.append({'kind': 'start', 'time': 1.0, 'trial': 0, 'epoch': epoch})\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", writer, str(tmp_path)], timeout=60)
     assert done.returncode == -signal.SIGKILL
-    assert [record["epoch"] for record in read_ledger(open_storage(str(tmp_path)))] == [0, 1, 2, 3, 4]
+    assert [record["epoch"] for record in read_ledger(open_storage(str(tmp_path)))[1:]] == [0, 1, 2, 3, 4]
 
 
 def test_a_torn_line_costs_that_line_alone(tmp_path: Path) -> None:

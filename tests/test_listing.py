@@ -12,7 +12,7 @@ import pytest
 import s3_server
 import torch
 
-from raytrain.checkpoint import Manifest
+from raytrain.checkpoint import WORLD, Manifest
 from raytrain.cli import main
 from raytrain.config import Checkpoint
 from raytrain.errors import CheckpointError
@@ -40,7 +40,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]
 def save(storage: Storage, epoch: int, cursor: int = 0, launch: str = "first", **metrics: float) -> str:
     """A checkpoint of a data set of 1,438 samples in steps of 64, as a run saves it."""
     progress = Progress(epoch, cursor, epoch * 23 + cursor // 64)
-    manifest = Manifest(progress, CONFIG, {"num_samples": 1438}, 0, metrics or None)
+    manifest = Manifest(progress, CONFIG, {**dict.fromkeys(WORLD, 1), "num_samples": 1438}, 0, metrics or None)
     payload = {"epoch": epoch, "it": progress.step, "model_state": {"w": torch.ones(8)}, "optimizer_state": {}}
     return Store(storage, Checkpoint(KEEP_LAST=9), launch).save(dumps(payload), manifest, NOW).name
 
@@ -200,7 +200,7 @@ def test_a_run_that_saves_and_tidies_up_meanwhile_disturbs_nothing(tmp_path: Pat
         epoch = 1
         while not stop.is_set():
             epoch += 1
-            manifest = Manifest(Progress(epoch, 0, epoch), CONFIG, {"num_samples": 1438}, 0)
+            manifest = Manifest(Progress(epoch, 0, epoch), CONFIG, {**dict.fromkeys(WORLD, 1), "num_samples": 1438}, 0)
             store.save(dumps({"epoch": epoch, "it": epoch, "model_state": {"w": torch.ones(8)}}), manifest, NOW)
 
     thread = threading.Thread(target=train)

@@ -15,7 +15,7 @@ import bad_tasks
 import pytest
 import torch
 
-from raytrain.checkpoint import Manifest, _tree_sha256, read_manifest
+from raytrain.checkpoint import WORLD, Manifest, _tree_sha256, read_manifest
 from raytrain.config import Checkpoint, load_config
 from raytrain.errors import CheckpointError, ConfigError, RaytrainError, TaskError
 from raytrain.gallery import pictures_of
@@ -42,7 +42,7 @@ def run(tmp_path: Path) -> Store:
 
 def with_checkpoint(store: Store, epoch: int) -> Store:
     payload = {"epoch": epoch, "it": epoch, "model_state": {"w": torch.ones(4)}}
-    store.save(dumps(payload), Manifest(Progress(epoch, 0, epoch), {}, {}, 0), now=1.8e9)
+    store.save(dumps(payload), Manifest(Progress(epoch, 0, epoch), {}, dict.fromkeys(WORLD, 1), 0), now=1.8e9)
     return store
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain.checkpoint import Manifest
+from raytrain.checkpoint import WORLD, Manifest
 from raytrain.errors import CheckpointError, StorageError, TaskError
 from raytrain.payload import dumps, load_payload
 from raytrain.progress import Progress
@@ -25,6 +25,7 @@ from raytrain.storage import ArrowStorage, Bytes, LocalStorage, Storage
 from raytrain.store import Store, checkpoint_name
 
 STEPS_PER_EPOCH = 10
+A_WORLD = dict.fromkeys(WORLD, 1)
 
 
 def policy(**changes: Any) -> SimpleNamespace:
@@ -39,7 +40,7 @@ def progress_at(step: int) -> Progress:
 
 def save(store: Store, step: int, size: int = 8, **metrics: float) -> str:
     payload = {"epoch": 0, "it": step, "model_state": {"w": torch.full((size,), float(step))}, "optimizer_state": {}}
-    return store.save(dumps(payload), Manifest(progress_at(step), {}, {}, 0, metrics), now=1_700_000_000.0).name
+    return store.save(dumps(payload), Manifest(progress_at(step), {}, A_WORLD, 0, metrics), now=1_700_000_000.0).name
 
 
 def names(store: Store) -> list[str]:
@@ -189,7 +190,7 @@ def test_metrics_of_a_later_evaluation_join_the_checkpoint_and_decide_what_is_ke
     store = Store(storage, policy(KEEP_LAST=1, KEEP_BEST=1, METRIC="accuracy"), "a")
     for step, accuracy in ((10, 0.5), (20, 0.9), (30, 0.7)):
         payload = {"model_state": {"w": torch.ones(2)}}
-        name = store.save(dumps(payload), Manifest(progress_at(step), {}, {}, 0), now=0.0).name
+        name = store.save(dumps(payload), Manifest(progress_at(step), {}, A_WORLD, 0), now=0.0).name
         assert store.verified(name).manifest.metrics is None
         store.add_metrics(name, {"accuracy": accuracy})
         assert store.verified(name).manifest.metrics == {"accuracy": accuracy}
@@ -276,7 +277,9 @@ def test_going_back_moves_newer_checkpoints_aside(storage: Storage) -> None:
     store = Store(storage, policy(KEEP_LAST=1), "later")
     for step in (10, 20, 25, 30):
         Store(storage, policy(), "first").save(
-            dumps({"model_state": {"w": torch.ones(2)}}), Manifest(progress_at(step), {}, {}, 0), now=0.0
+            dumps({"model_state": {"w": torch.ones(2)}}),
+            Manifest(progress_at(step), {}, A_WORLD, 0),
+            now=0.0,
         )
     assert store.supersede(progress_at(20)) == ["checkpoint_epoch_3", "checkpoint_step_25"]
     assert names(store) == ["checkpoint_epoch_2", "checkpoint_epoch_1"]

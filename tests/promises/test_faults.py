@@ -166,13 +166,23 @@ def test_a_process_killed_while_its_keeper_writes_ends_with_the_same_bits(
         os.kill(keeper, signal.SIGKILL if and_its_keeper else signal.SIGCONT)
 
 
-def test_a_disk_that_is_full_ends_the_run_and_says_so(run: Run) -> None:
+def test_a_disk_that_is_full_ends_the_run_and_what_memory_holds_is_saved_once_there_is_room(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     launched = halted_at(run, 3)
-    resource.prlimit(keeper_of(run), resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    keeper = keeper_of(run)
+    _, hard = resource.prlimit(keeper, resource.RLIMIT_FSIZE)
+    resource.prlimit(keeper, resource.RLIMIT_FSIZE, (1 << 20, hard))
     run.release(slow_s=0.05)
     said = launched.ended(1)
     assert "could not be saved" in said and "File too large" in said
     assert run.names()[-1] == "checkpoint_step_2"
+    assert main(run.words(*HERE)) == 2
+    told = capsys.readouterr().err
+    assert f"the state after step 4 stands in the memory of process {keeper} only" in told and "too large" in told
+    resource.prlimit(keeper, resource.RLIMIT_FSIZE, (hard, hard))
+    assert main(run.words(*HERE)) == 0
+    assert run.lines("run")[-1]["step"] == 4
 
 
 def test_a_folder_of_checkpoints_that_is_deleted_comes_back_with_the_next_save(run: Run) -> None:
