@@ -236,3 +236,21 @@ def test_sizes_and_ages_are_short() -> None:
     assert [age(s) for s in (-3, 5, 119, 120, 7200, 4e5)] == [
         *("0 s ago", "5 s ago", "119 s ago", "2 min ago", "2 h ago", "4 d ago")
     ]
+
+
+def test_what_is_no_checkpoint_hides_none(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    sound = save(storage, 1)
+    (tmp_path / "ckpt" / "checkpoint_epoch_2" / "manifest.json").mkdir(parents=True)
+    (tmp_path / "ckpt" / "checkpoint_epoch_3").touch()
+    (tmp_path / "ckpt" / ".writing-.writable-1.2-deadbeef").touch()
+    (tmp_path / "ckpt" / "superseded").mkdir()
+    (tmp_path / "ckpt" / "superseded" / "a-file").touch()
+    found = survey(storage, every_byte=True)
+    assert found.usable
+    assert [(row.name, row.state[:7]) for row in found.rows] == [
+        ("checkpoint_epoch_3", "damaged"),
+        ("checkpoint_epoch_2", "damaged"),
+        (sound, "ok"),
+    ]
+    assert any(sound in line and "resume goes on from" in line for line in found.says)

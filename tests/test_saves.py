@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import wait_for
 from optimization import settings
 from processes import Pair, keepers_of
 from test_loop import config
@@ -395,3 +396,29 @@ def test_several_saves_that_fail_at_once_end_the_wait_for_them(scene: Scene) -> 
     with pytest.raises(StorageError, match="the checkpoint of step 2 could not be saved"):
         scene.saves.settle()
     scene.saves.settle()  # as the loop does on its way out: for good once, since the second answer was lost
+
+
+def test_the_end_of_an_epoch_that_nobody_saves_stands_in_memory(scene: Scene) -> None:
+    scene.run.progress = Progress(1, 0, 7)
+    assert not scene.saves.after_step(scene.run)  # the loop does not know yet whether it is saved
+    assert scene.saves.after_epoch(scene.run)
+    assert board.held(scene.uri) == Progress(1, 0, 7)
+
+
+def test_a_keeper_that_dies_has_a_successor_within_a_second(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene.stand_at(1)
+    assert scene.saves.after_step(scene.run)
+    first = scene.keeper
+    os.kill(first, signal.SIGKILL)
+    wait_for(lambda: not keepers_of(scene.uri), "its end")
+    monkeypatch.setattr("raytrain.saves.HEAR_S", 0.0)
+    scene.stand_at(2)
+    assert scene.saves.after_step(scene.run)
+    assert scene.keeper != first
+    assert board.held(scene.uri) == Progress(0, 2, 2)
+
+
+def test_a_clock_that_is_set_back_holds_up_no_save(tmp_path: Path) -> None:
+    saves = Saves(Store(RunFolder(str(tmp_path)).storage, config(tmp_path, "PointsTask", {}).CHECKPOINT, "a"), None)
+    saves.policy = saves.policy.model_copy(update={"EVERY_SECONDS": 10.0})
+    assert [saves.time_due(now) for now in (5000.0, 1400.0, 1405.0, 1410.0)] == [False, False, False, True]

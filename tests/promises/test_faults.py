@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from commands import DEADLINE_S, Launched, alive, environment, wait_for
-from runs import Run, assert_same_bits, assert_uses_once, keeper_of, keepers_of
+from runs import EPOCHS, Run, assert_same_bits, assert_uses_once, keeper_of, keepers_of
 
 import raytrain
 from raytrain import board
@@ -193,6 +193,23 @@ def test_a_folder_of_checkpoints_that_is_deleted_comes_back_with_the_next_save(r
     held.unlink()
     wait_for(held.exists, "step 9")
     launched.kill()
+
+
+def test_a_folder_of_checkpoints_that_is_deleted_during_an_evaluation_comes_back_with_its_metrics(run: Run) -> None:
+    launched = halted_in(run, "eval")
+    saved = wait_for(lambda: list(run.ckpt.glob("checkpoint_epoch_*/manifest.json")), "the epoch's checkpoint")[-1]
+    shutil.rmtree(run.ckpt)
+    os.kill(launched.pid, signal.SIGCONT)
+    launched.ended(0)
+    assert saved.parent.name in {record["name"] for record in run.records("checkpoint")}
+
+
+def test_what_an_old_run_left_unfinished_is_none_of_a_new_ones(run: Run) -> None:
+    assert main(run.words(*HERE)) == 0
+    (run.ckpt / f"checkpoint_epoch_{EPOCHS}").rename(run.ckpt / f".writing-checkpoint_epoch_{EPOCHS}-1.2-deadbeef")
+    assert main(run.words(*HERE, "--resume", "never", "--overwrite")) == 0
+    assert list(run.ckpt.glob(f"superseded/*/checkpoint_epoch_{EPOCHS}"))
+    shutil.rmtree(run.ckpt / "superseded")
 
 
 def test_a_process_killed_right_after_its_checkpoints_were_deleted_has_lost_nothing(run: Run) -> None:
