@@ -22,6 +22,7 @@ from raytrain.failure import explains_itself, failure_of, keep_traceback
 from raytrain.own_cluster import is_tested
 from raytrain.records import Record
 from raytrain.resume import is_complete
+from raytrain.runfolder import locked
 from raytrain.signals import signals_wish_stop
 from raytrain.start import Options, Start, find_start
 from raytrain.storage import open_storage, parent_and_name
@@ -146,6 +147,8 @@ def run_here(start: Start, stop: threading.Event, show: Show, judge: Judge) -> s
 
 def run_on_ray(start: Start, stop: threading.Event, show: Show, ahead: Cluster | None, judge: Judge) -> str:
     """The run on a Ray cluster, joined or started for it; how it ended."""
+    with locked(open_storage(start.run_dir)):  # or Ray would stumble over what another run is writing there
+        pass
     with contextlib.ExitStack() as stack:
         options = start.options
         used = ahead or stack.enter_context(

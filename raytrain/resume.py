@@ -64,7 +64,7 @@ def choose(store: Store, start: str) -> Origin | None:
 def newest_to_trust(store: Store) -> tuple[Saved | None, list[tuple[str, str]]]:
     """The newest checkpoint that verifies, and (name, what is wrong) of each newer one, also of one that is gone."""
     found, passed_over = store.latest_verified()
-    return found, [*vanished(store), *passed_over]
+    return found, [*vanished(store, found), *passed_over]
 
 
 def origin_of(found: Saved | None, passed_over: list[tuple[str, str]]) -> Origin | None:
@@ -81,9 +81,10 @@ def origin_of(found: Saved | None, passed_over: list[tuple[str, str]]) -> Origin
     return None
 
 
-def vanished(store: Store) -> list[tuple[str, str]]:
-    """The newest checkpoint that the journal tells of, with what is wrong, if nothing is left of it.
+def vanished(store: Store, found: Saved | None) -> list[tuple[str, str]]:
+    """The newest checkpoint that the journal tells of, with what is wrong, if nothing is left of it nor of a later one.
 
+    found: the newest that verifies; the keeper of a killed run saves more than its journal tells of.
     Retention never removes that one. Without it a run whose ckpt/ is lost would start over silently.
     """
     storage = store.storage
@@ -91,12 +92,15 @@ def vanished(store: Store) -> list[tuple[str, str]]:
         return []
     lines = storage.read_bytes(JOURNAL).decode("utf-8", errors="replace").split("\n")
     told = read_journal(line for line in lines if '"checkpoint"' in line or '"run"' in line)
-    names = [str(record.get("name")) for record in told if record["kind"] == "checkpoint"]
-    names = [name for name in names if NAME.fullmatch(name)]  # what else it may say names no checkpoint of this run
-    if not names or storage.exists(f"{FOLDER}/{names[-1]}"):
+    saved = [(str(record.get("name")), record.get("step")) for record in told if record["kind"] == "checkpoint"]
+    saved = [(name, step) for name, step in saved if NAME.fullmatch(name)]  # what else there may be names none
+    if not saved or storage.exists(f"{FOLDER}/{saved[-1][0]}"):
         return []
-    path = storage.path_of(f"{FOLDER}/{names[-1]}")
-    return [(names[-1], f"{path}: the journal tells of this checkpoint, but it is gone")]
+    name, step = saved[-1]
+    if found is not None and isinstance(step, int) and found.manifest.progress.step > step:
+        return []
+    path = storage.path_of(f"{FOLDER}/{name}")
+    return [(name, f"{path}: the journal tells of this checkpoint, but it is gone")]
 
 
 def origin_at(path: str) -> Origin:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from raytrain.checkpoint import Manifest
 from raytrain.config import Config, with_overrides
 from raytrain.errors import CheckpointError, ResumeError
 from raytrain.launch import Result
-from raytrain.payload import load_weights_file
+from raytrain.payload import dumps, load_weights_file
 from raytrain.progress import Plan, Progress
 from raytrain.records import read_journal
-from raytrain.resume import FIXED, FREE, Origin, check_plan, choose, compare, is_complete, origin_at
+from raytrain.resume import FIXED, FREE, Origin, check_plan, choose, compare, is_complete, newest_to_trust, origin_at
 from raytrain.storage import LocalStorage, open_storage
 from raytrain.store import Store
 
@@ -283,3 +284,13 @@ def test_a_finished_run_taken_up_in_another_folder_is_saved_and_evaluated_there(
     after = load_weights_file(f"{result.checkpoint}/checkpoint.pth")
     torch.testing.assert_close(after["model_state"], before["model_state"], rtol=0, atol=0)
     assert train(run_dir, "EXTRA_TAG", "other").status == "complete"  # and not trained from step 0
+
+
+def test_a_checkpoint_that_gave_way_to_one_which_the_journal_does_not_know_is_not_missed(tmp_path: Path) -> None:
+    store = Store(open_storage(str(tmp_path)), CFG.CHECKPOINT, "first")
+    told = [{"kind": "checkpoint", "time": 1.0, "name": f"checkpoint_step_{step}", "step": step} for step in (3, 6)]
+    store.storage.write_bytes("journal.jsonl", "".join(f"{json.dumps(record)}\n" for record in told).encode())
+    assert [name for name, _ in newest_to_trust(store)[1]] == ["checkpoint_step_6"]
+    store.save(dumps({"model_state": {"w": torch.ones(2)}}), manifest(Progress(0, 9, 9)), now=1.0)
+    found, passed_over = newest_to_trust(store)
+    assert found is not None and not passed_over

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -17,11 +18,14 @@ from types import SimpleNamespace
 import pytest
 import s3_server
 import torch
+from test_loop import config
 
+import raytrain
 from raytrain.errors import PreflightError
 from raytrain.journal import Journal
 from raytrain.records import read_journal
-from raytrain.runfolder import RunFolder, environment
+from raytrain.runfolder import RunFolder, environment, locked
+from raytrain.start import run_dir_of
 from raytrain.storage import open_storage
 
 LOG = SimpleNamespace(EVERY=1, LINE_EVERY=1)
@@ -169,3 +173,35 @@ def test_the_commit_of_the_current_folder_is_written_down(tmp_path: Path, monkey
     (git / "refs" / "heads" / "main").unlink()
     (git / "packed-refs").write_text("# pack-refs with: peeled\n89ab012 refs/heads/main\n^0000000\n")
     assert environment({})["git"] == "89ab012"
+
+
+def test_a_launch_on_ray_into_a_folder_that_a_run_trains_in_is_refused_before_ray_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raytrain.launch.locked", functools.partial(locked, patience_s=0.0))
+    cfg = config(tmp_path, "PointsTask", {})
+    folder = Path(run_dir_of(cfg))
+    folder.mkdir(parents=True)
+    with locked(open_storage(str(folder))), pytest.raises(PreflightError, match="another run is training in this"):
+        raytrain.train(cfg, num_workers=2, quiet=True)
+
+
+def test_a_process_that_the_task_forks_does_not_hold_the_run_folder(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time\nfrom raytrain.runfolder import locked\nfrom raytrain.storage import open_storage\n"
+        "with locked(open_storage(sys.argv[1])):\n"
+        "    child = os.fork()\n"
+        "    if not child: time.sleep(60)\n"
+        "    print(child, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        process.kill()
+        process.wait()
+        try:
+            with locked(open_storage(str(tmp_path)), patience_s=5.0):
+                assert Path(f"/proc/{child}").exists()
+        finally:
+            os.kill(child, signal.SIGKILL)
