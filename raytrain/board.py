@@ -243,6 +243,18 @@ def is_stopped(pid: int) -> bool:
     return stat_of(pid)[0] in "Tt"
 
 
+def parent_of(pid: int) -> int:
+    return int(stat_of(pid)[1])
+
+
+def is_of_torchrun(pid: int) -> bool:
+    """Whether torchrun has started that process, or one above it."""
+    try:
+        return b"\0TORCHELASTIC_RUN_ID=" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # it has ended, or there is no /proc
+        return False
+
+
 def stat_of(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the state on, which is X if there is no such process."""
     try:

@@ -108,7 +108,11 @@ def search_path() -> tuple[str, ...]:
 
 def driver() -> tuple[Any, ...]:
     """What keeps a run going: this process, or the torchrun that has started it. Host, pid, start of the process."""
-    pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+    pid = os.getpid()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        pid = os.getppid()
+        while board.is_of_torchrun(pid):  # a script that torchrun starts, and that has started this command
+            pid = board.parent_of(pid)
     return board.host(), pid, board.started_at(pid)
 
 

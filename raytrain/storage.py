@@ -122,6 +122,8 @@ def _filesystem(uri: str) -> tuple[Any, str]:
             f"{uri}: pyarrow cannot open this: {str(error).splitlines()[0]}. "
             "Use a local path or a URI such as s3://bucket/folder"
         ) from error
+    if filesystem.type_name in ("s3", "gcs") and not root.strip("/"):
+        raise ConfigError(f"{uri}: this names no bucket. Write it as s3://bucket/folder")
     own: dict[str, Any] = {}
     if filesystem.type_name == "s3":  # a small file in one request instead of three; failures come with close
         own = {"retry_strategy": AwsStandardS3RetryStrategy(max_attempts=REQUEST_TRIES), "allow_delayed_open": True}

@@ -171,6 +171,7 @@ def test_a_disk_that_is_full_ends_the_run_and_what_memory_holds_is_saved_once_th
 ) -> None:
     launched = halted_at(run, 3)
     keeper = keeper_of(run)
+    wait_for(lambda: names_in(run.ckpt) == ["checkpoint_step_2"], "the first checkpoint")
     _, hard = resource.prlimit(keeper, resource.RLIMIT_FSIZE)
     resource.prlimit(keeper, resource.RLIMIT_FSIZE, (1 << 20, hard))
     run.release(slow_s=0.05)
