@@ -409,12 +409,10 @@ def test_a_keeper_that_dies_has_a_successor_within_a_second(scene: Scene, monkey
     scene.stand_at(1)
     assert scene.saves.after_step(scene.run)
     first = scene.keeper
-    os.kill(first, signal.SIGKILL)
-    wait_for(lambda: not keepers_of(scene.uri), "its end")
     monkeypatch.setattr("raytrain.saves.HEAR_S", 0.0)
+    os.kill(first, signal.SIGKILL)
     scene.stand_at(2)
-    assert scene.saves.after_step(scene.run)
-    assert scene.keeper != first
+    wait_for(lambda: scene.saves.after_step(scene.run) and keepers_of(scene.uri) not in ([], [first]), "another one")
     assert board.held(scene.uri) == Progress(0, 2, 2)
 
 
