@@ -14,6 +14,7 @@ from raytrain.errors import ResumeError
 from raytrain.ledger import LEDGER
 from raytrain.runfolder import RunFolder
 from raytrain.sweep import BEST, CONFIG, Sweep, check_same
+from raytrain.tune import SweepOptions, number_of_samples
 
 LR, CLIP = "OPTIMIZATION.LR", "OPTIMIZATION.GRAD_NORM_CLIP"
 SPACE = {LR: {"loguniform": [1e-4, 1e-1]}, CLIP: {"grid": [1.0, 10.0]}}
@@ -29,11 +30,13 @@ def config(folder: Path, epochs: int = 2, **sections: Any) -> Config:
 
 
 @contextlib.contextmanager
-def launched(cfg: Config, folder: Path) -> Iterator[Sweep]:
+def launched(cfg: Config, folder: Path, begins: bool = True) -> Iterator[Sweep]:
+    """A launch; with `begins`, the ledger tells of it already."""
     (folder / "sweep").mkdir(parents=True, exist_ok=True)
     run = RunFolder(str(folder / "sweep"), LEDGER)
     with contextlib.closing(run), run.locked(), contextlib.closing(Sweep(cfg, run)) as sweep:
-        sweep.note("sweep", num_epochs=cfg.OPTIMIZATION.NUM_EPOCHS, metric="accuracy", mode="max", num_samples=1)
+        if begins:
+            sweep.note("sweep", num_epochs=cfg.OPTIMIZATION.NUM_EPOCHS, metric="accuracy", mode="max", num_samples=1)
         yield sweep
 
 
@@ -84,3 +87,43 @@ def test_a_space_in_another_order_is_another_sweep(tmp_path: Path) -> None:
         assert "SPACE" in dump_config(turned)
         with pytest.raises(ResumeError, match=rf"keys in another order \({LR}, {CLIP}\)"):
             check_same(turned, sweep.folder)
+
+
+def told(sweep: Sweep, number: int, epoch: int) -> None:
+    """A result of the trial as this launch has it."""
+    key = sweep._retold[number].key(epoch)
+    result = {"epoch": epoch, "step": epoch, "value": 0.5, "metrics": {}, "seconds": 1.0, "key": key}
+    sweep.measured(number, result)
+
+
+def test_a_clone_that_a_later_launch_does_not_repeat_is_the_trial_that_it_was(tmp_path: Path) -> None:
+    first, second, perturbed = ({LR: lr, CLIP: 1.0} for lr in (0.01, 0.02, 0.03))
+    with launched(config(tmp_path), tmp_path) as sweep:
+        for number, params in enumerate((first, second)):
+            sweep.made(number, params)
+            told(sweep, number, 1)
+        sweep.cloned(0, 1, 1, perturbed)
+        told(sweep, 0, 2)
+        assert sweep.view.trials[0].params == perturbed
+    with launched(config(tmp_path), tmp_path) as sweep:
+        told(sweep, 0, 1)
+        told(sweep, 0, 2)
+        assert sweep.view.trials[0].params == first
+    with launched(config(tmp_path), tmp_path) as sweep:
+        trial, lineage = sweep.view.trials[0], sweep.lineages[0]
+        assert (lineage.base, lineage.phases, trial.params, trial.clones) == (first, (), first, [])
+        assert [point[0] for point in trial.curve] == [1, 2]
+        assert (sweep.begun[0], sweep.lineages[1].base) == (first, second)
+
+
+def test_trials_that_extend_adds_are_added_once_where_the_launch_did_not_come_to_its_end(tmp_path: Path) -> None:
+    cfg = config(tmp_path, TUNE={"SPACE": SPACE, "NUM_SAMPLES": 2})
+    asked, counts = SweepOptions(extend=3), []
+    for status in (None, "stopped", "finished", "finished"):
+        with launched(cfg, tmp_path, begins=False) as sweep:
+            samples = number_of_samples(sweep, asked)
+            sweep.note("sweep", samples=samples, extend=3, num_epochs=2)
+            if status is not None:
+                sweep.note("end", status=status)
+            counts.append(samples)
+    assert counts == [5, 5, 5, 8]
