@@ -88,8 +88,7 @@ def _is_sound(record: Record, made: set[int]) -> bool:
         return False
     if kind not in CHANGES:
         return True
-    types: dict[str, Any] = {"trial": int, "epoch": int, "from": int, "params": dict, "value": (int, float, NoneType)}
-    if any(not isinstance(record.get(name), types[name]) for name in NEEDED[kind]):
+    if any(not isinstance(record.get(name), TYPES[name]) for name in NEEDED[kind]):
         return False
     if kind == "trial":
         made.add(record["trial"])
@@ -286,6 +285,7 @@ CHANGES = {
 }
 
 
+TYPES: dict[str, Any] = {"trial": int, "epoch": int, "from": int, "params": dict, "value": (int, float, NoneType)}
 NEEDED = {
     "trial": ("trial", "params"),
     "start": ("trial", "epoch"),

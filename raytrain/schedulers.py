@@ -25,8 +25,9 @@ from ray.tune.schedulers import (
 )
 from ray.tune.utils.util import flatten_dict
 
-from raytrain.distributions import Range, distribution
+from raytrain.distributions import Distribution, Range
 from raytrain.randomness import keyed_seed
+from raytrain.space import Space
 
 SCORE = "score"  # in a trial's results: the metric, or where that is not finite the worst there is
 POPULATIONS = ("hyperband", "pbt", "pb2")  # compare trials that have come equally far: all have to be there at first
@@ -117,8 +118,6 @@ class Orderly:
         decision = super().on_trial_result(controller, trial, result)  # type: ignore[misc]
         if self.by_arrival:  # results came in another order then: what was decided stands
             decision = self.past.decided(number, result["epoch"]) or decision
-            if decision != TrialScheduler.STOP:  # the median rule keeps those that it has ended, and no result may come
-                getattr(self, "_stopped_trials", set()).discard(trial)
         return str(decision)
 
     def on_trial_complete(self, controller: Any, trial: Trial, result: dict[str, Any]) -> None:
@@ -153,6 +152,16 @@ class Orderly:
         seed = keyed_seed(self.terms.seed, "decision", number, epoch)
         random.seed(seed)
         np.random.seed(seed % 2**32)
+
+
+class Median(Orderly):
+    """The median rule, which takes no result of a trial that it has once ended."""
+
+    def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        decision = super().on_trial_result(controller, trial, result)
+        if decision != TrialScheduler.STOP:
+            self._stopped_trials.discard(trial)  # type: ignore[attr-defined]
+        return decision
 
 
 class Brackets(Orderly):
@@ -277,18 +286,17 @@ def _hyperband(tune_cfg: Any, terms: Terms) -> Any:
 
 
 def _median(tune_cfg: Any, terms: Terms) -> Any:
-    return orderly(MedianStoppingRule)(
+    return orderly(MedianStoppingRule, Median)(
         time_attr=terms.unit, metric=SCORE, mode=terms.mode, grace_period=tune_cfg.GRACE, min_samples_required=3
     )
 
 
 def _pbt(tune_cfg: Any, terms: Terms) -> Any:
-    space = {key: dict(entry) for key, entry in tune_cfg.SPACE.items()}
+    space = Space.of(tune_cfg).entries
 
     def within(params: dict[str, Any]) -> dict[str, Any]:
         """A perturbed value stays within its range."""
-        for key, entry in space.items():
-            drawn = distribution(entry)
+        for key, drawn in space.items():
             if isinstance(drawn, Range):
                 params[key] = min(max(params[key], drawn.low), drawn.high)
         return params
@@ -298,7 +306,7 @@ def _pbt(tune_cfg: Any, terms: Terms) -> Any:
         metric=SCORE,
         mode=terms.mode,
         perturbation_interval=tune_cfg.PERTURB_EVERY,
-        hyperparam_mutations={key: mutation_of(entry) for key, entry in space.items()},
+        hyperparam_mutations={key: mutation_of(drawn) for key, drawn in space.items()},
         quantile_fraction=tune_cfg.QUANTILE,
         resample_probability=tune_cfg.RESAMPLE,
         custom_explore_fn=within,
@@ -307,9 +315,8 @@ def _pbt(tune_cfg: Any, terms: Terms) -> Any:
     )
 
 
-def mutation_of(entry: dict[str, Any]) -> Any:
+def mutation_of(drawn: Distribution) -> Any:
     """A distribution of TUNE.SPACE as Ray's PBT takes it; of steps and options those beside one are next to it."""
-    drawn = distribution(entry)
     if isinstance(drawn, Range):
         return (tune.loguniform if drawn.log else tune.uniform)(drawn.low, drawn.high)
     return [drawn.at(index) for index in range(drawn.size)]

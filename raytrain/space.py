@@ -58,6 +58,12 @@ def sweep_seed(cfg: Config) -> int:
     return cfg.SEED if cfg.TUNE.SEED is None else cfg.TUNE.SEED
 
 
+def workers_of_trial(cfg: Config) -> tuple[int, int]:
+    """Processes and virtual workers of each trial; left open, one: a run takes all there are, a sweep more trials."""
+    num_workers = cfg.SCALE.NUM_WORKERS or 1
+    return num_workers, cfg.SCALE.VIRTUAL_WORKERS or num_workers
+
+
 def objective(cfg: Config) -> tuple[str, str]:
     """(metric, max or min) that a sweep compares its trials by: TUNE's, else CHECKPOINT's, else the least loss."""
     metric = cfg.TUNE.METRIC or cfg.CHECKPOINT.METRIC or "loss"

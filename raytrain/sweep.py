@@ -10,6 +10,7 @@ from raytrain.errors import ConfigError, ResumeError, masked
 from raytrain.ledger import Ledger, SweepView, TrialView, read_ledger, trial_folder, view_of
 from raytrain.lineage import Lineage, Params, lineages_of
 from raytrain.runfolder import RunFolder
+from raytrain.space import workers_of_trial
 from raytrain.storage import open_storage
 from raytrain.yamltree import parse_text
 
@@ -145,9 +146,9 @@ def lengths_of(records: list[dict[str, Any]]) -> dict[int, dict[int, int]]:
 
 def best_config(cfg: Config, lineage: Lineage, best: TrialView) -> Config:
     """The trial's config, to be trained as a run of its own beside the trials."""
-    scale = {"NUM_WORKERS": cfg.SCALE.NUM_WORKERS or 1}  # left open, a run takes all there are, and a trial one
-    scale["VIRTUAL_WORKERS"] = cfg.SCALE.VIRTUAL_WORKERS or scale["NUM_WORKERS"]
-    found = with_values(lineage.config(cfg, best.number), {f"SCALE.{key}": value for key, value in scale.items()})
+    num_workers, virtual_workers = workers_of_trial(cfg)
+    scale = {"SCALE.NUM_WORKERS": num_workers, "SCALE.VIRTUAL_WORKERS": virtual_workers}
+    found = with_values(lineage.config(cfg, best.number), scale)
     output = open_storage(cfg.OUTPUT).path_of("") if "://" not in cfg.OUTPUT else cfg.OUTPUT  # from any folder
     return found.model_copy(update={"EXTRA_TAG": f"{cfg.EXTRA_TAG}/best", "OUTPUT": output})
 

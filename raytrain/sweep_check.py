@@ -13,7 +13,7 @@ from raytrain.loop import checked_metrics, predictions_of
 from raytrain.packed import are_the_same_for_all, built_and_packed
 from raytrain.progress import Plan
 from raytrain.randomness import seed_all
-from raytrain.space import objective
+from raytrain.space import objective, workers_of_trial
 from raytrain.task import Task, make_task
 from raytrain.worker import build_datasets, torch_put_back
 
@@ -43,7 +43,7 @@ def look_ahead(cfg: Config) -> Prospect:
             f"a sweep compares its trials by {metric!r} of their evaluations, but {type(task).__name__} has nothing to "
             'evaluate: build_dataset("val") gives None. Give it a validation split'
         )
-    optim_cfg, virtual_workers = cfg.OPTIMIZATION, cfg.SCALE.VIRTUAL_WORKERS or cfg.SCALE.NUM_WORKERS or 1
+    optim_cfg, (_, virtual_workers) = cfg.OPTIMIZATION, workers_of_trial(cfg)
     num_samples, batch_size = len(datasets["train"]), optim_cfg.BATCH_SIZE_PER_GPU
     plan = Plan(num_samples, batch_size, virtual_workers, optim_cfg.ACCUMULATE, optim_cfg.NUM_EPOCHS)
     metrics = metrics_given(task, datasets)

@@ -31,7 +31,7 @@ from raytrain.runfolder import RunFolder
 from raytrain.schedulers import POPULATIONS, Controller, Terms, build_scheduler
 from raytrain.search import Search, Told, build_search
 from raytrain.signals import signals_wish_stop
-from raytrain.space import objective, sweep_seed
+from raytrain.space import objective, sweep_seed, workers_of_trial
 from raytrain.start import ANSWER_S, check_writable, launch_after, run_dir_of, search_path
 from raytrain.storage import joined, open_storage
 from raytrain.sweep import BEST, Sweep, check_same
@@ -182,7 +182,7 @@ class Places:
     def of(cfg: Config) -> Places:
         """PreflightError where the cluster cannot hold them."""
         _, use_gpu = cluster.resolve_workers(cfg.SCALE)
-        num_workers = cfg.SCALE.NUM_WORKERS or 1  # left open: one, and more trials at a time
+        num_workers, _ = workers_of_trial(cfg)
         per_worker = cluster.resources_per_worker(cfg.SCALE, use_gpu)
         cluster.check_resources(num_workers, per_worker)
         return Places(num_workers, use_gpu, per_worker, concurrency(cfg.TUNE.CONCURRENT, num_workers, per_worker))
@@ -196,7 +196,7 @@ class Places:
         """What the config leaves open, as it is for each trial."""
         scale = {
             "NUM_WORKERS": self.num_workers if self.num_workers > 1 else 0,
-            "VIRTUAL_WORKERS": cfg.SCALE.VIRTUAL_WORKERS or self.num_workers,
+            "VIRTUAL_WORKERS": workers_of_trial(cfg)[1],
             "USE_GPU": self.use_gpu,
         }
         return with_values(cfg, {f"SCALE.{key}": value for key, value in scale.items()})
@@ -423,10 +423,10 @@ class Watch(Callback, Stopper):
             return "failure"
         if self._stop.is_set():
             return "signal"
-        if budget.SECONDS is not None and self._trials.are_left() and view.elapsed_s(time.time()) >= budget.SECONDS:
-            return "budget"
         if not self._trials.are_left():
             return ""
+        if budget.SECONDS is not None and view.elapsed_s(time.time()) >= budget.SECONDS:
+            return "budget"
         if budget.EPOCHS is not None and sum(trial.trained for trial in view.trials.values()) >= budget.EPOCHS:
             return "budget"
         return ""

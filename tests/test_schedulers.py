@@ -9,6 +9,7 @@ from unittest.mock import MagicMock
 import pytest
 from ray.tune.experiment import Trial
 
+from raytrain.distributions import distribution
 from raytrain.schedulers import SCORE, Terms, build_scheduler, mutation_of
 
 pytestmark = pytest.mark.ray  # Ray Tune's import takes its time
@@ -38,8 +39,8 @@ def test_a_trial_that_median_once_let_go_on_goes_on_also_where_results_come_in_a
 
 
 def test_steps_and_options_are_mutated_to_those_beside_them() -> None:
-    assert mutation_of({"quniform": [1, 9, 4]}) == [1, 5, 9]
-    assert mutation_of({"quniform": [0.001, 0.005, 0.002]}) == [0.001, 0.003, 0.005]
-    assert mutation_of({"randint": [2, 5]}) == [2, 3, 4]
-    assert mutation_of({"choice": [None, 1.0]}) == [None, 1.0]
-    assert mutation_of({"uniform": [0, 1]}).upper == 1.0
+    assert mutation_of(distribution({"quniform": [1, 9, 4]})) == [1, 5, 9]
+    assert mutation_of(distribution({"quniform": [0.001, 0.005, 0.002]})) == [0.001, 0.003, 0.005]
+    assert mutation_of(distribution({"randint": [2, 5]})) == [2, 3, 4]
+    assert mutation_of(distribution({"choice": [None, 1.0]})) == [None, 1.0]
+    assert mutation_of(distribution({"uniform": [0, 1]})).upper == 1.0
