@@ -62,8 +62,11 @@ def plain(value: Any) -> Any:
 
 
 def at(tree: Mapping[str, Any], key: str) -> Any:
-    """The value at a dotted key; None where there is none."""
+    """The value at a dotted key, whose parts name keys of mappings and indices of lists; None where there is none."""
     found: Any = tree
     for part in key.split("."):
-        found = found.get(part) if isinstance(found, Mapping) else None
+        if isinstance(found, list):
+            found = found[int(part)] if part.isdecimal() and int(part) < len(found) else None
+        else:
+            found = found.get(part) if isinstance(found, Mapping) else None
     return found
