@@ -130,17 +130,25 @@ def importance(view: SweepView) -> list[Factor]:
 
 def scores_of(view: SweepView) -> dict[int, float]:
     """Of each trial with a curve the share of comparisons that it wins, a tie half; see `importance`."""
-    curves = {t.number: {epoch: value for epoch, _, value in t.curve} for t in by_number(view) if t.curve}
-    scores = {}
-    for one, curve in curves.items():
-        won = []
-        for other, against in curves.items():
-            shared = max((epoch for epoch in curve if epoch in against), default=None)
-            if other != one and shared is not None:
-                mine, theirs = curve[shared], against[shared]
-                won.append(1.0 if view.better(mine, theirs) else 0.0 if view.better(theirs, mine) else 0.5)
-        if won:
-            scores[one] = sum(won) / len(won)
+    import numpy as np
+
+    trials = [trial for trial in by_number(view) if trial.curve]
+    epochs = sorted({epoch for trial in trials for epoch, _, _ in trial.curve}, reverse=True)
+    column = {epoch: index for index, epoch in enumerate(epochs)}
+    reached = np.zeros((len(trials), len(epochs)), bool)
+    worth = np.full(reached.shape, -np.inf)  # the more the better; what was not finite loses to all that was
+    sign, rows, scores = 1 if view.mode == "max" else -1, np.arange(len(trials)), {}
+    for row, trial in enumerate(trials):
+        for epoch, _, value in trial.curve:
+            reached[row, column[epoch]] = True
+            if value is not None:
+                worth[row, column[epoch]] = sign * value
+    for row, trial in enumerate(trials):
+        shared = reached & reached[row]
+        met, last = shared.any(axis=1) & (rows != row), shared.argmax(axis=1)  # the first column is the last epoch
+        mine, theirs = worth[row, last[met]], worth[rows[met], last[met]]
+        if met.any():
+            scores[trial.number] = float(((mine > theirs) + 0.5 * (mine == theirs)).mean())
     return scores
 
 

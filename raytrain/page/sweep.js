@@ -85,8 +85,13 @@ function ticks(low, high, count, log = false) {
   return found;
 }
 
+// Not Math.min(...values): a hundred thousand arguments overflow the stack.
+function ends(values) {
+  return values.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
+}
+
 function padded(values, log = false, share = 0.05) {
-  let [low, high] = [Math.min(...values), Math.max(...values)];
+  const [low, high] = ends(values);
   if (log) {
     const room = Math.max((high / low) ** share, 1.02);
     return [low / room, high * room];
@@ -143,7 +148,7 @@ function drawCurves() {
   const shown = data.trials.filter((t) => t.curve.some((p) => p[1] !== null));
   if (!shown.length) return svg.append(label(width / 2, height / 2, "no trial has been evaluated yet"));
   let values = shown.flatMap((t) => t.curve.map((p) => p[1])).filter((v) => v !== null);
-  const log = data.mode === "min" && Math.min(...values) > 0 && Math.max(...values) / Math.min(...values) > 50;
+  const [least, most] = ends(values), log = data.mode === "min" && least > 0 && most / least > 50;
   if (zoomed) {
     const cut = [...valued].map((t) => sign * t.best).sort((a, b) => a - b)[Math.floor(valued.length * 0.6)];
     const inside = values.filter((v) => sign * v >= cut);
