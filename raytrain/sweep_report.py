@@ -14,6 +14,7 @@ import io
 import json
 import math
 import string
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ CSV, HTML = "sweep.csv", "sweep.html"
 PAGE = Path(__file__).parent / "page"
 MAP_KEYS = ("OPTIMIZATION.LR", "OPTIMIZATION.GRAD_NORM_CLIP")
 WIDE = 50  # values of a choice that span so much are drawn on a logarithmic axis
+LARGEST_POWER = sys.float_info.max_10_exp  # of ten, in a float
 FEW = 10  # trials, of which fewer say little of what matters
 
 
@@ -163,21 +165,27 @@ def _explained(facts: dict[str, Any], pairs: list[tuple[Any, float]]) -> tuple[f
         fitted, terms = np.array([means[name] for name in names]), len(means) - 1
         says = f"best with {max(means, key=lambda name: means[name])}"
     else:
-        x = np.array([math.log10(value) if facts["log"] else float(value) for value, _ in pairs])
+        halves = np.array([_size(value, facts["log"]) / 2 for value, _ in pairs])  # their differences are finite
+        low, span = float(halves.min()), float(np.ptp(halves))
+        x = np.round((halves - low) / (span or 1.0), 6)  # values closer than that would leave the parabola open
         terms = min(2, len(set(x.tolist())) - 1)
-        middle, spread = float(x.mean()), float(x.std()) or 1.0
-        parabola = np.polynomial.polynomial.polyfit((x - middle) / spread, y, terms)
-        fitted = np.polynomial.polynomial.polyval((x - middle) / spread, parabola)
-        fine = np.linspace(x.min(), x.max(), 101)
-        at = float(fine[np.argmax(np.polynomial.polynomial.polyval((fine - middle) / spread, parabola))])
-        where = "the low end, " if at == fine[0] else "the high end, " if at == fine[-1] else ""
-        says = f"best near {where}{10**at if facts['log'] else at:.2g}"
+        parabola = np.polynomial.polynomial.polyfit(x, y, terms)
+        fitted = np.polynomial.polynomial.polyval(x, parabola)
+        fine = np.linspace(0, 1, 101)
+        place = float(fine[np.argmax(np.polynomial.polynomial.polyval(fine, parabola))])
+        at, where = 2 * (low + place * span), {0.0: "the low end, ", 1.0: "the high end, "}.get(place, "")
+        says = f"best near {where}{10 ** min(at, LARGEST_POWER) if facts['log'] else at:.2g}"
     total, left = float(((y - y.mean()) ** 2).sum()), float(((y - fitted) ** 2).sum())
     free = len(y) - terms - 1
     if terms < 1 or free < 1 or total < 1e-12:
         return 0.0, "too few different values to tell"
     share = 1 - (left / free) / (total / (len(y) - 1))
     return (share, says) if share > 0.01 else (0.0, "nothing that chance would not explain")
+
+
+def _size(value: int | float, log: bool) -> float:
+    """The value where its axis has it, a float: whole numbers of a config may be larger than any."""
+    return math.log10(value) if log else float(min(max(value, -sys.float_info.max), sys.float_info.max))
 
 
 def key_facts(view: SweepView, key: str) -> dict[str, Any]:

@@ -161,7 +161,9 @@ def test_a_clone_is_marked_in_its_curve(chromium: browser.Browser, tmp_path: Pat
     assert marks(chromium, "#curves circle[data-trial='1']") == marks(chromium, "#curves circle[data-trial='0']") + 1
 
 
-@pytest.mark.parametrize("trials", ["none", "waiting", "one", "nan", "one value each", "named"])
+@pytest.mark.parametrize(
+    "trials", ["none", "waiting", "one", "nan", "one value each", "named", "nearly one value", "out of reach"]
+)
 def test_a_sweep_with_little_to_show_is_drawn_too(chromium: browser.Browser, tmp_path: Path, trials: str) -> None:
     view = {
         "none": sweep([], []),
@@ -169,6 +171,8 @@ def test_a_sweep_with_little_to_show_is_drawn_too(chromium: browser.Browser, tmp
         "one": sweep([{LR: 0.1, CLIP: 1.0}], [[0.5]]),
         "nan": sweep([{LR: 0.1, CLIP: 1.0}] * 2, [[None], [None, None]]),
         "one value each": sweep([{LR: 0.1, CLIP: None}, {LR: 0.1, CLIP: 3.0}], [[0.5, 0.5], [0.5]]),
+        "nearly one value": sweep([{LR: 1.0, CLIP: 1.0}, {LR: 1 + 2**-52, CLIP: 3.0}], [[0.5], [0.5 + 2**-53]]),
+        "out of reach": sweep([{LR: 10**400, CLIP: -1.7e308}, {LR: 1, CLIP: 1.7e308}], [[1.7e308], [-1.7e308]]),
         "named": sweep([{"MODEL.NAME": name} for name in ("a", "<b>")], [[0.1], [0.2]], mode="min"),
     }[trials]
     (tmp_path / "sweep.html").write_text(sweep_html(view))
@@ -217,6 +221,29 @@ def test_importance_of_a_choice_names_the_best_one() -> None:
     found = importance(sweep(params, [[0.1 + 0.5 * (i % 2) + 0.01 * i] for i in range(8)]))
     assert (found[0].name, found[0].says) == ("OPTIMIZER", "best with b")
     assert found[0].share > 0.7
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.1] * 5,
+        [0, 1e-300, 0, 1e-300, 0],
+        [0, 1e-17, 1, 1e-17, 0],
+        [1, 1 + 2**-52, 1, 1, 1 + 2**-52],
+        [5e-324, 0, 5e-324, 0, 0],
+        [-1e300, 0, 1e300, 5e299, -1e300],
+        [1.7e308, -1.7e308, 1.7e308, 0, 1],
+        [10**400, 1, 10**400, 10, 1],
+        [10**400, -(10**400), 0, 1, 2],
+        [1e-300, 1e300, 1.0, 1e-300, 1e300],
+    ],
+)
+def test_importance_of_values_that_are_all_one_or_out_of_reach_is_a_share_without_a_warning(values: list[Any]) -> None:
+    params = [{LR: value} for value in values]  # warnings are errors here
+    for space in ({}, {LR: {"loguniform": [1e-320, 1.0]}}):
+        (found,) = importance(sweep(params, [[0.1], [0.4], [0.3], [0.2], [0.5]], space=space))
+        assert 0 <= found.share <= 1
+        assert "nan" not in found.says and "inf" not in found.says
 
 
 def test_an_axis_is_logarithmic_where_the_space_says_so_or_a_choice_spans_decades() -> None:

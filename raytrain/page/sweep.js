@@ -1,7 +1,9 @@
 "use strict";
 // Draws sweep.html from the JSON in the page. All text comes in as text nodes: nothing of a config is ever markup.
 
-const data = JSON.parse(document.getElementById("data").textContent);
+const LARGEST = 1e300; // beyond it the differences that charts take are infinite
+const drawable = (_, value) => (typeof value === "number" ? Math.max(-LARGEST, Math.min(LARGEST, value)) : value);
+const data = JSON.parse(document.getElementById("data").textContent, drawable);
 const byNumber = new Map(data.trials.map((trial) => [trial.number, trial]));
 const valued = data.trials.filter((trial) => trial.best !== null);
 const sign = data.mode === "max" ? 1 : -1;
@@ -80,6 +82,7 @@ function ticks(low, high, count, log = false) {
   const raw = (high - low) / count;
   const base = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 5, 10].map((m) => m * base).find((s) => s >= raw * 0.999);
+  if (low + step === low || high - step === high) return [low, high]; // too close for floats: no tick lies between
   const found = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(Number((i * step).toPrecision(12)));
   return found;
