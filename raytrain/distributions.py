@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
+LARGEST = 1e300  # number of a range: with larger ones its width could be more than a float
+MOST = 2**53  # steps of a range: floats count no further
 FORMS = {
     "loguniform": "[low, high]",
     "uniform": "[low, high]",
@@ -54,10 +56,10 @@ class Steps:
         return round((self.high - self.low) / self.step) + 1
 
     def at(self, index: int) -> int | float:
+        if all(isinstance(part, int) for part in (self.low, self.high, self.step)):
+            return self.low + index * self.step
         # In decimals: 0.1 + 2 * 0.1 is 0.3 here, and 0.30000000000000004 in floats.
-        value = Decimal(str(self.low)) + index * Decimal(str(self.step))
-        whole = all(isinstance(part, int) for part in (self.low, self.high, self.step))
-        return int(value) if whole else float(value)
+        return float(Decimal(str(self.low)) + index * Decimal(str(self.step)))
 
     def index(self, value: int | float) -> int:
         """The index of the step nearest to `value`."""
@@ -122,6 +124,7 @@ def _quniform(kind: str, values: Sequence[Any]) -> Steps:
     _not_empty(low, high)
     if step <= 0:
         raise ValueError(f"its step is {step}; it must be > 0")
+    _countable(low, high, step)
     if (Decimal(str(high)) - Decimal(str(low))) % Decimal(str(step)):
         raise ValueError(f"steps of {step} from {low} do not end at {high}; choose a step that divides the range")
     return Steps(low, high, step)
@@ -132,6 +135,7 @@ def _randint(kind: str, values: Sequence[Any]) -> Steps:
     if not (isinstance(low, int) and isinstance(high, int)):
         raise ValueError("randint takes whole numbers; write uniform or quniform for others")
     _not_empty(low, high)
+    _countable(low, high)
     return Steps(low, high - 1)
 
 
@@ -162,11 +166,16 @@ def _numbers(kind: str, values: Sequence[Any]) -> Sequence[Any]:
     numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
     if len(values) != FORMS[kind].count(",") + 1 or len(numbers) != len(values):
         raise ValueError(f"{kind} takes numbers: {kind}: {FORMS[kind]}")
-    if not all(math.isfinite(number) for number in numbers):
-        raise ValueError("a number must be finite")
+    if not all(abs(number) <= LARGEST for number in numbers):  # whole numbers too, which know no infinity
+        raise ValueError(f"a number must be finite, and none is larger than {LARGEST:g}")
     return values
 
 
 def _not_empty(low: float, high: float) -> None:
     if low >= high:
         raise ValueError(f"that range is empty: low must be below high (found {low} and {high})")
+
+
+def _countable(low: float, high: float, step: float = 1) -> None:
+    if (high - low) / step > MOST:
+        raise ValueError(f"it has more than {MOST:,} values; narrow it, widen its steps, or write uniform")

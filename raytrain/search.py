@@ -53,7 +53,15 @@ def build_search(cfg: Config, seed: int) -> Search:
         return OptunaSearch(space, seed, kind, objective(cfg)[1])
     if kind == "bohb":
         _need(["hpbandster", "ConfigSpace"], kind, "bohb")
-        return BohbSearch(space, seed, objective(cfg)[1])
+        search = BohbSearch(space, seed, objective(cfg)[1])
+        try:
+            search.params_of(0, ())
+        except ValueError as error:  # its floats are coarser than ours
+            raise ConfigError(
+                f"TUNE.SEARCH is bohb, whose ConfigSpace cannot draw from this SPACE: {error}. "
+                "Widen that range, or set TUNE.SEARCH to tpe"
+            ) from error
+        return search
     return GridSearch(space.every_point()) if kind == "grid" or space.is_grid else RandomSearch(space, seed)
 
 

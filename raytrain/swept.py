@@ -124,9 +124,11 @@ def _unknown(path: str, tree: dict[str, Any], model: type[BaseModel]) -> str:
         if child is not None:
             node = child
             continue
+        above = ".".join(keys[:depth])
+        if isinstance(node.value, list):
+            return f"the config has no {path}; {above} is a list of {len(node.value)}"
         if annotation_at(model, keys) is not None:
             return ""
-        above = ".".join(keys[:depth])
         known = list(node.value) if isinstance(node.value, dict) else []
         near = [f"{above}.{name}".lstrip(".") for name in difflib.get_close_matches(key, known, n=1)]
         meant = [".".join([name, *keys[depth + 1 :]]) for name in near] or nearest(path, model)

@@ -136,3 +136,8 @@ def test_a_search_whose_package_is_missing_says_how_to_get_it(monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=r'hpbandster and ConfigSpace .* pip install "raytrain\[bohb\]"'):
         search_of("bohb", RANGES)
+
+
+def test_a_range_too_small_for_bohbs_floats_is_told_before_any_trial():
+    with pytest.raises(ConfigError, match=rf"SPACE: Hyperparameter '{DEPTH}' has illegal settings. Widen that range"):
+        search_of("bohb", {LR: {"loguniform": [1e-5, 1.0]}, DEPTH: {"uniform": [1, 1 + 2**-52]}})

@@ -113,6 +113,20 @@ LEGAL = "{loguniform: [low, high]}, {uniform: [low, high]}, {quniform: [low, hig
         ("SEED: {loguniform: [0, 1]}", '.SEED is {"loguniform": [0, 1]}, but loguniform needs low > 0; raise it'),
         ("SEED: {quniform: [0, 1, 0.3]}", '.SEED is {"quniform": [0, 1, 0.3]}, but steps of 0.3 from 0 do not end'),
         ("SEED: {quniform: [0, 1, 0]}", '.SEED is {"quniform": [0, 1, 0]}, but its step is 0; it must be > 0'),
+        ("SEED: {quniform: [0, 1, 2]}", '.SEED is {"quniform": [0, 1, 2]}, but steps of 2 from 0 do not end at 1'),
+        ("SEED: {quniform: [0, 1, 1e-30]}", '.SEED is {"quniform": [0, 1, 1e-30]}, but it has more than 9,007,199,254'),
+        ("SEED: {quniform: [1e-300, 1, 1e-300]}", '.SEED is {"quniform": [1e-300, 1, 1e-300]}, but it has more than'),
+        ("SEED: {randint: [0, 9223372036854775808]}", '.SEED is {"randint": [0, 9223372036854775808]}, but it has mor'),
+        (f"SEED: {{randint: [0, 1{'0' * 23}]}}", f'.SEED is {{"randint": [0, 1{"0" * 23}]}}, but it has more than'),
+        (f"SEED: {{uniform: [0, {'9' * 400}]}}", f'.SEED is {{"uniform": [0, {"9" * 61}..., but a number must be'),
+        (f"SEED: {{randint: [-{'9' * 400}, 0]}}", f'.SEED is {{"randint": [-{"9" * 63}..., but a number must be'),
+        ("SEED: {uniform: [-1.7e308, 1.7e308]}", '.SEED is {"uniform": [-1.7e+308, 1.7e+308]}, but a number must be'),
+        ("SEED: {uniform: [false, 1]}", '.SEED is {"uniform": [false, 1]}, but uniform takes numbers: uniform: [low'),
+        ("SEED: {uniform: [[0], 1]}", '.SEED is {"uniform": [[0], 1]}, but uniform takes numbers: uniform: [low, hi'),
+        ('SEED: {randint: ["0", "1"]}', '.SEED is {"randint": ["0", "1"]}, but randint takes numbers: randint: [low, '),
+        ("OPTIMIZATION.PHASES.0.LR: {choice: [1]}", ".OPTIMIZATION.PHASES.0.LR: the config has no OPTIMIZATION.PHASES"),
+        ("OPTIMIZATION.MOMS.2: {choice: [0.9]}", ".OPTIMIZATION.MOMS.2: the config has no OPTIMIZATION.MOMS.2; OPTIMI"),
+        ("OPTIMIZATION.MOMS.-1: {choice: [0.9]}", ".OPTIMIZATION.MOMS.-1: the config has no OPTIMIZATION.MOMS.-1; OPT"),
         ("OPTIMIZATION.LRR: {choice: [1]}", ".OPTIMIZATION.LRR: the config has no OPTIMIZATION.LRR; did you mean OPTI"),
         ("LR: {choice: [1]}", ".LR: the config has no LR; did you mean OPTIMIZATION.LR?"),
         ("MODEL.VFE.NAMES: {choice: [1]}", ".MODEL.VFE.NAMES: the config has no MODEL.VFE.NAMES; did you mean MODEL."),
@@ -172,6 +186,7 @@ def test_a_wrong_key_of_a_sweep_is_told_its_line(tmp_path, entry, message):
 
 def test_steps_of_one_size_and_values_of_other_types_are_told_apart():
     assert distribution({"randint": [3, 4]}).examples() == [3]
+    assert distribution({"randint": [10**40, 10**40 + 3]}).examples() == [10**40, 10**40 + 2, 10**40 + 1]
     options = distribution({"choice": [1, 1.0, True, None, [1]]})
     assert [options.index(value) for value in options.values] == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError):
