@@ -102,6 +102,17 @@ class Sweep:
             return False
         return trial.state != "done" or trial.epoch >= self.cfg.OPTIMIZATION.NUM_EPOCHS
 
+    def check_length(self) -> None:
+        """ResumeError if a trial has more epochs than NUM_EPOCHS: what it came to is nothing a shorter run comes to."""
+        now = self.cfg.OPTIMIZATION.NUM_EPOCHS
+        reached = max((trial.epoch for trial in self.view.trials.values()), default=0)
+        if reached > now:
+            raise ResumeError(
+                f"{self.folder.storage.path_of('')} holds trials of up to {reached} epochs, and "
+                f"OPTIMIZATION.NUM_EPOCHS is {now}. What to do: give as many (--epochs {reached}), or start another "
+                "sweep (--extra_tag NAME)"
+            )
+
     def write_config(self) -> None:
         """sweep.yaml: what the trials are drawn from and mean; a later launch is held against it."""
         self.folder.storage.write_bytes(CONFIG, masked(dump_config(self.cfg)).encode())
@@ -123,8 +134,9 @@ class Sweep:
         before = {length for epoch, length in self.lengths.get(best.number, {}).items() if epoch <= best.epoch}
         if before <= {now}:
             return []
+        how = "longer" if min(before) < now else "shorter"
         return [
-            f"note: trial {best.number} was begun as a run of {min(before)} epochs and made longer; {BEST} has the "
+            f"note: trial {best.number} was begun as a run of {min(before)} epochs and made {how}; {BEST} has the "
             f"schedule of {now} epochs from the start, so it gives other weights than {trial_folder(best.number)} has"
         ]
 

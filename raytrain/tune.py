@@ -23,13 +23,13 @@ from raytrain import cluster
 from raytrain.advice import advice_lines
 from raytrain.cluster import Mailbox
 from raytrain.config import Config, dump_config, with_values
-from raytrain.errors import PreflightError, ResumeError, TrainingError, masked
+from raytrain.errors import ConfigError, PreflightError, ResumeError, TrainingError, masked
 from raytrain.launch import explained
 from raytrain.ledger import LEDGER, SweepView, TrialView, trial_folder
 from raytrain.own_cluster import is_tested
 from raytrain.runfolder import RunFolder
 from raytrain.schedulers import POPULATIONS, Controller, Terms, build_scheduler
-from raytrain.search import Search, Told, build_search
+from raytrain.search import GridSearch, Search, Told, build_search
 from raytrain.signals import signals_wish_stop
 from raytrain.space import objective, sweep_seed, workers_of_trial
 from raytrain.start import ANSWER_S, check_writable, launch_after, run_dir_of, search_path
@@ -114,6 +114,11 @@ def tune(
     options = options or SweepOptions()
     cfg = with_values(cfg, {**cfg.TUNE.CONSTANTS, "TUNE.CONSTANTS": {}})
     search = build_search(cfg, sweep_seed(cfg))
+    if options.extend and isinstance(search, GridSearch):
+        raise ConfigError(
+            f"--extend {options.extend}: TUNE.SPACE is a grid, which has as many trials as it has points "
+            f"({len(search.points)}). Leave --extend out, or start another sweep over more values (--extra_tag NAME)"
+        )
     load_task_class(cfg.TASK)
     run_dir = run_dir_of(cfg)
     check_writable(open_storage(run_dir, ANSWER_S), TUNES_FOLDER)
@@ -129,6 +134,7 @@ def tune(
             prospect = look_ahead(cfg)
         sweep = Sweep(cfg, folder)
         stack.callback(sweep.close)
+        sweep.check_length()
         used.connect()
         if used.is_ours and is_tested():
             stack.enter_context(actors_as_they_stand())

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from raytrain.config import Config, dump_config
-from raytrain.errors import ResumeError
+from raytrain.errors import ConfigError, ResumeError
 from raytrain.ledger import LEDGER
 from raytrain.runfolder import RunFolder
 from raytrain.sweep import BEST, CONFIG, Sweep, check_same
-from raytrain.tune import SweepOptions, number_of_samples
+from raytrain.tune import SweepOptions, number_of_samples, tune
 
 LR, CLIP = "OPTIMIZATION.LR", "OPTIMIZATION.GRAD_NORM_CLIP"
 SPACE = {LR: {"loguniform": [1e-4, 1e-1]}, CLIP: {"grid": [1.0, 10.0]}}
@@ -77,6 +77,27 @@ def test_a_trial_that_was_made_longer_is_said_to_be_no_run_of_that_length(tmp_pa
         trained(sweep, 3, 4)
         (line,) = sweep.lengthened()
     assert "trial 0 was begun as a run of 2 epochs and made longer" in line and BEST in line
+
+
+def test_a_sweep_is_not_made_shorter_than_its_trials_are(tmp_path: Path) -> None:
+    with launched(config(tmp_path, epochs=4), tmp_path) as sweep:
+        trained(sweep, 1, 2, 3)
+    with launched(config(tmp_path, epochs=3), tmp_path, begins=False) as sweep:
+        sweep.check_length()
+        assert "as a run of 4 epochs and made shorter" in sweep.lengthened()[0]
+    short = config(tmp_path, epochs=2)
+    with (
+        launched(short, tmp_path, begins=False) as sweep,
+        pytest.raises(ResumeError, match=r"trials of up to 3 epochs, and OPTIMIZATION.NUM_EPOCHS is 2\. .*--epochs 3"),
+    ):
+        sweep.check_length()
+
+
+def test_a_grid_is_not_extended_in_silence(tmp_path: Path) -> None:
+    for search, space in (("random", {CLIP: {"grid": [1.0, 10.0]}}), ("grid", {CLIP: {"choice": [1.0, 10.0]}})):
+        cfg = config(tmp_path, TUNE={"SPACE": space, "SEARCH": search})
+        with pytest.raises(ConfigError, match=r"--extend 3: .* as many trials as it has points \(2\)\. Leave --extend"):
+            tune(cfg, SweepOptions(extend=3))
 
 
 def test_a_space_in_another_order_is_another_sweep(tmp_path: Path) -> None:
