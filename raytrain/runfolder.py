@@ -93,11 +93,14 @@ class RunFolder:
         return locked(self.storage, patience_s)
 
 
-def refuse_links(storage: Storage) -> None:
-    """PreflightError if a file that a run appends to is a link: in a folder from elsewhere it could name any file."""
+def refuse_links(storage: Storage, continued: str = JOURNAL) -> None:
+    """PreflightError if a file that a run appends to is a link: in a folder from elsewhere it could name any file.
+
+    continued: as in RunFolder.   Files that are written whole take a link's place.
+    """
     if not storage.is_local:
         return
-    for name in (LOCK, JOURNAL, *(f"logs/{log}" for log in storage.list("logs"))):
+    for name in (LOCK, continued, *(f"logs/{log}" for log in storage.list("logs"))):
         path = storage.local_path(name)
         if path.is_symlink():
             raise PreflightError(

@@ -27,7 +27,7 @@ from raytrain.errors import ConfigError, PreflightError, ResumeError, TrainingEr
 from raytrain.launch import explained
 from raytrain.ledger import LEDGER, SweepView, TrialView, trial_folder
 from raytrain.own_cluster import is_tested
-from raytrain.runfolder import RunFolder
+from raytrain.runfolder import RunFolder, refuse_links
 from raytrain.schedulers import POPULATIONS, Controller, Terms, build_scheduler
 from raytrain.search import GridSearch, Search, Told, build_search
 from raytrain.signals import signals_wish_stop
@@ -123,6 +123,7 @@ def tune(
     run_dir = run_dir_of(cfg)
     check_writable(open_storage(run_dir, ANSWER_S), TUNES_FOLDER)
     folder = RunFolder(run_dir, LEDGER)
+    refuse_links(folder.storage, LEDGER)
     with contextlib.ExitStack() as stack:
         stack.callback(folder.close)
         stack.enter_context(folder.locked(ANSWER_S))

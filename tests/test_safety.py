@@ -27,6 +27,7 @@ from raytrain.resume import choose
 from raytrain.start import Options, find_start, run_dir_of
 from raytrain.storage import LocalStorage
 from raytrain.store import Store
+from raytrain.tune import tune
 
 LINES = "TASK: bad_tasks:Good\nOPTIMIZATION: {BATCH_SIZE_PER_GPU: 4, NUM_EPOCHS: 2}\nSCALE: {NUM_WORKERS: 0}\n"
 DEEP = 100_000
@@ -195,6 +196,26 @@ def test_a_run_does_not_write_through_a_link(run: Store, name: str) -> None:
     cfg = load_config(written(root.parent), ["OUTPUT", str(root.parent), "TAG", "run", "EXTRA_TAG", "."])
     with pytest.raises(RaytrainError, match=r"this is a link to .*precious.txt, and would be written through"):
         find_start(cfg, Options())
+    assert outside(run) == {"precious.txt": "mine"}
+
+
+@pytest.mark.parametrize("name", ["sweep.jsonl", ".lock", "logs/rank_0.log"])
+def test_a_sweep_does_not_write_through_a_link(run: Store, name: str) -> None:
+    root = Path(run.storage.path_of(""))
+    (root / name).parent.mkdir(exist_ok=True)
+    (root / name).symlink_to(root.parent / "outside" / "precious.txt")
+    words = ["OUTPUT", str(root.parent), "TAG", "run", "EXTRA_TAG", ".", "TUNE.SPACE.SEED", "{grid: [1, 2]}"]
+    with pytest.raises(RaytrainError, match=r"this is a link to .*precious.txt, and would be written through"):
+        tune(load_config(written(root.parent), words))
+    assert outside(run) == {"precious.txt": "mine"}
+
+
+@pytest.mark.parametrize("name", ["sweep.yaml", "best.yaml", "sweep.csv", "sweep.html"])
+def test_a_file_of_a_sweep_that_is_written_whole_takes_the_place_of_a_link(run: Store, name: str) -> None:
+    root = Path(run.storage.path_of(""))
+    (root / name).symlink_to(root.parent / "outside" / "precious.txt")
+    run.storage.write_bytes(name, b"new")
+    assert ((root / name).read_text(), (root / name).is_symlink()) == ("new", False)
     assert outside(run) == {"precious.txt": "mine"}
 
 
