@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import functools
 import importlib
+import io
 import json
 import os
 import sys
@@ -77,6 +78,9 @@ VOID_EVAL_FLAGS: dict[str, tuple[bool, str]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0 finished, 1 failed, 2 bad usage or config, 75 stopped and saved."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not where a program has put one of its own in its place
+            stream.reconfigure(errors="backslashreplace")  # a name or a bar that it cannot encode ends no run
     parser = build_parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:

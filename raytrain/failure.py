@@ -61,7 +61,7 @@ def keep_traceback(error: BaseException, run_uri: str) -> str:
         if "://" in run_uri:
             return ""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as file:
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(traceback.format_exception(type(error), error, error.__traceback__))
     except OSError:  # a full disk may be the very error
         return ""

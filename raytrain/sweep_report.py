@@ -62,10 +62,9 @@ def sweep_csv(view: SweepView) -> str:
 
 def sweep_html(view: SweepView, advice: ClipAdvice | None = None, name: str = "sweep", best_config: str = "") -> str:
     """The page, whole in itself."""
-    style, script = (PAGE / "sweep.css").read_text(), (PAGE / "sweep.js").read_text()
+    style, script, page = ((PAGE / f"sweep.{kind}").read_text(encoding="utf-8") for kind in ("css", "js", "html"))
     data = page_data(view, advice or advice_of([]), name, best_config)
-    filled = string.Template((PAGE / "sweep.html").read_text())
-    return filled.substitute(
+    return string.Template(page).substitute(
         TITLE=html.escape(name),
         STYLE=style,
         STYLE_HASH=_hash(style),

@@ -99,7 +99,7 @@ def begun(cfg: Config, options: Options, world: World) -> tuple[Start, Job | Non
 def run_as_worker(job: Job, world: World, store: Any, stop: threading.Event) -> str:
     """Collective. How the run ended. The rank that fails first shows why, the others only follow."""
     with contextlib.ExitStack() as stack:
-        screen = stack.enter_context(os.fdopen(os.dup(2), "w"))
+        screen = stack.enter_context(os.fdopen(os.dup(2), "w", errors="backslashreplace"))
         if world.is_first:
             display, logs = Display(), ""
             stack.callback(display.close)

@@ -221,3 +221,17 @@ def test_a_budget_ends_a_sweep_which_goes_on_with_a_larger_one(
         return
     assert swept(run, f"TUNE.BUDGET.{raised}", "1000").status == "finished"
     assert told(run, "trial", "result") == told(undisturbed_sweep("none"), "trial", "result")
+
+
+@pytest.mark.parametrize("command", ["train", "tune"])
+def test_names_that_the_terminal_cannot_encode_end_no_run(tmp_path: Path, command: str) -> None:
+    score = '    def score(self, *given):\n        return {"Güte": super().score(*given)["accuracy"]}\n'
+    task = f"from tasks_for_tests import Exact\nclass Mine(Exact):\n{score}"
+    (tmp_path / "mine.py").write_text(task, encoding="utf-8")
+    tuned = {"METRIC": "Güte", "NUM_SAMPLES": 1, "SPACE": {LR: {"grid": [0.01]}}}
+    kept = {"CHECKPOINT.METRIC": "Güte", "OPTIMIZATION.NUM_EPOCHS": 1, "SCALE.NUM_WORKERS": int(command == "tune")}
+    run = Run(tmp_path, {"TASK": "mine:Mine", "TUNE": tuned, **kept})
+    words = [command, *run.words("--extra_tag", "größe")[1:]]
+    said = commanded(words, tmp_path, {"PYTHONIOENCODING": "ascii"}).ended(0)
+    assert r"gr\xf6\xdfe" in said and r"G\xfcte" in said
+    assert (tmp_path / "output/run/größe").is_dir()
