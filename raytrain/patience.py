@@ -97,7 +97,7 @@ def _advice(error: OSError) -> str:
             return "The file system is read-only; choose another OUTPUT"
         case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
             return "Free some space or lower CHECKPOINT.KEEP_LAST, then run the same command again"
-        case errno.ENOTDIR | errno.EEXIST | errno.ENOTEMPTY:
+        case errno.ENOTDIR | errno.EISDIR | errno.EEXIST | errno.ENOTEMPTY:
             return "Something else stands at this path; move it away or choose another OUTPUT"
     text = str(error).lower()
     if re.search(r"libjvm|libhdfs|classpath", text):

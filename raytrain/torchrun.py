@@ -105,8 +105,10 @@ def run_as_worker(job: Job, world: World, store: Any, stop: threading.Event) -> 
             stack.callback(display.close)
             control = LocalControl(display.feed, stop)
         else:
-            control, logs = LocalControl(silent, stop), redirect_output(job.run_uri, world.rank)
+            control, logs = LocalControl(silent, stop), ""
         try:
+            if not world.is_first:
+                logs = redirect_output(job.run_uri, world.rank)
             return run_job(job, world, control).status
         except Exception as error:
             if store.add(f"raytrain/failures/{restarts()}", 1) > 1:  # torchrun keeps it, so it outlives ranks

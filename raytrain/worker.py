@@ -30,6 +30,7 @@ from raytrain.gallery import pictures_of, why_not_drawn, write_pictures
 from raytrain.journal import Journal
 from raytrain.memory import Kept, join_keeper, keeper_begun
 from raytrain.packed import unpacked
+from raytrain.patience import explained
 from raytrain.precision import fp32_precisions, set_fp32_precisions, set_tf32
 from raytrain.progress import Plan, Progress
 from raytrain.pulse import Stacks, Stragglers, watched
@@ -373,10 +374,10 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     job: Job = config["job"]
     rank = ray.train.get_context().get_world_rank()
-    logs = redirect_output(job.run_uri, rank)
-    stand_where_the_driver_stands(job)
-    control = RayControl(job.launch, job.run_uri, rank)
+    control, logs = RayControl(job.launch, job.run_uri, rank), ""
     try:
+        logs = redirect_output(job.run_uri, rank)
+        stand_where_the_driver_stands(job)
         device = ray.train.torch.get_device() if job.use_gpu else torch.device("cpu")
         world = World.joined(job.virtual_workers, device)
         outcome = run_job(job, world, control)
@@ -411,10 +412,11 @@ def redirect_output(run_uri: str, rank: int) -> str:
     if "://" in run_uri:
         return "the Ray session's logs"
     path = Path(run_uri) / "logs" / f"rank_{rank}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    with open(path, "ab", buffering=0) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    with explained("write this log", str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab", buffering=0) as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
     return str(path)

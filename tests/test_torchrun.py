@@ -85,6 +85,13 @@ def test_a_rank_that_fails_is_shown_once_and_ends_the_run(tmp_path: Path) -> Non
     assert "failed on rank 1" in out
 
 
+def test_a_log_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
+    log = tmp_path / "output" / "run" / "default" / "logs" / "rank_1.log"
+    log.mkdir(parents=True)
+    out = ended(torchrun(tmp_path, "--cfg_file", str(small(tmp_path, "tasks_for_units:PredictingTask"))))
+    assert out.count(f"raytrain: {log}: cannot write this log: Is a directory") == 1, out
+
+
 def test_a_rank_that_is_killed_in_the_evaluation_is_not_taken_for_a_failure_of_the_other(tmp_path: Path) -> None:
     process = torchrun(tmp_path, "--cfg_file", str(small(tmp_path, "tasks_for_units:DiesInEvaluation")))
     out = ended(process)

@@ -107,6 +107,18 @@ def test_a_rank_that_fails_is_one_screen_with_rank_step_and_the_users_own_lines(
     assert "RuntimeError: no anchors for 4 points" in log.read_text()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_log_that_cannot_be_opened_is_told_as_that_and_not_as_a_want_of_memory(
+    ray_address: str, tmp_path: Path, rank: int
+) -> None:
+    log = tmp_path / "run" / "default" / "logs" / f"rank_{rank}.log"
+    log.mkdir(parents=True)
+    with pytest.raises(TrainingError) as raised:
+        raytrain.train(config(tmp_path, "PredictingTask"), quiet=True)
+    assert str(raised.value).startswith(f"{log}: cannot write this log: Is a directory. Something else stands")
+    assert "memory" not in str(raised.value)
+
+
 def test_a_worker_that_dies_three_times_in_one_step_is_one_screen_with_its_rank_and_the_likely_reason(
     ray_address: str, tmp_path: Path
 ) -> None:
