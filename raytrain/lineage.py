@@ -14,6 +14,7 @@ from raytrain.records import Record
 from raytrain.space import trial_config
 
 Params = dict[str, Any]  # by dotted key
+STANDING = "standing.json"  # in what Ray Tune holds as a trial's checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,28 @@ class Lineage:
         for epoch, params in self.phases:
             found = with_phase(found, epoch, params)
         return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """Where a trial goes on: from what `trial`, itself or the one that it clones, was after `epoch`.
+
+    seconds: of its own training so far
+    """
+
+    trial: int
+    lineage: Lineage
+    epoch: int
+    seconds: float = 0.0
+
+    def to_json(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self)).encode()
+
+    @staticmethod
+    def of_json(text: bytes) -> Standing:
+        told = json.loads(text)
+        phases = tuple((epoch, params) for epoch, params in told["lineage"]["phases"])
+        return Standing(**{**told, "lineage": Lineage(told["lineage"]["base"], phases)})
 
 
 def lineages_of(records: Iterable[Record]) -> dict[int, Lineage]:

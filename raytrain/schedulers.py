@@ -6,13 +6,18 @@ a PBT exploits.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 import warnings
 from typing import Any, Protocol
 
 import numpy as np
+import ray
 from ray import tune
+from ray.exceptions import RayError
+from ray.train._internal.session import _TrainingResult
+from ray.tune import Checkpoint
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
@@ -26,6 +31,7 @@ from ray.tune.schedulers import (
 from ray.tune.utils.util import flatten_dict
 
 from raytrain.distributions import Distribution, Range
+from raytrain.lineage import STANDING, Standing
 from raytrain.randomness import keyed_seed
 from raytrain.space import Space
 
@@ -40,8 +46,8 @@ class Past(Protocol):
     def decided(self, number: int, epoch: int) -> str | None:
         """What was decided for the trial after its result of `epoch`; None where nothing was yet."""
 
-    def cloned(self, number: int, source: int, epoch: int, params: dict[str, Any]) -> None:
-        """Trial `number` goes on from what `source` was after `epoch`, with these params."""
+    def cloned(self, number: int, source: int, epoch: int, params: dict[str, Any]) -> Standing:
+        """Trial `number` goes on from what `source` was after `epoch`, with these params; where the source stands."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,18 +228,47 @@ class Population(Orderly):
         """At how many units the next comparison is."""
         return int(self._next_perturbation_sync)  # type: ignore[attr-defined]
 
-    def _checkpoint_or_exploit(self, trial: Trial, *others: Any) -> None:
+    def _checkpoint_or_exploit(self, trial: Trial, controller: Any, best: list[Trial], worst: list[Trial]) -> None:
+        """Ray clones none whose process dies while it saves, and has those that save already save a second time."""
+        if trial not in worst:
+            return
         self._seed(int(trial.trial_id), self._generation)  # which one it is to become
-        super()._checkpoint_or_exploit(trial, *others)  # type: ignore[misc]
+        source = random.choice(best)
+        wait_until_saved(controller, source)
+        self._exploit(controller, trial, source)
 
     def _exploit(self, controller: Any, trial: Trial, source: Trial) -> None:
-        self._seed(int(trial.trial_id), -self._generation)  # and with which params
+        self._seed(int(trial.trial_id), -self._generation)  # with which params
         with warnings.catch_warnings():  # of PB2's Gaussian process on how well it fits, in the middle of the table
             warnings.simplefilter("ignore")
             super()._exploit(controller, trial, source)  # type: ignore[misc]
         self.clones.add(trial.trial_id)
-        epoch = int(self._trial_state[source].last_result["epoch"])  # type: ignore[attr-defined]
-        self.past.cloned(int(trial.trial_id), int(source.trial_id), epoch, dict(trial.config))
+        own, result = (self._trial_state[each].last_result for each in (trial, source))  # type: ignore[attr-defined]
+        standing = self.past.cloned(int(trial.trial_id), int(source.trial_id), result["epoch"], dict(trial.config))
+        standing = dataclasses.replace(standing, seconds=own["seconds"])
+        taken: Any = trial.run_metadata.checkpoint_manager
+        taken._latest_checkpoint_result = _TrainingResult(checkpoint_of(standing, trial, self._generation), result)
+
+
+def wait_until_saved(controller: TuneController, trial: Trial) -> None:
+    """Returns once its state is saved, or its process has died."""
+    if trial.status != Trial.RUNNING:
+        return
+    saving: Any = trial.temporary_state.saving_to or controller._schedule_trial_save(trial)
+    if saving is not None:
+        with contextlib.suppress(RayError):
+            ray.get(saving.future)
+
+
+def checkpoint_of(standing: Standing, trial: Trial, generation: int) -> Checkpoint:
+    """For `trial` to go on from, in Ray Tune's folder."""
+    assert trial.storage is not None
+    files = trial.storage.storage_filesystem
+    folder = f"{trial.storage.experiment_fs_path}/clones/{trial.trial_id}_{generation}"
+    files.create_dir(folder, recursive=True)
+    with files.open_output_stream(f"{folder}/{STANDING}") as stream:
+        stream.write(standing.to_json())
+    return Checkpoint(folder, files)
 
 
 class BayesianPopulation(Population):

@@ -8,7 +8,7 @@ from typing import Any
 from raytrain.config import Config, config_diff, dump_config, with_values
 from raytrain.errors import ConfigError, ResumeError, masked
 from raytrain.ledger import Ledger, SweepView, TrialView, read_ledger, trial_folder, view_of
-from raytrain.lineage import Lineage, Params, lineages_of
+from raytrain.lineage import Lineage, Params, Standing, lineages_of
 from raytrain.runfolder import RunFolder
 from raytrain.space import workers_of_trial
 from raytrain.storage import open_storage
@@ -55,14 +55,16 @@ class Sweep:
             self.lineages[number] = self._retold[number] = Lineage(params)
             self.note("trial", trial=number, params=params)
 
-    def cloned(self, number: int, source: int, epoch: int, params: Params) -> None:
-        lineage = self._retold[number] = self._retold[source].changed(epoch, params)
+    def cloned(self, number: int, source: int, epoch: int, params: Params) -> Standing:
+        taken = Standing(source, self._retold[source], epoch)
+        lineage = self._retold[number] = taken.lineage.changed(epoch, params)
         self._recloned.add((number, epoch, source))
         if (number, epoch, source) not in self.clones:
             self.clones.add((number, epoch, source))
             self.lineages[number] = lineage
             phases = lineage.config(self.cfg, number).to_tree()["OPTIMIZATION"]["PHASES"]
             self.note("clone", trial=number, epoch=epoch, params=params, config_phases=phases, **{"from": source})
+        return taken
 
     def measured(self, number: int, result: dict[str, Any]) -> None:
         place = (number, result["key"], result["epoch"])

@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -25,7 +26,7 @@ from raytrain.cluster import Mailbox
 from raytrain.config import Config
 from raytrain.errors import DivergedError, RaytrainError, TaskError, masked
 from raytrain.launch import launch, silent
-from raytrain.lineage import Lineage, Params
+from raytrain.lineage import STANDING, Lineage, Params, Standing
 from raytrain.progress import Progress
 from raytrain.records import read_journal
 from raytrain.runfolder import JOURNAL
@@ -258,21 +259,17 @@ class TrialActor(Trainable):
         step = self.next_epoch * self.orders.steps_per_epoch
         return {**failed, "epoch": self.next_epoch, "step": step, "score": self.worst, "why": DIVERGED}
 
-    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Where this trial stands, which pauses here; its state is in its run folder, and another process may go on."""
         self.cleanup()
-        run_dir = run_dir_of(self.lineage.config(self.orders.cfg, self.number))
-        return {"lineage": dataclasses.asdict(self.lineage), "epoch": self.epoch, "run_dir": run_dir,
-                "seconds": self.seconds, "trial": self.number}  # fmt: skip
+        standing = Standing(self.number, self.lineage, self.epoch, self.seconds)
+        (Path(checkpoint_dir) / STANDING).write_bytes(standing.to_json())
 
-    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        assert checkpoint is not None
-        told = checkpoint["lineage"]
-        lineage = Lineage(told["base"], tuple((epoch, params) for epoch, params in told["phases"]))
-        self.epoch, self.source = checkpoint["epoch"], checkpoint["run_dir"]
-        if checkpoint["trial"] == self.number:
-            self.seconds = checkpoint["seconds"]
-        self.lineage = lineage.changed(self.epoch, self.config)
+    def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]  # a folder, as it was saved
+        standing = Standing.of_json((Path(checkpoint_dir) / STANDING).read_bytes())
+        self.epoch, self.seconds = standing.epoch, standing.seconds
+        self.source = run_dir_of(standing.lineage.config(self.orders.cfg, standing.trial))
+        self.lineage = standing.lineage.changed(self.epoch, self.config)
 
     def cleanup(self) -> None:
         training, self.training = self.training, None

@@ -138,6 +138,14 @@ class Unscored(Exact):
         return super().build_dataset(split) if split == "train" else None
 
 
+class HeldClones(Exact):
+    """Only the trials of a sweep that are clones go through the gate."""
+
+    @property
+    def gate(self) -> Path:
+        return super().gate if self.cfg.OPTIMIZATION.PHASES else Path("no-gate")
+
+
 class Longer(Exact):
     """Its model is the same for any number of epochs up to 8, so that a run of it can be made longer."""
 

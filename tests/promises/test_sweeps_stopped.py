@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 
 import pytest
 from commands import alive, family, wait_for
+from ray.tune.experiment import Trial
 from ray_nodes import ray_nodes
 from runs import Run
 from sweeps import (
     EPOCHS,
+    PBT,
     Undisturbed,
     assert_whole,
     count,
@@ -27,7 +30,10 @@ from sweeps import (
     under,
 )
 
-from raytrain.ledger import view_of
+from raytrain import schedulers
+from raytrain.ledger import trial_folder, view_of
+from raytrain.trial import TrialActor
+from raytrain.tune import tune
 
 pytestmark = pytest.mark.ray
 
@@ -74,6 +80,55 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_state(
     uses = [line.split()[0] for line in (run.gate / "uses.txt").read_text().splitlines()]
     assert uses.count("0") == 4, uses.count("0")  # none has begun anew
     assert_whole(run, view)
+
+
+def test_a_clone_that_is_killed_is_the_same_clone_again_though_its_source_has_gone_on(
+    tmp_path: Path, undisturbed_sweep: Undisturbed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_to_pause(monkeypatch)
+    run = sweep(tmp_path, {**PBT, "CONCURRENT": 3}, TASK="tasks_for_tests:HeldClones")
+    run.hold(15)
+    with ThreadPoolExecutor(1) as pool:
+        ending = pool.submit(swept, run)
+        pid = held(run, ending)
+        wait_for(lambda: sum(map(len, told(run, "result").values())) == 6, "the second results of those that are none")
+        os.kill(pid, signal.SIGKILL)
+        run.release()
+        view = ending.result().view
+    assert told(run, "trial", "result", "clone") == told(undisturbed_sweep("pbt"), "trial", "result", "clone")
+    assert_whole(run, view)
+
+
+def test_a_trial_whose_process_is_killed_as_it_saves_is_cloned_all_the_same(
+    tmp_path: Path, undisturbed_sweep: Undisturbed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_to_pause(monkeypatch)
+    waits, killed = schedulers.wait_until_saved, []
+
+    def kill_and_wait(controller: Any, trial: Trial) -> None:
+        if trial.status == Trial.RUNNING and not killed:
+            lock = run.run_dir / trial_folder(int(trial.trial_id)) / ".lock"
+            killed.append(int(lock.read_text().split()[1]))
+            os.kill(killed[0], signal.SIGKILL)
+        waits(controller, trial)
+
+    monkeypatch.setattr(schedulers, "wait_until_saved", kill_and_wait)
+    run = sweep(tmp_path, PBT)
+    view = swept(run).view
+    assert killed
+    assert told(run, "trial", "result", "clone") == told(undisturbed_sweep("pbt"), "trial", "result", "clone")
+    assert_whole(run, view)
+
+
+def slow_to_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last result of a generation comes while those before it are still saved."""
+
+    class SlowToPause(TrialActor):
+        def save_checkpoint(self, checkpoint_dir: str) -> Any:
+            time.sleep(0.5)
+            return super().save_checkpoint(checkpoint_dir)
+
+    monkeypatch.setattr(sys.modules[tune.__module__], "TrialActor", SlowToPause)
 
 
 def test_a_sweep_whose_node_dies_goes_on_on_another(tmp_path: Path, undisturbed_sweep: Undisturbed) -> None:
