@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 import ray
 from ray import tune
-from ray.exceptions import RayError
+from ray.air.execution._internal.tracked_actor import TrackedActor
+from ray.exceptions import RayActorError, RayError
 from ray.train._internal.session import _TrainingResult
 from ray.tune import Checkpoint
 from ray.tune.execution.tune_controller import TuneController
@@ -88,6 +89,16 @@ class Controller(TuneController):
         if own in self._actor_manager._live_actors_to_ray_actors_resources and own not in self._started_actors:
             return False
         return bool(super()._maybe_reuse_cached_actor(trial))
+
+    def _actor_failed(self, tracked_actor: TrackedActor, exception: Exception) -> None:
+        """Its process may have died before a trial was given to it: to Ray it would be given for ever."""
+        self._resetting_trials.discard(self._actor_to_trial[tracked_actor])
+        super()._actor_failed(tracked_actor, exception)
+
+    def _trial_task_failure(self, trial: Trial, exception: Exception) -> None:
+        """Once for each death: of a process that dies as a trial is given to it Ray tells twice, and gives up then."""
+        if trial.status != Trial.PENDING or not isinstance(exception, RayActorError):
+            super()._trial_task_failure(trial, exception)
 
 
 class Orderly:

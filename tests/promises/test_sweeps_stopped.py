@@ -19,6 +19,7 @@ from sweeps import (
     EPOCHS,
     PBT,
     Undisturbed,
+    actors,
     assert_whole,
     count,
     journals,
@@ -118,6 +119,31 @@ def test_a_trial_whose_process_is_killed_as_it_saves_is_cloned_all_the_same(
     assert killed
     assert told(run, "trial", "result", "clone") == told(undisturbed_sweep("pbt"), "trial", "result", "clone")
     assert_whole(run, view)
+
+
+def test_a_process_that_is_killed_while_it_waits_for_a_trial_is_replaced(tmp_path: Path, ray_address: str) -> None:
+    run, undisturbed = (
+        sweep(tmp_path / name, {**PBT, "NUM_SAMPLES": 3}, **{"OPTIMIZATION.NUM_EPOCHS": 2}) for name in ("one", "other")
+    )
+    (run.gate / "slow").write_text("0.1")
+    with ThreadPoolExecutor(1) as pool:
+        ending = pool.submit(swept, run)
+        wait_for(lambda: count(run, "result") == 2, "two results")
+        run.hold(0)
+        busy = held(run, ending)
+        idle = wait_for(lambda: [pid for pid in actors() if pid != busy and not working(pid)], "a process without work")
+        os.kill(idle[0], signal.SIGKILL)
+        run.release(0)
+        view = ending.result().view
+    assert view.counts()["done"] == 3
+    swept(undisturbed)
+    assert told(run, "trial", "result", "clone") == told(undisturbed, "trial", "result", "clone")
+    assert_whole(run, view)
+
+
+def working(pid: int) -> bool:
+    """Whether a trial's process runs a method."""
+    return b"TrialActor." in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def slow_to_pause(monkeypatch: pytest.MonkeyPatch) -> None:
