@@ -179,12 +179,24 @@ def check_plan(manifest: Manifest, plan: Plan, allow_config_change: bool, where:
     return not changed
 
 
+def check_place(progress: Progress, plan: Plan, where: str) -> None:
+    """ResumeError if `progress` is no place in the data: no step is left of such an epoch, and it would never end."""
+    epoch, cursor, step = dataclasses.astuple(progress)
+    if not all(type(number) is int and number >= 0 for number in (epoch, cursor, step)) or cursor >= plan.num_samples:
+        raise ResumeError(
+            f"{where}: it says that it was made after {epoch!r:.20} epochs, {cursor!r:.20} samples of the next and "
+            f"{step!r:.20} steps, which is no place in a data set of {plan.num_samples} samples. What to do: go on "
+            "from another checkpoint (--resume PATH), or start a new run from its weights (--pretrained_model PATH)"
+        )
+
+
 def bring(run: RunState, origin: Origin, allow_config_change: bool) -> list[str]:
     """Bring `run` to its origin; returns what a user should know, a line each."""
     payload = load_origin(origin)
     if origin.manifest is None:
         if "raytrain" in payload:
             restore(run, payload, origin.path)
+            check_place(run.progress, run.plan, origin.path)
             return ["it has no manifest: its config and data could not be compared"]
         return restore_heritage(run, payload, origin.path)
     notes = [
@@ -195,6 +207,7 @@ def bring(run: RunState, origin: Origin, allow_config_change: bool) -> list[str]
     same = check_plan(origin.manifest, run.plan, allow_config_change, origin.path)
     restore(run, payload, origin.path)
     if same:
+        check_place(run.progress, run.plan, origin.path)
         return notes
     before = run.progress
     run.progress = run.plan.converted(before.epoch, before.cursor)

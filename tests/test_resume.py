@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import raytrain
-from raytrain.checkpoint import Manifest
+from raytrain.checkpoint import Manifest, read_manifest, write_checkpoint
 from raytrain.config import Config, with_overrides
 from raytrain.errors import CheckpointError, ResumeError
 from raytrain.launch import Result
@@ -265,6 +265,23 @@ def test_a_bare_file_of_ours_restores_all_and_says_what_could_not_be_compared(ru
     torch.testing.assert_close(after["model_state"], before["model_state"], rtol=0, atol=0)
     records = read_journal(Path(result.run_dir) / "journal.jsonl")
     assert any("no manifest" in r["message"] for r in records if r["kind"] == "event")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("place", [{"cursor": 48}, {"cursor": 10**30}, {"cursor": -4}, {"epoch": -1}, {"step": 1.5}])
+def test_a_checkpoint_of_a_place_that_is_not_in_the_data_is_refused(
+    run_dir: Path, tmp_path: Path, place: dict[str, Any], bare: bool
+) -> None:
+    storage, name = LocalStorage(run_dir), "ckpt/checkpoint_epoch_1"
+    payload = load_weights_file(run_dir / name / "checkpoint.pth")
+    payload["raytrain"]["progress"].update(place)
+    write_checkpoint(storage, name, dumps(payload), read_manifest(storage, name))
+    start = run_dir / name / "checkpoint.pth"
+    if bare:
+        start = Path(shutil.copy(start, tmp_path / "bare.pth"))
+    with pytest.raises(ResumeError, match=r"which is no place in a data set of 48 samples\. What to do: go on from"):
+        train(run_dir, "EXTRA_TAG", "other", resume=str(start))
 
 
 def test_never_refuses_a_folder_with_a_run_in_it_unless_that_shall_give_way(run_dir: Path) -> None:
