@@ -23,7 +23,7 @@ import torch
 
 from raytrain.checkpoint import MANIFEST, PAYLOAD, check_sha256, damage_named, read_manifest
 from raytrain.errors import CheckpointError
-from raytrain.storage import Storage, open_storage
+from raytrain.storage import Storage, expanded, open_storage
 
 LARGE_BYTES = 32 << 20  # of a state that several threads copy
 COPIERS = 4  # at most
@@ -223,7 +223,7 @@ def load_weights_file(path: str | Path, map_location: Any = "cpu") -> dict[str, 
     A file of ours that still stands beside its manifest is checked against it. No code in the
     file is ever run; of OpenPCDet's, numpy scalars are let through.
     """
-    path = Path(path).expanduser().absolute()
+    path = expanded(path).absolute()
     if path.name == PAYLOAD and (path.parent / MANIFEST).exists():
         return load_payload(open_storage(str(path.parent.parent)), path.parent.name, map_location)
     try:

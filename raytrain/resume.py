@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from raytrain.checkpoint import MANIFEST, PAYLOAD, Manifest, verify_checkpoint
@@ -14,7 +13,7 @@ from raytrain.progress import Plan, Progress
 from raytrain.records import read_journal
 from raytrain.runfolder import JOURNAL
 from raytrain.state import RunState, restore, restore_heritage
-from raytrain.storage import Storage, open_storage, parent_and_name
+from raytrain.storage import Storage, expanded, open_storage, parent_and_name
 from raytrain.store import FOLDER, NAME, Saved, Store, newest_verified
 
 # Going on with another value of these would feed wrong samples, or the same ones twice.
@@ -105,7 +104,7 @@ def vanished(store: Store, found: Saved | None) -> list[tuple[str, str]]:
 
 def origin_at(path: str) -> Origin:
     """The origin that a user's path names: a .pth, a checkpoint folder, or a run folder (its newest)."""
-    location = Path(path).expanduser()
+    location = expanded(path)
     if "://" not in path:
         path = str(location.absolute())
         if location.is_file() and not (location.name == PAYLOAD and (location.parent / MANIFEST).exists()):

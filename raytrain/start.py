@@ -19,7 +19,7 @@ from raytrain.errors import ConfigError, ResumeError, masked
 from raytrain.progress import Progress
 from raytrain.resume import Origin, choose, compare
 from raytrain.runfolder import locked, refuse_links
-from raytrain.storage import Storage, joined, open_storage
+from raytrain.storage import Storage, expanded, joined, open_storage
 from raytrain.store import Store, listed
 from raytrain.worker import Job
 
@@ -154,7 +154,7 @@ def find_start(cfg: Config, options: Options) -> Start:
     if options.resume != "never":
         store.clean_leftovers()
         origin = choose(store, options.resume)
-    if origin is None and options.pretrained is not None and not Path(options.pretrained).expanduser().is_file():
+    if origin is None and options.pretrained is not None and not expanded(options.pretrained).is_file():
         raise ResumeError(f"--pretrained_model {options.pretrained}: there is no such file; name a .pth file")
     if options.resume == "never":
         with locked(storage):  # or the checkpoints of a run that is still training would be moved away under it

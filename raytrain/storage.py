@@ -98,9 +98,16 @@ def open_storage(uri_or_path: str, patience_s: float = PATIENCE_S) -> Storage:
     """
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://", uri_or_path)
     if scheme is None:
+        if "://" in uri_or_path or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", uri_or_path):  # Path would make folders of it
+            raise ConfigError(
+                f"{uri_or_path}: this is neither a path nor a URI. Write a path, or a URI such as s3://bucket/folder"
+            )
         return LocalStorage(Path(uri_or_path), patience_s)
     if scheme[1].lower() == "file":
-        return LocalStorage(Path(urllib.parse.unquote(urllib.parse.urlsplit(uri_or_path).path)), patience_s)
+        parts = urllib.parse.urlsplit(uri_or_path)
+        if parts.netloc not in ("", "localhost") or not parts.path:
+            raise ConfigError(f"{uri_or_path}: this names no path. Write it as file:///folder/on/this/machine")
+        return LocalStorage(Path(urllib.parse.unquote(parts.path)), patience_s)
     if ":***@" in uri_or_path:
         raise ConfigError(
             f"{uri_or_path}: the secret in this URI was masked when it was written down. Leave it out, with the key, "
@@ -135,6 +142,14 @@ def _filesystem(uri: str) -> tuple[Any, str]:
     return filesystem, root
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """`path`, with a `~` at its start as the home folder that it means."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{path}: there is no user of that name here. Write the path without ~") from None
+
+
 def joined(root: str, *names: str) -> str:
     """The path or URI of `names` below `root`; what a URI says after "?" (its region, its endpoint) stays behind."""
     if "://" not in root:
@@ -156,7 +171,7 @@ class LocalStorage:
     is_local = True
 
     def __init__(self, root: Path, patience_s: float = PATIENCE_S) -> None:
-        self.root = root.expanduser().absolute()
+        self.root = expanded(root).absolute()
         self.patience_s = patience_s
 
     def path_of(self, name: str) -> str:

@@ -145,6 +145,24 @@ def test_an_unknown_scheme_says_what_is_legal() -> None:
         open_storage("s4://b/x")
 
 
+@pytest.mark.parametrize("path", ["./s3://b", "s3:/b/x", "s3:/run", "file:/x", "://x", "a://b", "/tmp/s3://b"])
+def test_what_is_nearly_a_uri_is_told_and_not_made_a_folder(path: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{path}: this is neither a path nor a URI. Write a path, or a URI"):
+        open_storage(path)
+
+
+@pytest.mark.parametrize("uri", ["file://", "file://relative/x", "file://./x", "FILE://host/x"])
+def test_a_file_uri_that_names_no_path_of_this_machine_is_told(uri: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{uri}: this names no path. Write it as file:///folder"):
+        open_storage(uri)
+    assert open_storage("file://localhost/x").path_of("") == "/x"
+
+
+def test_the_home_folder_of_nobody_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"^~no-such-user/x: there is no user of that name here"):
+        open_storage("~no-such-user/x")
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
     storage.write_bytes("config.yaml", b"old")
