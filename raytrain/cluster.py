@@ -87,7 +87,10 @@ class Cluster:
 
 
 def keep_signal_handlers() -> None:
-    """Signals come to this process's own handlers again: beneath them Ray has put its own, which print a stack."""
+    """What Python says of signals holds again beneath it, where Ray has put handlers of its own.
+
+    own_cluster.signal_handlers_kept, which does so in a thread, does not know of one that came meanwhile.
+    """
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.getsignal(number))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import functools
 import importlib.metadata
@@ -11,6 +12,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -119,7 +121,7 @@ class OwnCluster:
         temp_dir = tempfile.mkdtemp(prefix=f"{TEMP_PREFIX}{os.getpid()}-", dir="/tmp")
         node = None
         try:
-            with on_loopback():
+            with on_loopback(), signal_handlers_kept():
                 node = self._start(temp_dir)
             self._stands.set()
             self._unwanted.wait()
@@ -167,6 +169,23 @@ def on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def signal_handlers_kept() -> Iterator[None]:
+    """Beneath this process's handlers ray.init puts its own, which print a stack and abort.
+
+    Python would put them back only in the main thread, which does other things meanwhile.
+    """
+    libc, size = ctypes.CDLL(None), 1024  # bytes, more than a struct sigaction has anywhere
+    kept = {number: ctypes.create_string_buffer(size) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in kept.items():
+        libc.sigaction(number, None, handler)
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            libc.sigaction(number, handler, None)
 
 
 def start_node(temp_dir: str, num_cpus: int | None, warm: Warm) -> Any:

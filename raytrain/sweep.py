@@ -71,7 +71,8 @@ class Sweep:
         before = {clone for clone in self.clones if clone[0] == number and clone[1] < result["epoch"]}
         if before - self._recloned:
             self._went_another_way(number, result["epoch"])
-        if place not in self.known:
+        told_of = {epoch for epoch, _, _ in self.view.trials[number].curve}
+        if place not in self.known or result["epoch"] not in told_of:  # a damaged ledger may have lost one before it
             told = ("epoch", "step", "value", "metrics", "seconds", "key")
             self.note("result", trial=number, **{name: result[name] for name in told})
             self.known[place] = self.view.newest

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import multiprocessing.util
 import queue
 import threading
 import time
@@ -270,6 +271,15 @@ class TrialActor(Trainable):
         self.epoch, self.seconds = standing.epoch, standing.seconds
         self.source = run_dir_of(standing.lineage.config(self.orders.cfg, standing.trial))
         self.lineage = standing.lineage.changed(self.epoch, self.config)
+
+    def save(self, checkpoint_dir: str | None = None) -> Any:
+        """In a folder that goes with the cluster, where Ray would make one that a killed process leaves."""
+        return super().save(checkpoint_dir or str(Path(self.logdir) / "saved"))
+
+    def stop(self) -> None:
+        super().stop()
+        # Ray kills this process, so nothing else would run what is to run at exit: /tmp/pymp-* would stay.
+        multiprocessing.util._exit_function()  # type: ignore[attr-defined]
 
     def cleanup(self) -> None:
         training, self.training = self.training, None

@@ -223,8 +223,11 @@ def run_trials(
     mailbox = Mailbox(launch)
     watch = Watch(sweep, trials, stop, mailbox, show)
     try:
-        with ray_tune_settings():
-            fit(sweep, trials, watch, launch, places, prospect)
+        if stop.is_set():
+            watch.stop_all()
+        else:
+            with ray_tune_settings():
+                fit(sweep, trials, watch, launch, places, prospect)
     finally:
         mailbox.clear()
     status = {"": "finished", "budget": "spent"}.get(watch.why, "stopped")

@@ -82,7 +82,8 @@ class Exact(Task):
     -LR / LEDGER_SHARE / virtual workers, times the number of times that epoch trained on that sample, exactly.
 
     DATA_CONFIG.GATE: a folder; each training pass goes through `pass_gate` there and is written
-    down in its `uses.txt`, and a file `spoil_score` in it makes the evaluation fail.
+    down in its `uses.txt`, and a file `spoil_score` in it makes the evaluation fail; while the file
+    `building` exists there, its datasets wait.
     """
 
     LEDGER_SHARE = 8
@@ -92,6 +93,9 @@ class Exact(Task):
         return Path(self.cfg.DATA_CONFIG.get("GATE", "no-gate"))
 
     def build_dataset(self, split: str) -> Points:
+        while (self.gate / "building").exists():
+            (self.gate / "builds").touch()
+            time.sleep(0.01)
         return Points(self.cfg.DATA_CONFIG.NUM_SAMPLES if split == "train" else 16, augmented=split == "train")
 
     def build_model(self, dataset: Points) -> Net:

@@ -100,6 +100,19 @@ def test_a_grid_is_not_extended_in_silence(tmp_path: Path) -> None:
             tune(cfg, SweepOptions(extend=3))
 
 
+def test_a_damaged_line_of_the_ledger_costs_no_result_but_its_own(tmp_path: Path) -> None:
+    with launched(config(tmp_path, epochs=3), tmp_path) as sweep:
+        trained(sweep, 1, 2, 3)
+    ledger = tmp_path / "sweep" / LEDGER
+    lines = ledger.read_text().splitlines(keepends=True)
+    first = next(index for index, line in enumerate(lines) if '"result"' in line)
+    ledger.write_text("".join([*lines[:first], "{ damaged\n", *lines[first + 1 :]]))
+    with launched(config(tmp_path, epochs=3), tmp_path) as sweep:
+        trained(sweep, 1, 2, 3)
+        assert [point[0] for point in sweep.view.trials[0].curve] == [1, 2, 3]
+        assert sweep.view.best is not None and sweep.view.best.best == 0.3
+
+
 def test_a_space_in_another_order_is_another_sweep(tmp_path: Path) -> None:
     with launched(config(tmp_path), tmp_path) as sweep:
         sweep.write_config()

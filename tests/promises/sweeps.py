@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,9 @@ def flags(run: Run, *more: str) -> list[str]:
     return ["tune", *run.words(*more)[1:]]
 
 
-def started(run: Run, *more: str) -> Launched:
+def started(run: Run, *more: str, env: Mapping[str, str] | None = None) -> Launched:
     """The command, in a process group and on a cluster of its own."""
-    return commanded(flags(run, *more), run.folder)
+    return commanded(flags(run, *more), run.folder, env)
 
 
 def ledger(run: Run) -> list[Record]:
@@ -94,12 +94,13 @@ def assert_whole(run: Run, view: SweepView) -> None:
     wait_for(lambda: not actors(), "the end of all trials' processes")
 
 
-def actors() -> list[int]:
-    """Processes of trials below this one."""
+def actors(*names: str) -> list[int]:
+    """Processes of trials below this one: of these names, or that have work or none."""
+    wanted = tuple(name.encode() for name in names or ("ray::TrialActor", "ray::ResourceTrainable."))
 
     def trains(pid: int) -> bool:
         try:
-            return b"TrialActor" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(wanted)
         except OSError:
             return False
 

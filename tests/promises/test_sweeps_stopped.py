@@ -121,6 +121,21 @@ def test_a_trial_whose_process_is_killed_as_it_saves_is_cloned_all_the_same(
     assert_whole(run, view)
 
 
+def test_a_signal_during_the_first_look_at_the_task_ends_the_sweep_before_any_trial(tmp_path: Path) -> None:
+    run = sweep(tmp_path)
+    (run.gate / "building").touch()
+    launched = started(run)
+    wait_for((run.gate / "builds").exists, "the task, which builds its data")
+    time.sleep(3)  # Ray connects meanwhile, in a thread
+    below = set(family(launched.pid))
+    os.kill(launched.pid, signal.SIGTERM)
+    (run.gate / "building").unlink()
+    said = launched.ended(75)
+    assert "the same command goes on" in said and "SIGTERM received" not in said
+    assert not count(run, "result")
+    wait_for(lambda: not any(map(alive, below)), "the end of all its processes")
+
+
 def test_a_process_that_is_killed_while_it_waits_for_a_trial_is_replaced(tmp_path: Path, ray_address: str) -> None:
     run, undisturbed = (
         sweep(tmp_path / name, {**PBT, "NUM_SAMPLES": 3}, **{"OPTIMIZATION.NUM_EPOCHS": 2}) for name in ("one", "other")
@@ -131,7 +146,7 @@ def test_a_process_that_is_killed_while_it_waits_for_a_trial_is_replaced(tmp_pat
         wait_for(lambda: count(run, "result") == 2, "two results")
         run.hold(0)
         busy = held(run, ending)
-        idle = wait_for(lambda: [pid for pid in actors() if pid != busy and not working(pid)], "a process without work")
+        idle = wait_for(lambda: [pid for pid in actors("ray::TrialActor") if pid != busy], "a process without work")
         os.kill(idle[0], signal.SIGKILL)
         run.release(0)
         view = ending.result().view
@@ -139,11 +154,6 @@ def test_a_process_that_is_killed_while_it_waits_for_a_trial_is_replaced(tmp_pat
     swept(undisturbed)
     assert told(run, "trial", "result", "clone") == told(undisturbed, "trial", "result", "clone")
     assert_whole(run, view)
-
-
-def working(pid: int) -> bool:
-    """Whether a trial's process runs a method."""
-    return b"TrialActor." in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def slow_to_pause(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,15 +195,17 @@ def held(run: Run, ending: Future[Any]) -> int:
 def test_a_signal_ends_a_sweep_with_its_states_saved_and_the_same_command_goes_on(
     number: signal.Signals, tmp_path: Path, undisturbed_sweep: Undisturbed
 ) -> None:
-    run = sweep(tmp_path)
+    run = sweep(tmp_path, **{"LOADER.WORKERS": 1})
     (run.gate / "slow").write_text("0.03")
-    launched = started(run)
+    (tmp_path / "temporary").mkdir()
+    launched = started(run, env={"TMPDIR": str(tmp_path / "temporary")})
     wait_for(lambda: count(run, "result"), "a first result")
     below, began = set(family(launched.pid)), time.monotonic()
     os.kill(launched.pid, number)
     assert "the same command goes on" in launched.ended(75)
     assert time.monotonic() - began < 30
     wait_for(lambda: not any(map(alive, below)), "the end of all its processes")
+    assert not list((tmp_path / "temporary").iterdir())
     (run.gate / "slow").unlink()
     uses = len((run.gate / "uses.txt").read_text().splitlines())
     assert swept(run).status == "finished"
