@@ -142,10 +142,12 @@ def _randint(kind: str, values: Sequence[Any]) -> Steps:
 def _options(kind: str, values: Sequence[Any]) -> Options:
     if not values:
         raise ValueError(f"{kind} names no value; it needs at least one")
-    words = [json.dumps(value) for value in values]
-    for value, word in zip(values, words, strict=True):
-        if words.count(word) > 1:
+    known: set[str] = set()
+    for value in values:
+        word = json.dumps(value)
+        if word in known:
             raise ValueError(f"{word} stands twice; keep one of them")
+        known.add(word)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError("a number must be finite")
     return Options(tuple(values), crossed=kind == "grid")

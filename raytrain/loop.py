@@ -399,7 +399,7 @@ def checked_metrics(metrics: Any, task: Task) -> dict[str, float]:
     for name, value in metrics.items():
         try:
             checked[str(name)] = float(value)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise TaskError(
                 f"{type(task).__name__}.score gave {name!r} the value {value!r:.60}, which is no number; "
                 "give a dict of name -> number"

@@ -16,7 +16,7 @@ import numpy as np
 from raytrain.config import Config
 from raytrain.distributions import Distribution, Options, Range, Steps
 from raytrain.errors import ConfigError
-from raytrain.space import Params, Space, keyed, objective
+from raytrain.space import Combinations, Params, Space, keyed, objective
 
 
 class Told(NamedTuple):
@@ -62,20 +62,20 @@ def build_search(cfg: Config, seed: int) -> Search:
                 "Widen that range, or set TUNE.SEARCH to tpe"
             ) from error
         return search
-    return GridSearch(space.every_point()) if kind == "grid" or space.is_grid else RandomSearch(space, seed)
+    return GridSearch(space.of_lists()) if kind == "grid" or space.is_grid else RandomSearch(space, seed)
 
 
 @dataclasses.dataclass(frozen=True)
 class GridSearch:
     """Each combination once, however many samples are asked for: one that came twice would be the same training."""
 
-    points: list[Params]
+    points: Combinations
 
     def params_of(self, trial: int, told: Sequence[Told]) -> Params | None:
-        return self.points[trial] if trial < len(self.points) else None
+        return self.points.at(trial) if trial < self.points.size else None
 
     def num_trials(self, num_samples: int) -> int:
-        return len(self.points)
+        return self.points.size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +86,11 @@ class RandomSearch:
     seed: int
 
     def params_of(self, trial: int, told: Sequence[Told]) -> Params | None:
-        points = self.space.grid_points()
-        return {**self.space.sample(keyed(self.seed, trial)), **points[trial % len(points)]}
+        points = self.space.of_grids()
+        return {**self.space.sample(keyed(self.seed, trial)), **points.at(trial % points.size)}
 
     def num_trials(self, num_samples: int) -> int:
-        return num_samples * len(self.space.grid_points())
+        return num_samples * self.space.of_grids().size
 
 
 @dataclasses.dataclass(frozen=True)

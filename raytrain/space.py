@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,18 +34,31 @@ class Space:
         """A value of each key."""
         return {key: drawn.sample(rng) for key, drawn in self.entries.items()}
 
-    def grid_points(self) -> list[Params]:
-        """Each combination of the values of the grids, the last key's changing fastest; [{}] without a grid."""
-        return _combinations({k: d for k, d in self.entries.items() if isinstance(d, Options) and d.crossed})
+    def of_grids(self) -> Combinations:
+        """Of the grids alone; one, of nothing, without a grid."""
+        return Combinations({k: d for k, d in self.entries.items() if isinstance(d, Options) and d.crossed})
 
-    def every_point(self) -> list[Params]:
-        """Each combination of a space of lists."""
-        return _combinations({k: d for k, d in self.entries.items() if isinstance(d, Options)})
+    def of_lists(self) -> Combinations:
+        """Of a space of lists."""
+        return Combinations({k: d for k, d in self.entries.items() if isinstance(d, Options)})
 
 
-def _combinations(lists: Mapping[str, Options]) -> list[Params]:
-    values = itertools.product(*(options.values for options in lists.values()))
-    return [dict(zip(lists, point, strict=True)) for point in values]
+@dataclasses.dataclass(frozen=True)
+class Combinations:
+    """Each value of each list with each of the others', the last list's changing fastest."""
+
+    lists: dict[str, Options]
+
+    @property
+    def size(self) -> int:
+        return math.prod(options.size for options in self.lists.values())
+
+    def at(self, index: int) -> Params:
+        values = []
+        for options in reversed(self.lists.values()):
+            index, place = divmod(index, options.size)
+            values.append(options.at(place))
+        return dict(zip(self.lists, reversed(values), strict=True))
 
 
 def keyed(seed: int, trial: int) -> np.random.Generator:

@@ -117,7 +117,7 @@ def tune(
     if options.extend and isinstance(search, GridSearch):
         raise ConfigError(
             f"--extend {options.extend}: TUNE.SPACE is a grid, which has as many trials as it has points "
-            f"({len(search.points)}). Leave --extend out, or start another sweep over more values (--extra_tag NAME)"
+            f"({search.points.size}). Leave --extend out, or start another sweep over more values (--extra_tag NAME)"
         )
     load_task_class(cfg.TASK)
     run_dir = run_dir_of(cfg)

@@ -314,7 +314,9 @@ def test_what_a_task_gives_instead_of_a_loss_is_named() -> None:
     assert loop.loss_of(raytrain.ModelReturn(several), task).item() == 2.0
 
 
-@pytest.mark.parametrize("metrics", [0.9, {"accuracy": "high"}, {"accuracy": torch.ones(2)}, {"accuracy": None}])
+@pytest.mark.parametrize(
+    "metrics", [0.9, {"accuracy": "high"}, {"accuracy": torch.ones(2)}, {"accuracy": None}, {"accuracy": 10**400}]
+)
 def test_a_score_that_is_no_dict_of_numbers_is_refused(metrics: Any) -> None:
     task = load_task_class("tasks_for_units:PointsTask")(None)  # type: ignore[arg-type]
     with pytest.raises(TaskError, match=r"PointsTask.score gave"):

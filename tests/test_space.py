@@ -6,8 +6,9 @@ import pytest
 from test_config import WHOLE, loaded, refusal
 
 from raytrain.config import Tune, load_config
-from raytrain.distributions import distribution
+from raytrain.distributions import Options, distribution
 from raytrain.errors import ConfigError
+from raytrain.search import GridSearch
 from raytrain.space import Space, keyed, objective, sweep_seed, trial_config
 
 SPACE = """\
@@ -35,9 +36,17 @@ def test_each_distribution_gives_what_its_name_says(tmp_path):
     assert set(of["MODEL.VFE.RATES.1"]) == {0.1, 0.2, 0.3, 0.4}, "written as a person would"
     assert set(of["LOADER.WORKERS"]) == {0, 1, 2}
     assert set(of["OPTIMIZATION.GRAD_NORM_CLIP"]) == {None, 1, 10.0}
-    assert [tuple(point.values()) for point in space.grid_points()] == [
+    grids = space.of_grids()
+    assert [tuple(grids.at(index).values()) for index in range(grids.size)] == [
         *[(1, "A"), (1, "B"), (1, "C"), (2, "A"), (2, "B"), (2, "C")]
     ]
+
+
+def test_grids_of_more_combinations_than_memory_holds_are_searched_all_the_same():
+    lists = {f"MODEL.{name}": Options(tuple(range(1000)), crossed=True) for name in "ABCDEFGH"}
+    search, last = GridSearch(Space(lists).of_lists()), 10**24 - 1
+    assert (search.num_trials(1), search.params_of(last + 1, [])) == (10**24, None)
+    assert search.params_of(last - 1, []) == {**dict.fromkeys(lists, 999), "MODEL.H": 998}
 
 
 def test_a_seed_and_a_trial_give_the_same_params_whatever_was_drawn_before(tmp_path):
