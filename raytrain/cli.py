@@ -175,7 +175,7 @@ def build_parser() -> Parser:
     add_config_arguments(tune)
     for flag, (kind, key, text) in TUNE_FLAGS.items():
         tune.add_argument(flag, metavar=kind, help=f"{text} ({key})")
-    tune.add_argument("--extend", type=count, default=0, metavar="N", help="this many trials more than the sweep had")
+    tune.add_argument("--extend", type=count, default=0, metavar="N", help="this many samples more (TUNE.NUM_SAMPLES)")
     tune.add_argument("--address", metavar="HOST:PORT", help="join this Ray cluster (auto: the one on this machine)")
     add_set_argument(tune)
     tune.set_defaults(run=run_tune)

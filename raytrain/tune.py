@@ -63,7 +63,7 @@ def unseen(view: SweepView, now: float) -> None:
 class SweepOptions:
     """What a launch of a sweep is told beside the config: see `raytrain tune --help`.
 
-    extend: so many trials more than it had
+    extend: so many samples (TUNE.NUM_SAMPLES) more than it had
     """
 
     address: str | None = None
