@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -88,7 +89,14 @@ class Options:
 
     def index(self, value: Any) -> int:
         """Where `value` stands; ValueError if it is none of them. 1, 1.0 and true are three values."""
-        return [json.dumps(known) for known in self.values].index(json.dumps(value))
+        try:
+            return self._places[json.dumps(value)]
+        except KeyError:
+            raise ValueError(f"{value!r} is none of them") from None
+
+    @functools.cached_property
+    def _places(self) -> dict[str, int]:
+        return {json.dumps(value): place for place, value in enumerate(self.values)}
 
     def sample(self, rng: np.random.Generator) -> Any:
         return self.at(int(rng.integers(self.size)))

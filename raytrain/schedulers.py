@@ -203,7 +203,15 @@ class Population(Orderly):
 
     def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         self.clones.discard(trial.trial_id)
-        return super().on_trial_result(controller, trial, result)
+        decision = super().on_trial_result(controller, trial, result)
+        self._move_on()
+        return decision
+
+    def _move_on(self) -> None:
+        """To a generation after the last one: where results are rarer than it asks, Ray's would be that one again."""
+        states: dict[Trial, Any] = self._trial_state  # type: ignore[attr-defined]
+        last = max(state.last_perturbation_time for state in states.values())
+        self._next_perturbation_sync = max(self._generation, last + 1)
 
     def _choice(self, controller: Any, waiting: list[Trial]) -> Trial | None:
         """Clones first: a source that trains on removes its older checkpoints."""
@@ -233,11 +241,12 @@ class Population(Orderly):
             last = min(waiting, key=lambda trial: trial.trial_id)
             states[last].last_perturbation_time = float("-inf")
             PopulationBasedTraining.on_trial_result(self, controller, last, flatten_dict(last.last_result))  # type: ignore[arg-type]
+            self._move_on()
 
     @property
     def _generation(self) -> int:
         """At how many units the next comparison is."""
-        return int(self._next_perturbation_sync)  # type: ignore[attr-defined]
+        return int(self._next_perturbation_sync)
 
     def _checkpoint_or_exploit(self, trial: Trial, controller: Any, best: list[Trial], worst: list[Trial]) -> None:
         """Ray clones none whose process dies while it saves, and has those that save already save a second time."""

@@ -74,11 +74,14 @@ class SweepDisplay:
             self._draw(view, now)
 
     def _news(self, view: SweepView) -> list[str]:
-        """Lines on what is new: on a terminal only failures, the table tells the rest."""
-        lines = []
+        """Lines on what is new: on a terminal only failures, the table tells the rest.
+
+        At first only failures too: the others have ended in earlier launches.
+        """
+        lines, only_failures = [], self._in_place or not self._told
         for trial in view.trials.values():
             if trial.state in FINAL and self._told.get(trial.number) != trial.state:
-                lines += [trial_text(trial, view)] if trial.state == "failed" or not self._in_place else []
+                lines += [trial_text(trial, view)] if trial.state == "failed" or not only_failures else []
             self._told[trial.number] = trial.state
         best = view.best
         if best is not None and view.better(best.best, self._best):
@@ -133,7 +136,7 @@ def best_text(view: SweepView) -> str:
 
 
 def trial_text(trial: TrialView, view: SweepView) -> str:
-    """`trial 7 stopped after epoch 3/10  accuracy 0.81  LR 0.2  GRAD_NORM_CLIP 3.1`; of a failed one its error."""
+    """`trial 7 stopped after epoch 3/10  best accuracy 0.81  LR 0.2  GRAD_NORM_CLIP 3.1`; of a failed one its error."""
     head = f"trial {trial.number} {trial.state} after epoch {trial.epoch}/{view.num_epochs}"
     if trial.state == "failed":
         lines = (trial.error or "").strip().splitlines() or ["the process died"]
@@ -141,7 +144,7 @@ def trial_text(trial: TrialView, view: SweepView) -> str:
         error = masked(lines[-1])
         cut = error if len(error) <= ERROR_LENGTH else f"{error[:ERROR_LENGTH]}..."
         return clean(f"{head}: {cut}{logs}")
-    metric = [f"{view.metric} {number(trial.best)}"] if trial.best is not None else []
+    metric = [f"best {view.metric} {number(trial.best)}"] if trial.best is not None else []
     return "  ".join([head, *metric, *_params_text(trial, view)])
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from sweeps_for_tests import CLIP, LR, write_sweep
 
-from raytrain.ledger import SweepView
+from raytrain.ledger import SweepView, view_of
 from raytrain.sweep_display import SweepDisplay, headline_text, rows_shown, trial_text
 
 SWEEP = {"kind": "sweep", "time": 0.0, "metric": "accuracy", "mode": "max", "num_samples": 4, "num_epochs": 9}
@@ -57,10 +57,21 @@ def test_a_file_gets_a_line_for_each_new_best_and_each_trial_that_ends() -> None
     assert shown(*RECORDS).splitlines() == [
         "best so far: accuracy 0.5 (trial 0, epoch 1)  LR 0.00421  GRAD_NORM_CLIP 3.1",
         "best so far: accuracy 0.8 (trial 1, epoch 1)  LR 0.00421  GRAD_NORM_CLIP 3.1",
-        "trial 0 stopped after epoch 2/9  accuracy 0.6  LR 0.00421  GRAD_NORM_CLIP 3.1",
-        "trial 1 done after epoch 9/9  accuracy 0.8  LR 0.00421  GRAD_NORM_CLIP 3.1",
+        "trial 0 stopped after epoch 2/9  best accuracy 0.6  LR 0.00421  GRAD_NORM_CLIP 3.1",
+        "trial 1 done after epoch 9/9  best accuracy 0.8  LR 0.00421  GRAD_NORM_CLIP 3.1",
         "trial 2 failed after epoch 1/9: OSError: s3://me:***@bucket [red] �[2J (logs: trial_0002/logs)",
     ]
+
+
+def test_of_earlier_launches_only_failures_are_said_again() -> None:
+    out, view = io.StringIO(), view_of([*RECORDS, SWEEP])
+    screen = SweepDisplay(Console(file=out, width=100))
+    screen.show(view, 1.0)
+    view.add(of("done", 3, 9))
+    screen.show(view, 2.0)
+    said = [line.split(" after ")[0] for line in out.getvalue().splitlines()]
+    assert said == ["trial 2 failed", "best so far: accuracy 0.8 (trial 1, epoch 1)  LR 0.00421  GRAD_NORM_CLIP 3.1",
+                    "trial 3 done"]  # fmt: skip
 
 
 def test_nothing_is_said_twice() -> None:

@@ -15,6 +15,7 @@ from sweeps import (
     CLIP,
     EPOCHS,
     LR,
+    PBT,
     SCHEDULERS,
     SPACE,
     Undisturbed,
@@ -50,6 +51,15 @@ def test_a_sweep_under_each_scheduler_leaves_whole_runs_and_nothing_else(
     assert_whole(run, view)
     pids = {(run.run_dir / trial_folder(number) / ".lock").read_text().split()[1] for number in view.trials}
     assert len(pids) <= 2, "more processes than trials at a time"
+
+
+def test_a_population_that_is_evaluated_more_rarely_than_it_is_to_change_changes_after_each_evaluation(
+    tmp_path: Path, ray_address: str
+) -> None:
+    run = sweep(tmp_path, {**PBT, "UNIT": "step", "PERTURB_EVERY": 3}, **{"OPTIMIZATION.NUM_EPOCHS": 3})
+    assert swept(run).view.counts()["done"] == 4
+    clones = [record["epoch"] for record in ledger(run) if record["kind"] == "clone"]
+    assert clones == [1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("search", ["grid", "tpe", "gp", "bohb"])
