@@ -202,8 +202,9 @@ class Feed:
     def _next(self, batches: Iterator[tuple[BatchKey, Any]]) -> tuple[BatchKey, Any]:
         try:
             return next(batches)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            # A batch that it has sent is fetched from it as well: then it is a connection that is refused or reset.
+            if all(process.is_alive() for process in getattr(batches, "_workers", ())):
                 raise
             raise LostLoaderError(
                 f"a loader worker died: {error}\n\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ import torch
 from tasks_for_units import Draws, DrawTask
 from torch.utils.data import IterableDataset
 
-from raytrain.errors import DataError, PreflightError, TaskError
+from raytrain.errors import DataError, LostLoaderError, PreflightError, TaskError
 from raytrain.feed import BatchKey, Feed, check_dataset, check_loader_workers
 from raytrain.progress import Plan, Progress
 from raytrain.world import World
@@ -179,6 +180,20 @@ def test_close_leaves_no_loader_worker() -> None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     feed.close()  # once more does no harm
+
+
+def test_a_loader_worker_that_dies_is_told_as_that_also_where_batches_of_it_are_in_the_queue() -> None:
+    with feed_of(1) as feed:
+        stream = whole_run(feed)
+        process = next(stream)[1]["process"]
+        batches: Any = feed._batches
+        while batches._worker_result_queue.empty():
+            time.sleep(0.01)
+        os.kill(process, signal.SIGKILL)
+        while is_alive(process):
+            time.sleep(0.01)
+        with pytest.raises(LostLoaderError, match=r"^a loader worker died: "):
+            list(stream)
 
 
 def is_alive(process: int) -> bool:

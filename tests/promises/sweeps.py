@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,9 @@ def flags(run: Run, *more: str) -> list[str]:
     return ["tune", *run.words(*more)[1:]]
 
 
-def started(run: Run, *more: str, env: Mapping[str, str] | None = None) -> Launched:
+def started(run: Run, *more: str) -> Launched:
     """The command, in a process group and on a cluster of its own."""
-    return commanded(flags(run, *more), run.folder, env)
+    return commanded(flags(run, *more), run.folder)
 
 
 def ledger(run: Run) -> list[Record]:

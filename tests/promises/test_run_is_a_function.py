@@ -156,7 +156,7 @@ def test_a_run_whose_loader_worker_is_killed_fails_and_then_ends_with_the_same_b
     os.kill(loaders[0], signal.SIGKILL)
     wait_for(lambda: not alive(loaders[0]), "its end")
     run.release()
-    assert "DataLoader worker" in launched.ended(1)
+    assert "a loader worker died" in launched.ended(1)
     gone(set(loaders))
     assert main(run.words("--num_workers", "0")) == 0
     assert_same_bits(run.payload(), undisturbed_here.payload())

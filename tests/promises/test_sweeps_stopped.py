@@ -195,17 +195,15 @@ def held(run: Run, ending: Future[Any]) -> int:
 def test_a_signal_ends_a_sweep_with_its_states_saved_and_the_same_command_goes_on(
     number: signal.Signals, tmp_path: Path, undisturbed_sweep: Undisturbed
 ) -> None:
-    run = sweep(tmp_path, **{"LOADER.WORKERS": 1})
+    run = sweep(tmp_path)
     (run.gate / "slow").write_text("0.03")
-    (tmp_path / "temporary").mkdir()
-    launched = started(run, env={"TMPDIR": str(tmp_path / "temporary")})
+    launched = started(run)
     wait_for(lambda: count(run, "result"), "a first result")
     below, began = set(family(launched.pid)), time.monotonic()
     os.kill(launched.pid, number)
     assert "the same command goes on" in launched.ended(75)
     assert time.monotonic() - began < 30
     wait_for(lambda: not any(map(alive, below)), "the end of all its processes")
-    assert not list((tmp_path / "temporary").iterdir())
     (run.gate / "slow").unlink()
     uses = len((run.gate / "uses.txt").read_text().splitlines())
     assert swept(run).status == "finished"
