@@ -63,7 +63,7 @@ class Standing:
     trial: int
     lineage: Lineage
     epoch: int
-    seconds: float = 0.0
+    seconds: float
 
     def to_json(self) -> bytes:
         return json.dumps(dataclasses.asdict(self)).encode()

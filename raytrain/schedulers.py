@@ -32,7 +32,7 @@ from ray.tune.schedulers import (
 from ray.tune.utils.util import flatten_dict
 
 from raytrain.distributions import Distribution, Range
-from raytrain.lineage import STANDING, Standing
+from raytrain.lineage import STANDING, Lineage, Standing
 from raytrain.randomness import keyed_seed
 from raytrain.space import Space
 
@@ -47,8 +47,8 @@ class Past(Protocol):
     def decided(self, number: int, epoch: int) -> str | None:
         """What was decided for the trial after its result of `epoch`; None where nothing was yet."""
 
-    def cloned(self, number: int, source: int, epoch: int, params: dict[str, Any]) -> Standing:
-        """Trial `number` goes on from what `source` was after `epoch`, with these params; where the source stands."""
+    def cloned(self, number: int, source: int, epoch: int, params: dict[str, Any]) -> Lineage:
+        """Trial `number` goes on from what `source` was after `epoch`, with these params; the source's lineage."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,8 +264,8 @@ class Population(Orderly):
             super()._exploit(controller, trial, source)  # type: ignore[misc]
         self.clones.add(trial.trial_id)
         own, result = (self._trial_state[each].last_result for each in (trial, source))  # type: ignore[attr-defined]
-        standing = self.past.cloned(int(trial.trial_id), int(source.trial_id), result["epoch"], dict(trial.config))
-        standing = dataclasses.replace(standing, seconds=own["seconds"])
+        number, of, epoch = int(trial.trial_id), int(source.trial_id), result["epoch"]
+        standing = Standing(of, self.past.cloned(number, of, epoch, dict(trial.config)), epoch, own["seconds"])
         taken: Any = trial.run_metadata.checkpoint_manager
         taken._latest_checkpoint_result = _TrainingResult(checkpoint_of(standing, trial, self._generation), result)
 

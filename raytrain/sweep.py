@@ -8,7 +8,7 @@ from typing import Any
 from raytrain.config import Config, config_diff, dump_config, with_values
 from raytrain.errors import ConfigError, ResumeError, masked
 from raytrain.ledger import Ledger, SweepView, TrialView, read_ledger, trial_folder, view_of
-from raytrain.lineage import Lineage, Params, Standing, lineages_of
+from raytrain.lineage import Lineage, Params, lineages_of
 from raytrain.runfolder import RunFolder
 from raytrain.space import workers_of_trial
 from raytrain.storage import open_storage
@@ -55,9 +55,9 @@ class Sweep:
             self.lineages[number] = self._retold[number] = Lineage(params)
             self.note("trial", trial=number, params=params)
 
-    def cloned(self, number: int, source: int, epoch: int, params: Params) -> Standing:
-        taken = Standing(source, self._retold[source], epoch)
-        lineage = self._retold[number] = taken.lineage.changed(epoch, params)
+    def cloned(self, number: int, source: int, epoch: int, params: Params) -> Lineage:
+        taken = self._retold[source]
+        lineage = self._retold[number] = taken.changed(epoch, params)
         self._recloned.add((number, epoch, source))
         if (number, epoch, source) not in self.clones:
             self.clones.add((number, epoch, source))

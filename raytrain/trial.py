@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import multiprocessing.util
 import queue
 import threading
 import time
@@ -278,8 +277,7 @@ class TrialActor(Trainable):
 
     def stop(self) -> None:
         super().stop()
-        # Ray kills this process, so nothing else would run what is to run at exit: /tmp/pymp-* would stay.
-        multiprocessing.util._exit_function()  # type: ignore[attr-defined]
+        worker.run_exit_functions()
 
     def cleanup(self) -> None:
         training, self.training = self.training, None

@@ -387,8 +387,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     else:
         control.finished(dataclasses.asdict(outcome))
     finally:
-        # Ray kills this process, so nothing else would run what is to run at exit: /tmp/pymp-* would stay.
-        multiprocessing.util._exit_function()  # type: ignore[attr-defined]
+        run_exit_functions()
 
 
 class Standpoint(Protocol):
@@ -405,6 +404,11 @@ def stand_where_the_driver_stands(job: Standpoint) -> None:
     with contextlib.suppress(OSError):
         os.chdir(job.cwd)
     sys.path[:] = [*job.search_path, *(path for path in sys.path if path not in job.search_path)]
+
+
+def run_exit_functions() -> None:
+    """Ray kills this process, so nothing else would run what is to run at its exit: /tmp/pymp-* would stay."""
+    multiprocessing.util._exit_function()  # type: ignore[attr-defined]
 
 
 def redirect_output(run_uri: str, rank: int) -> str:
