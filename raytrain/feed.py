@@ -202,9 +202,9 @@ class Feed:
     def _next(self, batches: Iterator[tuple[BatchKey, Any]]) -> tuple[BatchKey, Any]:
         try:
             return next(batches)
-        except (RuntimeError, OSError, EOFError) as error:
-            # A batch that it has sent is fetched from it as well: then it is a connection that is refused or reset.
-            if all(process.is_alive() for process in getattr(batches, "_workers", ())):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # The memory of a batch in the queue is had from the worker that made it: then its connection is lost.
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise LostLoaderError(
                 f"a loader worker died: {error}\n\n"
