@@ -16,7 +16,7 @@ import yaml
 from raytrain import __version__, cli, load_config
 from raytrain.cli import main
 
-TESTS = Path(__file__).parent
+SUPPORT = Path(__file__).parent / "support"
 CONFIG = """\
 TASK: bad_tasks:Good
 OPTIMIZATION: {OPTIMIZER: adamw, BATCH_SIZE_PER_GPU: 4, NUM_EPOCHS: 2}
@@ -254,7 +254,7 @@ def test_training_loads_none_of_what_torch_compiles_with(folder: Path) -> None:
         "names = ('sympy', 'torch._dynamo', 'torch._inductor', 'ray')\n"
         "print('loaded', status, [name for name in names if name in sys.modules])\n"
     )
-    env = {**os.environ, "PYTHONPATH": str(TESTS)}
+    env = {**os.environ, "PYTHONPATH": str(SUPPORT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert done.stdout.splitlines()[-1] == "loaded 0 []"
 

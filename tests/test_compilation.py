@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from compiler import compiler_files_are_ours
 from processes import Pair
+from small_runs import config, journal, notes, run_until, saved_state, train
 from tasks_for_units import Points, PointsTask
-from test_loop import config, journal, run_until, saved_state, train
 from torch import nn
 
 from raytrain.compilation import Compilation, open_compilation
@@ -20,17 +21,13 @@ from raytrain.errors import TaskError
 from raytrain.launch import Result
 from raytrain.world import World
 
+__all__ = ["compiler_files_are_ours"]  # a fixture for every test here
+
 # What torch imports to compile warns of itself.
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def compiler_files_are_ours(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "inductor"))
-    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 class InPlaceTask(PointsTask):
@@ -55,10 +52,6 @@ def cfg_of(folder: Path, task: str, optim: dict[str, Any] | None = None, **secti
     """48 samples in batches of five: the last one of an epoch is short."""
     cfg = config(folder, "PointsTask", {"BATCH_SIZE_PER_GPU": 5, "LR": 0.01, **(optim or {})}, **sections)
     return cfg.model_copy(update={"TASK": f"{__name__}:{task}"})
-
-
-def notes(run_dir: str | Path) -> list[str]:
-    return [e["message"] for e in journal(run_dir, "event") if e["event"] == "note"]
 
 
 def losses(result: Result) -> list[float]:

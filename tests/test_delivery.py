@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from small_runs import INDEX, config, run_until, saved_state, train
 from tasks_for_units import GoldenToyTask
-from test_loop import INDEX, config, run_until, saved_state, train
 
 from raytrain.config import Config, with_overrides
 from raytrain.delivery import Delivery, channels_last

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -12,48 +11,20 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import feeds
 import numpy as np
 import pytest
 import torch
+from feeds import feed_of, whole_run
 from tasks_for_units import Draws, DrawTask
 from torch.utils.data import IterableDataset
 
 from raytrain.errors import DataError, LostLoaderError, PreflightError, TaskError
-from raytrain.feed import BatchKey, Feed, check_dataset, check_loader_workers
+from raytrain.feed import BatchKey, check_dataset, check_loader_workers
 from raytrain.progress import Plan, Progress
 from raytrain.world import World
-
-START = Progress()
-PLAN = Plan(num_samples=22, batch_size=3, virtual_workers=2, accumulate=1, num_epochs=3)
-
-
-@contextlib.contextmanager
-def feed_of(
-    workers: int = 0, world: World | None = None, datasets: dict[str, Any] | None = None, plan: Plan = PLAN
-) -> Iterator[Feed]:
-    """A feed over Draws that evaluates after the epochs 2 and 3."""
-    loader_cfg = SimpleNamespace(WORKERS=workers, PREFETCH=2, SHUFFLE=True)
-    datasets = datasets or {"train": Draws(22), "val": Draws(7)}
-    world = world or World(virtual_workers=plan.virtual_workers)
-    task = DrawTask(None)  # type: ignore[arg-type]
-    feed = Feed(task, datasets, plan, world, loader_cfg, 5, lambda epoch: epoch in (2, 3))
-    with contextlib.closing(feed):
-        yield feed
-
-
-def whole_run(feed: Feed, progress: Progress = START) -> Iterator[tuple[BatchKey, dict[str, Any]]]:
-    """Every batch of the run from `progress` on, asked for as the loop does."""
-    feed.start(progress)
-    while not feed.plan.finished(progress):
-        for step in feed.epoch_steps(progress):
-            for keys in step.micro_batches.values():
-                yield from ((key, feed.fetch(key)) for key in keys)
-        progress = Progress(progress.epoch + 1)
-        if feed.evaluate_after(progress.epoch):
-            yield from ((key, feed.fetch(key)) for key in feed.validation_keys(progress.epoch))
 
 
 def draws_of(batches: Any) -> dict[tuple[str, int, int], list[float]]:
@@ -225,11 +196,11 @@ def test_loader_workers_do_not_run_the_users_script_again(tmp_path: Path) -> Non
     script = tmp_path / "script.py"
     script.write_text(
         "print('once')\n"  # at top level, and no guard below: a plain spawn would run all of it in each worker
-        "from test_feed import feed_of, whole_run\n"
+        "from feeds import feed_of, whole_run\n"
         "with feed_of(1) as feed:\n"
         "    print(len(list(whole_run(feed))))\n"
     )
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    env = {**os.environ, "PYTHONPATH": str(Path(feeds.__file__).parent)}
     done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr, done.returncode) == ("once\n30\n", "", 0)
 

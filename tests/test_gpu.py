@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from compiler import compiler_files_are_ours
+from small_runs import config, journal, notes, run_until, saved_state, train
 from tasks_for_units import PointsTask, ToyNet
-from test_compilation import compiler_files_are_ours, notes
-from test_loop import config, journal, run_until, saved_state, train
 from torch.utils.data import TensorDataset
 
 from raytrain import ModelReturn, loop

@@ -13,7 +13,7 @@ import pytest
 import torch
 from optimization import OPTIMIZATION, settings
 from processes import Pair
-from test_loop import config
+from small_runs import config
 from torch import nn
 
 from raytrain import loop

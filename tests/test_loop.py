@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,54 +10,19 @@ import numpy as np
 import pytest
 import torch
 from processes import Pair
+from small_runs import INDEX, Watched, config, journal, run_until, saved_state, train
 from tasks_for_units import TOY
 
 import raytrain
 from raytrain import loop
-from raytrain.config import Config
-from raytrain.control import Control
 from raytrain.errors import TaskError, TrainingError
 from raytrain.feed import Feed
-from raytrain.launch import Result
 from raytrain.payload import load_weights_file
 from raytrain.records import read_journal
-from raytrain.saves import Pending
-from raytrain.start import Options, find_start
 from raytrain.state import build_run
 from raytrain.task import load_task_class
-from raytrain.worker import Outcome, build_datasets, plan_of, run_job
+from raytrain.worker import build_datasets, plan_of
 from raytrain.world import World
-
-CPU = torch.device("cpu")
-INDEX = json.loads((TOY / "index.json").read_text())
-
-
-def config(output: Path, task: str, optim: dict[str, Any], **sections: Any) -> Config:
-    """Small and in-process; sections override those here."""
-    tree = {
-        "TASK": f"tasks_for_units:{task}",
-        "OUTPUT": str(output),
-        "OPTIMIZATION": {"BATCH_SIZE_PER_GPU": 4, "NUM_EPOCHS": 2, **optim},
-        "SCALE": {"NUM_WORKERS": 0, "USE_GPU": False},
-        "LOADER": {"WORKERS": 0},
-        "LOG": {"EVERY": 1},
-        **sections,
-    }
-    return Config.model_validate(tree)
-
-
-def train(cfg: Config, **options: Any) -> Result:
-    return raytrain.train(cfg, quiet=True, **options)
-
-
-def journal(run_dir: str | Path, kind: str) -> list[dict[str, Any]]:
-    return [record for record in read_journal(Path(run_dir) / "journal.jsonl") if record["kind"] == kind]
-
-
-def saved_state(checkpoint: str | None) -> dict[str, torch.Tensor]:
-    assert checkpoint is not None
-    return load_weights_file(f"{checkpoint}/checkpoint.pth")["model_state"]
-
 
 # The heritage's numbers
 
@@ -195,35 +159,6 @@ def test_a_metric_that_the_task_does_not_give_is_an_error_that_names_those_it_do
 
 
 # When to save and to stop
-
-
-class Watched(Control):
-    """Wishes a stop after so many steps; its clock goes 10 s a step."""
-
-    def __init__(self, stop_at: int | None = None) -> None:
-        super().__init__()
-        self.stop_at, self.steps, self.told = stop_at, 0, []
-
-    def write(self, record: dict[str, Any]) -> None:
-        self.steps = max(self.steps, record.get("step", 0))
-
-    def stop_wished(self) -> bool:
-        return self.stop_at is not None and self.place().get("step", 0) >= self.stop_at
-
-    def now(self) -> float:
-        return 1_800_000_000.0 + 10 * self.place().get("step", 0)
-
-    def saved(self, save: Pending | None, metrics: dict[str, float]) -> None:
-        self.told.append((save, metrics))
-
-
-def run_until(
-    cfg: Config, stop_at: int | None = None, control: Watched | None = None, device: torch.device = CPU
-) -> tuple[Outcome, Path]:
-    job = find_start(cfg, Options()).job(num_workers=0, use_gpu=device.type == "cuda")
-    world = World(virtual_workers=job.virtual_workers, device=device)
-    outcome = run_job(job, world, control or Watched(stop_at))
-    return outcome, Path(job.run_uri)
 
 
 def test_a_wish_to_stop_ends_the_run_after_the_step_under_way_with_its_state_saved(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import s3_server
 import torch
-from test_loop import config
+from small_runs import config
 
 import raytrain
 from raytrain.errors import PreflightError

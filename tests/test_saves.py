@@ -18,7 +18,7 @@ import torch
 from commands import wait_for
 from optimization import settings
 from processes import Pair, keepers_of
-from test_loop import config
+from small_runs import config
 
 from raytrain import board
 from raytrain.errors import PreflightError, StorageError

@@ -3,8 +3,8 @@
 import copy
 
 import pytest
-from test_config import WHOLE, loaded, refusal
 
+from configs import WHOLE, loaded, refusal
 from raytrain.config import Tune, load_config
 from raytrain.distributions import Options, distribution
 from raytrain.errors import ConfigError

@@ -9,25 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import sweeps_for_tests
 from rich.console import Console
-from sweeps_for_tests import CLIP, LR, write_sweep
+from sweeps_for_tests import SWEEP, of, trial, write_sweep
 
 from raytrain.ledger import SweepView, view_of
 from raytrain.sweep_display import SweepDisplay, headline_text, rows_shown, trial_text
 
-SWEEP = {"kind": "sweep", "time": 0.0, "metric": "accuracy", "mode": "max", "num_samples": 4, "num_epochs": 9}
-
-
-def trial(number: int, lr: float = 0.00421) -> dict[str, Any]:
-    return {"kind": "trial", "time": 0.0, "trial": number, "params": {LR: lr, CLIP: 3.1}}
-
 
 def result(number: int, epoch: int, value: float, at: float = 1.0) -> dict[str, Any]:
     return {"kind": "result", "time": at, "trial": number, "epoch": epoch, "step": epoch, "value": value}
-
-
-def of(kind: str, number: int, epoch: int, **fields: Any) -> dict[str, Any]:
-    return {"kind": kind, "time": 2.0, "trial": number, "epoch": epoch, **fields}
 
 
 def shown(*records: dict[str, Any], terminal: bool = False, closed: bool = False, **console: Any) -> str:
@@ -152,14 +143,14 @@ def test_a_failure_without_an_error_says_that_the_process_died() -> None:
 def test_a_sweep_goes_on_when_nobody_reads_any_more() -> None:
     code = (
         "from raytrain.ledger import SweepView\nfrom raytrain.sweep_display import SweepDisplay\n"
-        "from test_sweep_display import *\nimport sys\n"
+        "from sweeps_for_tests import SWEEP, of, trial\nimport sys\n"
         "view, screen = SweepView(), SweepDisplay()\nview.add(SWEEP)\n"
         "for n in range(3000):\n    view.add(trial(n)); view.add(of('done', n, 9)); screen.show(view, n)\n"
         "screen.close(view, 1.0)\nprint('went on', file=sys.stderr)"
     )
     reader, writer = os.pipe()
     os.close(reader)
-    here = Path(__file__).parent
+    here = Path(sweeps_for_tests.__file__).parent
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=here, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120
     )

@@ -32,7 +32,7 @@ def torchrun(folder: Path, *words: str, program: tuple[str, ...] = ("-m", "raytr
     """`torchrun --nproc_per_node 2 -m raytrain train WORDS`, in `folder`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["--no-python", sys.executable, *program, "train", "--output", str(folder / "output"), *words]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command,
         cwd=folder,

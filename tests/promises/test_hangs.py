@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import TESTS, Launched, wait_for
+from commands import ROOT, SUPPORT, Launched, wait_for
 from runs import Run, assert_same_bits
 
 pytestmark = pytest.mark.ray
@@ -55,7 +55,7 @@ def test_a_straggler_and_a_loader_worker_that_hangs_are_named_under_torchrun(tmp
     run = hanging(tmp_path, **{**changes, "LOADER.WORKERS": 1, "SCALE.HANG_TIMEOUT": 1.5 * HANG_S})
     (run.gate / "slow_forward").write_text("0.02")
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": f"{SUPPORT}{os.pathsep}{ROOT}", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
     launched = Launched.of(
         [*words, "--monitor_interval", "1", "--no-python", sys.executable, "-c", QUICK, *run.words()], tmp_path, env
     )

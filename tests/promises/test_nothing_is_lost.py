@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import TESTS, wait_for
+from commands import ROOT, wait_for
 from runs import EPOCHS, Run, assert_same_bits, assert_uses_once, keeper_of
 
 from raytrain import board
@@ -137,4 +137,4 @@ def test_a_second_run_of_the_same_user_in_another_folder_has_a_keeper_of_its_own
 
 def test_the_keeper_starts_without_torch() -> None:
     code = "import sys, raytrain.keeper; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=TESTS.parent).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0

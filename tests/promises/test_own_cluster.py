@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import TESTS, family
+from commands import ROOT, SUPPORT, family
 from runs import Run
 
 from raytrain.cluster import ask_head
@@ -81,6 +81,6 @@ def test_what_a_run_is_refused_for_is_said_and_its_cluster_ended(tmp_path: Path)
 def test_ray_keeps_its_own_way_where_its_version_is_not_known(tmp_path: Path) -> None:
     code = "from raytrain import own_cluster; own_cluster.TESTED = (); from raytrain.cli import main; exit(main())"
     words = [sys.executable, "-c", code, *Run(tmp_path).words("--num_workers", "2")]
-    env = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
+    env = {**os.environ, "PYTHONPATH": f"{SUPPORT}{os.pathsep}{ROOT}"}
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0 and "finished after epoch 3" in done.stdout, done.stdout + done.stderr

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import TESTS, Launched, family, wait_for
+from commands import ROOT, SUPPORT, Launched, family, wait_for
 from ray_nodes import ray_nodes
 from runs import Run, assert_curves_are_whole, assert_same_bits
 
@@ -23,7 +23,7 @@ def started(run: Run, change: str, *flags: str) -> Launched:
     """The command on two workers, its driver changed so that a test need not wait."""
     code = f"from raytrain import driver; {change}; from raytrain.cli import main; exit(main())"
     words = [sys.executable, "-c", code, *run.words("--num_workers", "2", *flags)]
-    env = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "COLUMNS": "200", "RAY_ADDRESS": ""}
+    env = {**os.environ, "PYTHONPATH": f"{SUPPORT}{os.pathsep}{ROOT}", "COLUMNS": "200", "RAY_ADDRESS": ""}
     return Launched.of(words, run.folder, env)
 
 

@@ -1,6 +1,6 @@
 """A real headless Chromium, driven over its debugging pipe: what a page logs, asks for, and shows.
 
-As a script it photographs a page: python tests/browser.py PAGE.html PICTURE.png [WIDTH [HEIGHT [dark]]]
+As a script it photographs a page: python tests/support/browser.py PAGE.html PICTURE.png [WIDTH [HEIGHT [dark]]]
 All of it, or with a height a window of that size.
 """
 

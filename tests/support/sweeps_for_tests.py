@@ -1,6 +1,7 @@
 """A sweep's folder with plausible curves and gradient norms, written by the real ledger and the journal's sink.
 
-As a script it writes one, and its sweep.html beside it, to look at: python tests/sweeps_for_tests.py FOLDER [TRIALS]
+As a script it writes one, and its sweep.html beside it, to look at:
+python tests/support/sweeps_for_tests.py FOLDER [TRIALS]
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ SPACE = {
     OPTIMIZER: {"choice": ["adam_onecycle", "sgd"]},
 }
 ERROR = "Traceback (most recent call last):\nRuntimeError: <script>document.title='broken'</script> & \"out\" of memory"
+
+SWEEP = {"kind": "sweep", "time": 0.0, "metric": "accuracy", "mode": "max", "num_samples": 4, "num_epochs": 9}
 
 
 def write_sweep(folder: Path, num_trials: int = 24, seed: int = 0, failed: int | None = 5) -> SweepView:
@@ -126,3 +129,11 @@ if __name__ == "__main__":
     where = Path(sys.argv[1])
     write_report(open_storage(str(where)), write_sweep(where, int(sys.argv[2]) if len(sys.argv) > 2 else 24))
     print(where / "sweep.html")
+
+
+def trial(number: int, lr: float = 0.00421) -> dict[str, Any]:
+    return {"kind": "trial", "time": 0.0, "trial": number, "params": {LR: lr, CLIP: 3.1}}
+
+
+def of(kind: str, number: int, epoch: int, **fields: Any) -> dict[str, Any]:
+    return {"kind": kind, "time": 2.0, "trial": number, "epoch": epoch, **fields}

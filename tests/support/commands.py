@@ -14,13 +14,14 @@ from typing import Any
 
 from forks import Fork, forks
 
-TESTS = Path(__file__).parent
+SUPPORT = Path(__file__).parent
+ROOT = SUPPORT.parents[1]
 DEADLINE_S = 90.0  # a healthy launch on two busy cores takes 20 s
 
 
 def environment() -> dict[str, str]:
     """Of a command that tests start."""
-    return {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "COLUMNS": "200"}
+    return {**os.environ, "PYTHONPATH": f"{SUPPORT}{os.pathsep}{ROOT}", "COLUMNS": "200"}
 
 
 def commanded(words: list[str], folder: Path, env: Mapping[str, str] | None = None) -> Launched:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, TensorDataset
 import raytrain
 from raytrain import ModelReturn
 
-TOY = Path(__file__).parent / "golden" / "toy"
+TOY = Path(__file__).parents[1] / "golden" / "toy"
 
 
 class Draws(Dataset[Any]):
