@@ -40,7 +40,7 @@ def bare_batches(dataset: Samples, workers: int) -> Iterator[Any]:
 def feed_batches(dataset: Samples, workers: int) -> Iterator[Any]:
     """One epoch of raytrain's Feed."""
     from benchmarks.workloads import Overhead
-    from raytrain.config import Config
+    from raytrain.config.load import Config
     from raytrain.feed import Feed
     from raytrain.progress import Plan, Progress
     from raytrain.world import World

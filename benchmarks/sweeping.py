@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from raytrain import Config, train
-from raytrain.config import load_config, with_values
+from raytrain.config.load import load_config, with_values
 from raytrain.tasks.digits import DigitsTask
 
 LRS = (0.001, 0.003, 0.01, 0.03)

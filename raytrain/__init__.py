@@ -9,8 +9,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "Task": "raytrain.task",
     "ModelReturn": "raytrain.task",
-    "Config": "raytrain.config",
-    "load_config": "raytrain.config",
+    "Config": "raytrain.config.load",
+    "load_config": "raytrain.config.load",
     "train": "raytrain.launch",
     "evaluate": "raytrain.evaluation",
     "Result": "raytrain.launch",
@@ -18,7 +18,7 @@ _HOMES = {
 __all__ = ["Config", "ModelReturn", "Result", "Task", "evaluate", "load_config", "train"]
 
 if TYPE_CHECKING:
-    from raytrain.config import Config, load_config
+    from raytrain.config.load import Config, load_config
     from raytrain.evaluation import evaluate
     from raytrain.launch import Result, train
     from raytrain.task import ModelReturn, Task

@@ -282,7 +282,7 @@ class _Void(argparse.Action):
 
 def load(args: argparse.Namespace) -> Any:
     """The config of a command line: the file, the flags, --set."""
-    from raytrain.config import load_config
+    from raytrain.config.load import load_config
 
     if args.use_gpu and args.no_gpu:
         raise ConfigError("--use_gpu and --no_gpu are both given; give one of them")
@@ -346,7 +346,7 @@ def seems_complete(cfg: Any, options: dict[str, Any]) -> bool:
 
 def train_with_torchrun(cfg: Any, args: argparse.Namespace, options: dict[str, Any]) -> Any:
     """The run in the processes that torchrun has started, of which this is one; how it ended."""
-    from raytrain.config import with_overrides
+    from raytrain.config.load import with_overrides
 
     size = os.environ["WORLD_SIZE"]
     if args.num_workers not in (None, size):
@@ -415,7 +415,7 @@ def run_simulate(args: argparse.Namespace) -> int:
     found: dict[str, Any] = {}
     words, seed = list(args.set_words), args.seed
     if args.cfg_file is not None:
-        from raytrain.config import load_config
+        from raytrain.config.load import load_config
 
         cfg = load_config(args.cfg_file, words)
         found, words = cfg.DATA_CONFIG.get("SIMULATION", {}), []
@@ -451,7 +451,7 @@ def run_checkpoints(args: argparse.Namespace) -> int:
 
 
 def run_show_config(args: argparse.Namespace) -> int:
-    from raytrain.config import dump_config
+    from raytrain.config.load import dump_config
 
     say(dump_config(load(args)).rstrip("\n"))
     return EXIT_FINISHED

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Subset
 
 from raytrain import loop
-from raytrain.config import Config, Eval, load_config, stays_below, with_overrides
+from raytrain.config.load import Config, Eval, load_config, stays_below, with_overrides
 from raytrain.errors import CheckpointError, ConfigError, TaskError
 from raytrain.feed import Feed
 from raytrain.gallery import pictures_of, why_not_drawn, write_pictures

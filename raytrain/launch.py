@@ -13,7 +13,7 @@ from typing import Any
 from raytrain import board, cluster
 from raytrain.budget import Budget
 from raytrain.cluster import Cluster, Mailbox
-from raytrain.config import Config, load_config, with_overrides
+from raytrain.config.load import Config, load_config, with_overrides
 from raytrain.control import Judge, LocalControl, never_ends
 from raytrain.display import Display, failure_screen
 from raytrain.driver import Fit, Inbox, Show, say

@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from raytrain.config import Config
-from raytrain.phases import with_phase
+from raytrain.config.load import Config
+from raytrain.config.phases import with_phase
 from raytrain.records import Record
 from raytrain.space import trial_config
 

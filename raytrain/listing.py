@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from raytrain import board
 from raytrain.checkpoint import Manifest, is_verified, verify_checkpoint
-from raytrain.config import Checkpoint
+from raytrain.config.load import Checkpoint
 from raytrain.errors import CheckpointError, PreflightError, StorageError, masked
 from raytrain.records import clean, number
 from raytrain.resume import Origin, is_complete, newest_to_trust, origin_of

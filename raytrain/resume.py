@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from raytrain.checkpoint import MANIFEST, PAYLOAD, Manifest, verify_checkpoint
-from raytrain.config import config_diff
+from raytrain.config.load import config_diff
 from raytrain.errors import CheckpointError, ResumeError
 from raytrain.payload import load_payload, load_weights_file
 from raytrain.progress import Plan, Progress

@@ -31,7 +31,7 @@ from ray.tune.schedulers import (
 )
 from ray.tune.utils.util import flatten_dict
 
-from raytrain.distributions import Distribution, Range
+from raytrain.config.distributions import Distribution, Range
 from raytrain.lineage import STANDING, Lineage, Standing
 from raytrain.randomness import keyed_seed
 from raytrain.space import Space

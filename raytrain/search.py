@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from raytrain.config import Config
-from raytrain.distributions import Distribution, Options, Range, Steps
+from raytrain.config.distributions import Distribution, Options, Range, Steps
+from raytrain.config.load import Config
 from raytrain.errors import ConfigError
 from raytrain.space import Combinations, Params, Space, keyed, objective
 

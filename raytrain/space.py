@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from raytrain.config import Config, Tune, with_values
-from raytrain.distributions import Distribution, Options, distribution
+from raytrain.config.distributions import Distribution, Options, distribution
+from raytrain.config.load import Config, Tune, with_values
 
 Params = dict[str, Any]  # dotted key -> value
 

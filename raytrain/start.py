@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain import board
-from raytrain.config import Config, stays_below, with_overrides
+from raytrain.config.load import Config, stays_below, with_overrides
 from raytrain.errors import ConfigError, ResumeError, masked
 from raytrain.progress import Progress
 from raytrain.resume import Origin, choose, compare

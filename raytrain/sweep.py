@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from raytrain.config import Config, config_diff, dump_config, with_values
+from raytrain.config.load import Config, config_diff, dump_config, with_values
+from raytrain.config.yaml_tree import parse_text
 from raytrain.errors import ConfigError, ResumeError, masked
 from raytrain.ledger import Ledger, SweepView, TrialView, read_ledger, trial_folder, view_of
 from raytrain.lineage import Lineage, Params, lineages_of
 from raytrain.runfolder import RunFolder
 from raytrain.space import workers_of_trial
 from raytrain.storage import open_storage
-from raytrain.yamltree import parse_text
 
 CONFIG = "sweep.yaml"
 BEST = "best.yaml"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from raytrain.config import Config
+from raytrain.config.load import Config
 from raytrain.errors import ConfigError
 from raytrain.loop import checked_metrics, predictions_of
 from raytrain.packed import are_the_same_for_all, built_and_packed

@@ -16,7 +16,7 @@ from raytrain.failure import users_traceback
 if TYPE_CHECKING:
     import torch
 
-    from raytrain.config import Config
+    from raytrain.config.load import Config
 
 
 @dataclasses.dataclass

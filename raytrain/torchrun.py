@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raytrain.config import Config
+from raytrain.config.load import Config
 from raytrain.control import LocalControl
 from raytrain.display import Display
 from raytrain.errors import ConfigError, PreflightError, RaytrainError, TrainingError

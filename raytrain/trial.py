@@ -23,7 +23,8 @@ from ray.tune import Trainable
 from raytrain import board, worker
 from raytrain.checkpoint import PAYLOAD, write_checkpoint
 from raytrain.cluster import Mailbox
-from raytrain.config import Config
+from raytrain.config.load import Config
+from raytrain.config.tree import at
 from raytrain.errors import DivergedError, RaytrainError, TaskError, masked
 from raytrain.launch import launch, silent
 from raytrain.lineage import STANDING, Lineage, Params, Standing
@@ -33,7 +34,6 @@ from raytrain.runfolder import JOURNAL
 from raytrain.start import BEREAVED_S, Options, run_dir_of
 from raytrain.storage import Storage, open_storage
 from raytrain.store import FOLDER, Saved, Store, newest_verified, verified
-from raytrain.tree import at
 
 DIVERGED = "diverged"  # why a trial failed whose losses, gradients or weights did not stay finite
 POLL_S = 0.2  # how often it is looked whether the sweep shall stop

@@ -22,7 +22,7 @@ from ray.tune.search.search_algorithm import SearchAlgorithm
 from raytrain import cluster
 from raytrain.advice import advice_lines
 from raytrain.cluster import Mailbox
-from raytrain.config import Config, dump_config, with_values
+from raytrain.config.load import Config, dump_config, with_values
 from raytrain.errors import ConfigError, PreflightError, ResumeError, TrainingError, masked
 from raytrain.launch import explained
 from raytrain.ledger import LEDGER, SweepView, TrialView, trial_folder

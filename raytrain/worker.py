@@ -21,7 +21,7 @@ import torch
 
 from raytrain import loop
 from raytrain.board import is_possible
-from raytrain.config import Config, dump_config
+from raytrain.config.load import Config, dump_config
 from raytrain.control import Control, RayControl
 from raytrain.errors import PreflightError
 from raytrain.failure import failure_of

@@ -16,7 +16,7 @@ from tasks_for_units import Points, PointsTask
 from torch import nn
 
 from raytrain.compilation import Compilation, open_compilation
-from raytrain.config import Config
+from raytrain.config.load import Config
 from raytrain.errors import TaskError
 from raytrain.launch import Result
 from raytrain.world import World

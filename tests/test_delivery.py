@@ -11,7 +11,7 @@ import torch
 from small_runs import INDEX, config, run_until, saved_state, train
 from tasks_for_units import GoldenToyTask
 
-from raytrain.config import Config, with_overrides
+from raytrain.config.load import Config, with_overrides
 from raytrain.delivery import Delivery, channels_last
 from raytrain.state import build_run
 from raytrain.task import Task

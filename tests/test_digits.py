@@ -11,7 +11,7 @@ import sklearn.datasets
 import torch
 from torch import nn
 
-from raytrain.config import load_config
+from raytrain.config.load import load_config
 from raytrain.errors import ConfigError, TaskError
 from raytrain.task import load_task_class
 from raytrain.tasks.digits import DataOptions, Digits, DigitsTask, load_digits, moved_at_random

@@ -14,7 +14,7 @@ from tensorboard_events import events_of
 
 import raytrain
 from raytrain import cli
-from raytrain.config import Config
+from raytrain.config.load import Config
 from raytrain.errors import TaskError, TrainingError
 from raytrain.evaluation import view
 from raytrain.gallery import pictures_of, why_not_drawn
@@ -131,7 +131,7 @@ def test_an_evaluation_whose_pictures_fail_has_its_metrics_all_the_same(
 ) -> None:
     raytrain.train(config(tmp_path / "output", "Raises"), quiet=True)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run.yaml").write_text(raytrain.config.dump_config(config("output", "Raises")))
+    (tmp_path / "run.yaml").write_text(raytrain.config.load.dump_config(config("output", "Raises")))
     assert cli.main(shlex.split("eval --cfg_file run.yaml")) == 0
     said = capsys.readouterr()
     assert "results" in said.out and "pictures" not in said.out
@@ -145,7 +145,7 @@ def test_a_view_without_a_checkpoint_shows_the_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run.yaml").write_text(raytrain.config.dump_config(config(tmp_path, "Drawing")))
+    (tmp_path / "run.yaml").write_text(raytrain.config.load.dump_config(config(tmp_path, "Drawing")))
     assert cli.main(shlex.split("view --cfg_file run.yaml --count 2")) == 0
     paths = [tmp_path / f"run/default/view/data/sample_{index}.png" for index in range(2)]
     assert capsys.readouterr().out.split("\n") == ["no checkpoint: the data alone", *(f"  {p}" for p in paths), ""]

@@ -17,7 +17,7 @@ from tasks_for_units import PointsTask, ToyNet
 from torch.utils.data import TensorDataset
 
 from raytrain import ModelReturn, loop
-from raytrain.config import Config
+from raytrain.config.load import Config
 from raytrain.delivery import Delivery
 from raytrain.feed import Feed
 from raytrain.launch import Result

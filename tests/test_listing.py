@@ -14,7 +14,7 @@ import torch
 
 from raytrain.checkpoint import WORLD, Manifest
 from raytrain.cli import main
-from raytrain.config import Checkpoint
+from raytrain.config.load import Checkpoint
 from raytrain.errors import CheckpointError
 from raytrain.listing import Survey, age, size, survey
 from raytrain.payload import dumps

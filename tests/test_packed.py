@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from raytrain import Task
-from raytrain.config import Config
+from raytrain.config.load import Config
 from raytrain.packed import MAX_BYTES, are_the_same_for_all, built_and_packed
 
 CONFIGS = Path(__file__).parents[1] / "configs"

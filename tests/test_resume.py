@@ -13,7 +13,7 @@ import torch
 
 import raytrain
 from raytrain.checkpoint import Manifest, read_manifest, write_checkpoint
-from raytrain.config import Config, with_overrides
+from raytrain.config.load import Config, with_overrides
 from raytrain.errors import CheckpointError, ResumeError
 from raytrain.launch import Result
 from raytrain.payload import dumps, load_weights_file

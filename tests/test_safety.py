@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from raytrain.checkpoint import WORLD, Manifest, _tree_sha256, read_manifest
-from raytrain.config import Checkpoint, load_config
+from raytrain.config.load import Checkpoint, load_config
 from raytrain.errors import CheckpointError, ConfigError, RaytrainError, TaskError
 from raytrain.gallery import pictures_of
 from raytrain.listing import survey

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from raytrain.config import Optimization
+from raytrain.config.load import Optimization
 from raytrain.errors import ConfigError
 from raytrain.schedule import build_schedule
 

@@ -9,7 +9,7 @@ from unittest.mock import MagicMock
 import pytest
 from ray.tune.experiment import Trial
 
-from raytrain.distributions import distribution
+from raytrain.config.distributions import distribution
 from raytrain.schedulers import SCORE, Terms, build_scheduler, mutation_of
 
 pytestmark = pytest.mark.ray  # Ray Tune's import takes its time

@@ -5,8 +5,8 @@ import copy
 import pytest
 
 from configs import WHOLE, loaded, refusal
-from raytrain.config import Tune, load_config
-from raytrain.distributions import Options, distribution
+from raytrain.config.distributions import Options, distribution
+from raytrain.config.load import Tune, load_config
 from raytrain.errors import ConfigError
 from raytrain.search import GridSearch
 from raytrain.space import Space, keyed, objective, sweep_seed, trial_config

@@ -13,7 +13,7 @@ from optimization import settings
 from processes import Pair
 from torch import nn
 
-from raytrain.config import Config, with_overrides
+from raytrain.config.load import Config, with_overrides
 from raytrain.errors import CheckpointError, ConfigError, TaskError
 from raytrain.payload import load_weights_file
 from raytrain.progress import Plan, Progress

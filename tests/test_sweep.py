@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from raytrain.config import Config, dump_config
+from raytrain.config.load import Config, dump_config
 from raytrain.errors import ConfigError, ResumeError
 from raytrain.ledger import LEDGER
 from raytrain.runfolder import RunFolder

@@ -18,14 +18,14 @@ ORDER = [
     "progress",
     "board",
     "pulse",
-    "yamltree",
-    "schema",
-    "overrides",
-    "tree",
-    "distributions",
-    "swept",
-    "config",
-    "phases",
+    "config/yaml_tree",
+    "config/schema",
+    "config/overrides",
+    "config/tree",
+    "config/distributions",
+    "config/sweep",
+    "config/load",
+    "config/phases",
     "space",
     "search",
     "randomness",
@@ -99,7 +99,7 @@ RAY_AT = {
     *("own_cluster", "cluster", "control", "worker", "ahead", "lean", "meeting", "driver", "launch"),
     *("schedulers", "trial", "ahead_of_trials", "tune"),
 }
-CONFIG = {"yamltree", "schema", "overrides", "tree", "swept", "config"}
+CONFIG = {"config/yaml_tree", "config/schema", "config/overrides", "config/tree", "config/sweep", "config/load"}
 STORED = {"direct", "patience", "storage", "checkpoint", "store", "board", "pulse", "watchdog", "keeper"}
 WITHOUT_TORCH = {
     *CONFIG,
@@ -116,7 +116,7 @@ WITHOUT_TORCH = {
     "sweep_display",
     "listing",
 }
-FROM_THE_START = {"errors", "progress", "config", "task", "loop", "worker", "launch", "cluster", "cli"}
+FROM_THE_START = {"errors", "progress", "config/load", "task", "loop", "worker", "launch", "cluster", "cli"}
 
 MODULES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix(): path
@@ -188,7 +188,7 @@ def test_the_loop_draws_no_bar_opens_no_file_and_prints_nothing():
     assert not {"open", "print", "input"} & set(calls)
 
 
-@pytest.mark.parametrize("name", ["raytrain", "raytrain.cli", "raytrain.config"])
+@pytest.mark.parametrize("name", ["raytrain", "raytrain.cli", "raytrain.config.load"])
 def test_help_and_bad_configs_need_not_wait_for_torch_or_ray(name):
     heavy = ("torch", "ray", "pandas", "pyarrow", "tensorboardX", "sklearn")
     code = f"import sys, {name}; print([heavy for heavy in {heavy} if heavy in sys.modules])"

@@ -32,7 +32,7 @@ from sweeps import (
 
 import raytrain
 from raytrain.cli import main
-from raytrain.config import dump_config
+from raytrain.config.load import dump_config
 from raytrain.errors import ConfigError, PreflightError, ResumeError, TrainingError
 from raytrain.ledger import trial_folder, view_of
 from raytrain.lineage import lineages_of

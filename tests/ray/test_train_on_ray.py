@@ -21,7 +21,7 @@ import s3_server
 
 import raytrain
 from raytrain import driver, launch
-from raytrain.config import Config
+from raytrain.config.load import Config
 from raytrain.errors import TrainingError
 from raytrain.payload import load_weights_file
 from raytrain.records import Record, read_journal

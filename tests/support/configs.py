@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raytrain.config import Config, load_config
+from raytrain.config.load import Config, load_config
 from raytrain.errors import ConfigError
 
 LEAST = """\

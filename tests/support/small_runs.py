@@ -10,7 +10,7 @@ import torch
 from tasks_for_units import TOY
 
 import raytrain
-from raytrain.config import Config
+from raytrain.config.load import Config
 from raytrain.control import Control
 from raytrain.launch import Result
 from raytrain.payload import load_weights_file

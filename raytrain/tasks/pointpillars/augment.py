@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
-from raytrain.config import Count, Flag, NonNegative, Positive, Section
+from raytrain.config.load import Count, Flag, NonNegative, Positive, Section
+from raytrain.config.tree import Tree
 from raytrain.errors import ConfigError, TaskError
 from raytrain.tasks.pointpillars.data_options import Number, read_section
 from raytrain.tasks.pointpillars.database import (
@@ -28,7 +29,6 @@ from raytrain.tasks.pointpillars.database import (
     overlaps,
 )
 from raytrain.tasks.pointpillars.frames import Source
-from raytrain.tree import Tree
 
 SECTION = "DATA_CONFIG.DATA_AUGMENTOR"
 NOTHING = "placeholder"  # what OpenPCDet's files have in a DISABLE_AUG_LIST that disables nothing

@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, create_model, field_validator
 
-from raytrain.config import Count, Flag, Natural, Positive, Section
+from raytrain.config.load import Count, Flag, Natural, Positive, Section
+from raytrain.config.schema import complaints
+from raytrain.config.tree import Tree, plain
+from raytrain.config.yaml_tree import node_of
 from raytrain.errors import ConfigError
-from raytrain.schema import complaints
-from raytrain.tree import Tree, plain
-from raytrain.yamltree import node_of
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Features = list[Literal["x", "y", "z", "intensity"]]

@@ -17,9 +17,11 @@ from numpy.random import PCG64, Generator, SeedSequence
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from raytrain.config import Count, Natural, NonNegative, Positive, Section
+from raytrain.config.load import Count, Natural, NonNegative, Positive, Section
+from raytrain.config.overrides import apply_overrides
+from raytrain.config.tree import plain
+from raytrain.config.yaml_tree import node_of
 from raytrain.errors import DataError
-from raytrain.overrides import apply_overrides
 from raytrain.tasks.pointpillars.data_options import Number, read_section
 from raytrain.tasks.pointpillars.frames import IMAGE_SIZE, Annotations, Calibration, Frame, boxes_of, corners, wrapped
 from raytrain.tasks.pointpillars.kitti import write_frame, write_split
@@ -34,8 +36,6 @@ from raytrain.tasks.pointpillars.scenes import (
     draw_scene,
     solids_of,
 )
-from raytrain.tree import plain
-from raytrain.yamltree import node_of
 
 SECTION = "DATA_CONFIG.SIMULATION"
 SPLITS = ("train", "val")

@@ -10,9 +10,9 @@ from typing import Any, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from raytrain.config.schema import annotation_at, legal, nearest, section_in, shown
+from raytrain.config.yaml_tree import BASE, Node, node_of, parse_text
 from raytrain.errors import ConfigError
-from raytrain.schema import annotation_at, legal, nearest, section_in, shown
-from raytrain.yamltree import BASE, Node, node_of, parse_text
 
 _NO = object()  # "not of that type"
 

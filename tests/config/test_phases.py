@@ -2,9 +2,9 @@
 
 import pytest
 
-from raytrain.config import Config, dump_config, load_config, with_overrides
+from raytrain.config.load import Config, dump_config, load_config, with_overrides
+from raytrain.config.phases import values_at, with_phase
 from raytrain.errors import ConfigError
-from raytrain.phases import values_at, with_phase
 
 LR, CLIP, DECAY = "OPTIMIZATION.LR", "OPTIMIZATION.GRAD_NORM_CLIP", "OPTIMIZATION.WEIGHT_DECAY"
 

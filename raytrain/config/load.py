@@ -22,13 +22,13 @@ from pydantic import (
     model_validator,
 )
 
-from raytrain.distributions import distribution
+from raytrain.config.distributions import distribution
+from raytrain.config.overrides import apply_overrides, put_value
+from raytrain.config.schema import complaints, section_in, shown
+from raytrain.config.sweep import swept_problems
+from raytrain.config.tree import Tree, plain
+from raytrain.config.yaml_tree import Node, dump_tree, node_of, read_tree
 from raytrain.errors import ConfigError
-from raytrain.overrides import apply_overrides, put_value
-from raytrain.schema import complaints, section_in, shown
-from raytrain.swept import swept_problems
-from raytrain.tree import Tree, plain
-from raytrain.yamltree import Node, dump_tree, node_of, read_tree
 
 
 def load_config(

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from configs import LEAST, WHOLE, loaded, refusal, write
-from raytrain.config import ABSENT, Tree, config_diff, dump_config, load_config, with_overrides
+from raytrain.config.load import ABSENT, Tree, config_diff, dump_config, load_config, with_overrides
 from raytrain.errors import ConfigError
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 # What a file means
@@ -509,7 +509,9 @@ def test_differences_are_told_key_by_key():
 
 
 def test_reading_a_config_imports_neither_torch_nor_ray():
-    code = "import sys, raytrain.config; print([n for n in ('torch', 'ray', 'numpy', 'pyarrow') if n in sys.modules])"
+    code = (
+        "import sys, raytrain.config.load; print([n for n in ('torch', 'ray', 'numpy', 'pyarrow') if n in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from raytrain.distributions import Distribution, Options, Range, distribution
-from raytrain.schema import annotation_at, nearest
-from raytrain.yamltree import Node, node_of
+from raytrain.config.distributions import Distribution, Options, Range, distribution
+from raytrain.config.schema import annotation_at, nearest
+from raytrain.config.yaml_tree import Node, node_of
 
 Problems = list[tuple[str, str]]  # (place, what is wrong) of each
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from raytrain.config import Config, Phase, with_values
+from raytrain.config.load import Config, Phase, with_values
 from raytrain.errors import ConfigError
 
 PHASED = {f"OPTIMIZATION.{key}": key for key in Phase.model_fields if key != "FROM_EPOCH"}  # dotted -> key of a phase

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from raytrain.yamltree import Node
+from raytrain.config.yaml_tree import Node
 
 _LIMITS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 _WORDS = {
