@@ -19,7 +19,7 @@ import yaml
 from raytrain.ledger import SweepView, TrialView, trial_folder
 from raytrain.records import Record, read_journal
 from raytrain.runfolder import JOURNAL
-from raytrain.storage import Storage
+from raytrain.storage.storage import Storage
 
 CLIP = "OPTIMIZATION.GRAD_NORM_CLIP"
 WARM_UP = 0.1  # of a trial's steps

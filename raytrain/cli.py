@@ -438,7 +438,7 @@ def run_checkpoints(args: argparse.Namespace) -> int:
 
     from raytrain.listing import check_run_folder, rendered, shown_on, survey
     from raytrain.start import run_dir_of
-    from raytrain.storage import open_storage
+    from raytrain.storage.storage import open_storage
 
     console = Console()
     if not console.is_terminal:

@@ -26,8 +26,8 @@ from raytrain.resume import load_origin, origin_at
 from raytrain.runfolder import refuse_links
 from raytrain.start import run_dir_of
 from raytrain.state import RunState, build_run, load_model_state
-from raytrain.storage import Storage, open_storage
-from raytrain.store import Store
+from raytrain.storage.storage import Storage, open_storage
+from raytrain.storage.store import Store
 from raytrain.task import Task, make_task
 from raytrain.worker import build_datasets, device_here, plan_of, prepare_torch, torch_put_back
 from raytrain.world import World

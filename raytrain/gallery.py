@@ -10,7 +10,7 @@ from typing import Any
 from raytrain.errors import TaskError
 from raytrain.failure import explains_itself, keep_traceback
 from raytrain.randomness import seed_all
-from raytrain.storage import Storage
+from raytrain.storage.storage import Storage
 from raytrain.task import Task
 
 PNG = re.compile(rb"\x89PNG\r\n\x1a\n.{4}IHDR.{8}", re.DOTALL)  # up to its width and height, which tensorboard is told

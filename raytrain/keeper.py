@@ -22,12 +22,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from raytrain.board import Board, Line, Slots, address_of, host, is_own, started_at
-from raytrain.checkpoint import Manifest
 from raytrain.errors import CheckpointError, RaytrainError, StorageError
 from raytrain.progress import Progress
 from raytrain.runfolder import JOURNAL, locked
-from raytrain.storage import open_storage
-from raytrain.store import FOLDER, Store, checkpoint_name
+from raytrain.storage.checkpoint import Manifest
+from raytrain.storage.storage import open_storage
+from raytrain.storage.store import FOLDER, Store, checkpoint_name
 from raytrain.watchdog import Watchdog
 
 TICK_S = 0.25

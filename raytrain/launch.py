@@ -25,7 +25,7 @@ from raytrain.resume import is_complete
 from raytrain.runfolder import locked
 from raytrain.signals import signals_wish_stop
 from raytrain.start import Options, Start, find_start
-from raytrain.storage import open_storage, parent_and_name
+from raytrain.storage.storage import open_storage, parent_and_name
 from raytrain.task import load_task_class
 from raytrain.worker import Job, device_here, run_job, torch_put_back, train_loop_per_worker
 from raytrain.world import World

@@ -24,7 +24,7 @@ from typing import Any
 from raytrain.journal import JsonlSink
 from raytrain.records import Record, records_of, strict
 from raytrain.runfolder import RunFolder
-from raytrain.storage import Storage
+from raytrain.storage.storage import Storage
 
 LEDGER = "sweep.jsonl"
 PUBLISH_S = 5.0  # behind a URI each copy is of the whole file: results wait this long for the next

@@ -27,7 +27,7 @@ from raytrain.pulse import BACKWARD, CHECKPOINT, DATA, EVAL, FORWARD, REDUCE, RE
 from raytrain.randomness import seed_all
 from raytrain.saves import Pending, Saves
 from raytrain.state import RunState
-from raytrain.store import checkpoint_name
+from raytrain.storage.store import checkpoint_name
 from raytrain.task import ModelReturn, Task, move_to
 from raytrain.trouble import answer, suspects
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from raytrain.checkpoint import MANIFEST, PAYLOAD, Manifest, verify_checkpoint
 from raytrain.config.load import config_diff
 from raytrain.errors import CheckpointError, ResumeError
-from raytrain.payload import load_payload, load_weights_file
 from raytrain.progress import Plan, Progress
 from raytrain.records import read_journal
 from raytrain.runfolder import JOURNAL
 from raytrain.state import RunState, restore, restore_heritage
-from raytrain.storage import Storage, expanded, open_storage, parent_and_name
-from raytrain.store import FOLDER, NAME, Saved, Store, newest_verified
+from raytrain.storage.checkpoint import MANIFEST, PAYLOAD, Manifest, verify_checkpoint
+from raytrain.storage.state_file import load_payload, load_weights_file
+from raytrain.storage.storage import Storage, expanded, open_storage, parent_and_name
+from raytrain.storage.store import FOLDER, NAME, Saved, Store, newest_verified
 
 # Going on with another value of these would feed wrong samples, or the same ones twice.
 FIXED = {

@@ -20,9 +20,9 @@ from raytrain import __version__
 from raytrain.board import closed_in_forks
 from raytrain.errors import PreflightError, masked
 from raytrain.journal import JsonlSink, LogSink, TensorBoardSink
-from raytrain.patience import explained
 from raytrain.records import Record, log_file_name
-from raytrain.storage import LocalStorage, Storage, open_storage
+from raytrain.storage.retry import explained
+from raytrain.storage.storage import LocalStorage, Storage, open_storage
 
 LOCK = ".lock"
 JOURNAL = "journal.jsonl"

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from raytrain.checkpoint import Manifest
 from raytrain.errors import CheckpointError, RaytrainError, StorageError
 from raytrain.memory import WITHOUT, Kept, Memory, TooSmall
-from raytrain.payload import dumps
 from raytrain.progress import Progress
 from raytrain.state import RunState, manifest_of, payload_of
-from raytrain.store import CheckpointPolicy, Store, checkpoint_name
+from raytrain.storage.checkpoint import Manifest
+from raytrain.storage.state_file import dumps
+from raytrain.storage.store import CheckpointPolicy, Store, checkpoint_name
 
 LEAST_S, MOST_S = 60.0, 3600.0  # between saves where EVERY_SECONDS is auto
 LOOK_S = 0.02

@@ -19,8 +19,8 @@ from raytrain.errors import ConfigError, ResumeError, masked
 from raytrain.progress import Progress
 from raytrain.resume import Origin, choose, compare
 from raytrain.runfolder import locked, refuse_links
-from raytrain.storage import Storage, expanded, joined, open_storage
-from raytrain.store import Store, listed
+from raytrain.storage.storage import Storage, expanded, joined, open_storage
+from raytrain.storage.store import Store, listed
 from raytrain.worker import Job
 
 PROBE = ".writable"

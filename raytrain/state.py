@@ -9,16 +9,16 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from raytrain import __version__
-from raytrain.checkpoint import Manifest
 from raytrain.compilation import Compilation, open_compilation
 from raytrain.delivery import channels_last
 from raytrain.engine import Engine
 from raytrain.errors import CheckpointError, TaskError
-from raytrain.payload import load_weights_file
 from raytrain.progress import Plan, Progress
 from raytrain.pulse import Pulse, Stragglers
 from raytrain.randomness import seed_all
 from raytrain.schedule import Schedule, build_schedule
+from raytrain.storage.checkpoint import Manifest
+from raytrain.storage.state_file import load_weights_file
 from raytrain.task import Task
 from raytrain.world import World
 

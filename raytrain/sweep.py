@@ -12,7 +12,7 @@ from raytrain.ledger import Ledger, SweepView, TrialView, read_ledger, trial_fol
 from raytrain.lineage import Lineage, Params, lineages_of
 from raytrain.runfolder import RunFolder
 from raytrain.space import workers_of_trial
-from raytrain.storage import open_storage
+from raytrain.storage.storage import open_storage
 
 CONFIG = "sweep.yaml"
 BEST = "best.yaml"

@@ -26,7 +26,7 @@ from raytrain.advice import ClipAdvice, advice_lines, advice_of, clip_advice, qu
 from raytrain.errors import masked
 from raytrain.ledger import SweepView, TrialView, short_names
 from raytrain.records import eta, number, strict
-from raytrain.storage import Storage, parent_and_name
+from raytrain.storage.storage import Storage, parent_and_name
 
 CSV, HTML = "sweep.csv", "sweep.html"
 PAGE = Path(__file__).parent / "page"

@@ -21,7 +21,6 @@ import ray
 from ray.tune import Trainable
 
 from raytrain import board, worker
-from raytrain.checkpoint import PAYLOAD, write_checkpoint
 from raytrain.cluster import Mailbox
 from raytrain.config.load import Config
 from raytrain.config.tree import at
@@ -32,8 +31,9 @@ from raytrain.progress import Progress
 from raytrain.records import read_journal
 from raytrain.runfolder import JOURNAL
 from raytrain.start import BEREAVED_S, Options, run_dir_of
-from raytrain.storage import Storage, open_storage
-from raytrain.store import FOLDER, Saved, Store, newest_verified, verified
+from raytrain.storage.checkpoint import PAYLOAD, write_checkpoint
+from raytrain.storage.storage import Storage, open_storage
+from raytrain.storage.store import FOLDER, Saved, Store, newest_verified, verified
 
 DIVERGED = "diverged"  # why a trial failed whose losses, gradients or weights did not stay finite
 POLL_S = 0.2  # how often it is looked whether the sweep shall stop

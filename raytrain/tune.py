@@ -33,7 +33,7 @@ from raytrain.search import GridSearch, Search, Told, build_search
 from raytrain.signals import signals_wish_stop
 from raytrain.space import objective, sweep_seed, workers_of_trial
 from raytrain.start import ANSWER_S, check_writable, launch_after, run_dir_of, search_path
-from raytrain.storage import joined, open_storage
+from raytrain.storage.storage import joined, open_storage
 from raytrain.sweep import BEST, Sweep, check_same
 from raytrain.sweep_check import Prospect, look_ahead
 from raytrain.sweep_report import HTML, write_report

@@ -22,7 +22,7 @@ from raytrain.errors import EXIT_FAILED
 from raytrain.failure import is_ours, is_users
 from raytrain.pulse import BEAT_NS, DUMP, PHASES, REDUCE, REST, STEP
 from raytrain.pulse import PHASE as PHASE_WORD
-from raytrain.storage import open_storage
+from raytrain.storage.storage import open_storage
 
 LOOK_S = 0.5
 WAIT_FACTOR = 1.5  # whoever waits for other hosts has so much longer than these: their keepers come first

@@ -30,7 +30,6 @@ from raytrain.gallery import pictures_of, why_not_drawn, write_pictures
 from raytrain.journal import Journal
 from raytrain.memory import Kept, join_keeper, keeper_begun
 from raytrain.packed import unpacked
-from raytrain.patience import explained
 from raytrain.precision import fp32_precisions, set_fp32_precisions, set_tf32
 from raytrain.progress import Plan, Progress
 from raytrain.pulse import Stacks, Stragglers, watched
@@ -40,7 +39,8 @@ from raytrain.resume import Origin, bring, choose, compare
 from raytrain.runfolder import RunFolder
 from raytrain.saves import Saves
 from raytrain.state import RunState, build_run, load_pretrained, restore
-from raytrain.store import Store, checkpoint_name
+from raytrain.storage.retry import explained
+from raytrain.storage.store import Store, checkpoint_name
 from raytrain.task import Task, make_task
 from raytrain.world import World
 

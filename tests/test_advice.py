@@ -25,7 +25,7 @@ from raytrain.advice import (
 from raytrain.journal import JsonlSink
 from raytrain.ledger import TrialView
 from raytrain.runfolder import JOURNAL
-from raytrain.storage import open_storage
+from raytrain.storage.storage import open_storage
 
 
 def trial_with(folder: Path, norms: list[float | None], optimization: dict[str, Any], per_epoch: int = 2) -> None:

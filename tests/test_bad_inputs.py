@@ -24,8 +24,8 @@ from commands import environment
 from forks import forks
 from s3_server import Server
 
-from raytrain.checkpoint import Manifest
 from raytrain.cli import main
+from raytrain.storage.checkpoint import Manifest
 
 HERE = Path(__file__).parent
 GOOD = """\

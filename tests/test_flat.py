@@ -382,7 +382,7 @@ def test_a_parameter_that_changes_its_type_while_training_is_an_error_that_names
 
 def test_a_saved_model_holds_its_own_numbers_and_no_others() -> None:
     """torch.save writes the memory behind a view: a state of views would be the whole buffer for each."""
-    from raytrain.payload import owned
+    from raytrain.storage.state_file import owned
 
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     engine_of(model, OPTIMIZER="adamw")

@@ -19,7 +19,7 @@ from raytrain.errors import TaskError, TrainingError
 from raytrain.evaluation import view
 from raytrain.gallery import pictures_of, why_not_drawn
 from raytrain.records import read_journal
-from raytrain.storage import open_storage
+from raytrain.storage.storage import open_storage
 
 
 def config(output: Path | str, task: str, **sections: Any) -> Config:

@@ -27,7 +27,7 @@ from raytrain.runfolder import RunFolder
 from raytrain.saves import Saves
 from raytrain.state import RunState, build_run
 from raytrain.stepper import TorchStepper
-from raytrain.store import Store
+from raytrain.storage.store import Store
 from raytrain.task import load_task_class
 from raytrain.trouble import culprits, described
 from raytrain.worker import build_datasets, plan_of

@@ -16,7 +16,7 @@ import s3_server
 
 from raytrain.ledger import LEDGER, Ledger, SweepView, read_ledger, view_of
 from raytrain.runfolder import RunFolder
-from raytrain.storage import open_storage
+from raytrain.storage.storage import open_storage
 
 SWEEP = {
     "kind": "sweep",

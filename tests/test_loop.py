@@ -17,9 +17,9 @@ import raytrain
 from raytrain import loop
 from raytrain.errors import TaskError, TrainingError
 from raytrain.feed import Feed
-from raytrain.payload import load_weights_file
 from raytrain.records import read_journal
 from raytrain.state import build_run
+from raytrain.storage.state_file import load_weights_file
 from raytrain.task import load_task_class
 from raytrain.worker import build_datasets, plan_of
 from raytrain.world import World

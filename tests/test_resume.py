@@ -12,16 +12,16 @@ import pytest
 import torch
 
 import raytrain
-from raytrain.checkpoint import Manifest, read_manifest, write_checkpoint
 from raytrain.config.load import Config, with_overrides
 from raytrain.errors import CheckpointError, ResumeError
 from raytrain.launch import Result
-from raytrain.payload import dumps, load_weights_file
 from raytrain.progress import Plan, Progress
 from raytrain.records import read_journal
 from raytrain.resume import FIXED, FREE, Origin, check_plan, choose, compare, is_complete, newest_to_trust, origin_at
-from raytrain.storage import LocalStorage, open_storage
-from raytrain.store import Store
+from raytrain.storage.checkpoint import Manifest, read_manifest, write_checkpoint
+from raytrain.storage.state_file import dumps, load_weights_file
+from raytrain.storage.storage import LocalStorage, open_storage
+from raytrain.storage.store import Store
 
 TREE = {
     "TASK": "tasks_for_units:PredictingTask",

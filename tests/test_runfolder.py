@@ -26,7 +26,7 @@ from raytrain.journal import Journal
 from raytrain.records import read_journal
 from raytrain.runfolder import RunFolder, environment, locked
 from raytrain.start import run_dir_of
-from raytrain.storage import open_storage
+from raytrain.storage.storage import open_storage
 
 LOG = SimpleNamespace(EVERY=1, LINE_EVERY=1)
 
@@ -188,7 +188,8 @@ def test_a_launch_on_ray_into_a_folder_that_a_run_trains_in_is_refused_before_ra
 
 def test_a_process_that_the_task_forks_does_not_hold_the_run_folder(tmp_path: Path) -> None:
     code = (
-        "import os, sys, time\nfrom raytrain.runfolder import locked\nfrom raytrain.storage import open_storage\n"
+        "import os, sys, time\nfrom raytrain.runfolder import locked\n"
+        "from raytrain.storage.storage import open_storage\n"
         "with locked(open_storage(sys.argv[1])):\n"
         "    child = os.fork()\n"
         "    if not child: time.sleep(60)\n"

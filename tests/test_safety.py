@@ -15,18 +15,18 @@ import bad_tasks
 import pytest
 import torch
 
-from raytrain.checkpoint import WORLD, Manifest, _tree_sha256, read_manifest
 from raytrain.config.load import Checkpoint, load_config
 from raytrain.errors import CheckpointError, ConfigError, RaytrainError, TaskError
 from raytrain.gallery import pictures_of
 from raytrain.listing import survey
-from raytrain.payload import dumps
 from raytrain.progress import Progress
 from raytrain.records import read_journal
 from raytrain.resume import choose
 from raytrain.start import Options, find_start, run_dir_of
-from raytrain.storage import LocalStorage
-from raytrain.store import Store
+from raytrain.storage.checkpoint import WORLD, Manifest, _tree_sha256, read_manifest
+from raytrain.storage.state_file import dumps
+from raytrain.storage.storage import LocalStorage
+from raytrain.storage.store import Store
 from raytrain.tune import tune
 
 LINES = "TASK: bad_tasks:Good\nOPTIMIZATION: {BATCH_SIZE_PER_GPU: 4, NUM_EPOCHS: 2}\nSCALE: {NUM_WORKERS: 0}\n"

@@ -15,7 +15,6 @@ from torch import nn
 
 from raytrain.config.load import Config, with_overrides
 from raytrain.errors import CheckpointError, ConfigError, TaskError
-from raytrain.payload import load_weights_file
 from raytrain.progress import Plan, Progress
 from raytrain.state import (
     RunState,
@@ -27,6 +26,7 @@ from raytrain.state import (
     restore,
     restore_heritage,
 )
+from raytrain.storage.state_file import load_weights_file
 from raytrain.task import Task
 from raytrain.world import World
 

@@ -37,12 +37,12 @@ ORDER = [
     "flat",
     "precision",
     "sync_bn",
-    "direct",
-    "patience",
-    "storage",
-    "checkpoint",
-    "payload",
-    "store",
+    "storage/direct_io",
+    "storage/retry",
+    "storage/storage",
+    "storage/checkpoint",
+    "storage/state_file",
+    "storage/store",
     "records",
     "journal",
     "runfolder",
@@ -100,7 +100,17 @@ RAY_AT = {
     *("schedulers", "trial", "ahead_of_trials", "tune"),
 }
 CONFIG = {"config/yaml_tree", "config/schema", "config/overrides", "config/tree", "config/sweep", "config/load"}
-STORED = {"direct", "patience", "storage", "checkpoint", "store", "board", "pulse", "watchdog", "keeper"}
+STORED = {
+    "storage/direct_io",
+    "storage/retry",
+    "storage/storage",
+    "storage/checkpoint",
+    "storage/store",
+    "board",
+    "pulse",
+    "watchdog",
+    "keeper",
+}
 WITHOUT_TORCH = {
     *CONFIG,
     *STORED,

@@ -13,7 +13,7 @@ from runs import EPOCHS, Run, assert_curves_are_whole, assert_same_bits
 from s3_server import Server
 
 from raytrain.cli import main
-from raytrain.storage import open_storage
+from raytrain.storage.storage import open_storage
 
 pytestmark = pytest.mark.ray
 

@@ -23,10 +23,10 @@ import raytrain
 from raytrain import driver, launch
 from raytrain.config.load import Config
 from raytrain.errors import TrainingError
-from raytrain.payload import load_weights_file
 from raytrain.records import Record, read_journal
 from raytrain.start import Options
-from raytrain.storage import open_storage
+from raytrain.storage.state_file import load_weights_file
+from raytrain.storage.storage import open_storage
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]

@@ -13,10 +13,10 @@ import raytrain
 from raytrain.config.load import Config
 from raytrain.control import Control
 from raytrain.launch import Result
-from raytrain.payload import load_weights_file
 from raytrain.records import read_journal
 from raytrain.saves import Pending
 from raytrain.start import Options, find_start
+from raytrain.storage.state_file import load_weights_file
 from raytrain.worker import Outcome, run_job
 from raytrain.world import World
 

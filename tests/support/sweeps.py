@@ -14,8 +14,8 @@ from runs import Run
 import raytrain
 from raytrain.ledger import SweepView, read_ledger, trial_folder
 from raytrain.records import Record, read_journal
-from raytrain.storage import open_storage
-from raytrain.store import newest_verified
+from raytrain.storage.storage import open_storage
+from raytrain.storage.store import newest_verified
 from raytrain.tune import SweepOptions, SweepResult, tune
 
 EPOCHS = 4

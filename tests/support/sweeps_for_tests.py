@@ -18,7 +18,7 @@ import yaml
 from raytrain.journal import JsonlSink
 from raytrain.ledger import LEDGER, Ledger, SweepView, read_ledger, trial_folder, view_of
 from raytrain.runfolder import JOURNAL, RunFolder
-from raytrain.storage import open_storage
+from raytrain.storage.storage import open_storage
 
 LR, CLIP, DROPOUT, OPTIMIZER = (
     "OPTIMIZATION.LR",

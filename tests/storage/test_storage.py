@@ -19,8 +19,8 @@ import pytest
 import s3_server
 
 from raytrain.errors import ConfigError, StorageError, masked
-from raytrain.patience import explained, may_pass, patiently
-from raytrain.storage import (
+from raytrain.storage.retry import explained, may_pass, patiently
+from raytrain.storage.storage import (
     ArrowStorage,
     LocalStorage,
     Storage,
@@ -125,7 +125,7 @@ def test_a_file_url_is_a_local_folder_and_local_folders_are_absolute(tmp_path: P
 
 def test_local_folders_do_not_import_pyarrow(tmp_path: Path) -> None:
     code = (
-        "import sys; from raytrain.storage import open_storage; s = open_storage(sys.argv[1]);"
+        "import sys; from raytrain.storage.storage import open_storage; s = open_storage(sys.argv[1]);"
         "s.write_bytes('a/b', b'1'); s.rename_tree('a', 'c'); s.remove_tree('c'); s.list('');"
         "sys.exit('pyarrow' in sys.modules or 'torch' in sys.modules)"
     )
@@ -282,7 +282,7 @@ def test_a_long_download_goes_on_where_it_broke_off(tmp_path: Path) -> None:
 
 def test_a_file_whose_writer_is_killed_in_mid_upload_is_the_old_one() -> None:
     code = (
-        "import sys; from raytrain.storage import open_storage;"
+        "import sys; from raytrain.storage.storage import open_storage;"
         "open_storage(sys.argv[1]).write_bytes('x', bytes(30 << 20))"
     )
     with s3_server.serving() as server:
@@ -314,7 +314,9 @@ def test_temporary_names_tell_whether_their_writer_lives() -> None:
     folder, _, name = own.rpartition("/")
     assert folder == "ckpt"
     assert parse_temporary(name) == ("writing", "checkpoint_epoch_3", False)  # this process starts a run: not writing
-    code = "from raytrain.storage import temporary_name; print(temporary_name('trash', 'x'), flush=True); input()"
+    code = (
+        "from raytrain.storage.storage import temporary_name; print(temporary_name('trash', 'x'), flush=True); input()"
+    )
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True) as other:
         assert other.stdin and other.stdout

@@ -9,7 +9,9 @@ import re
 from collections.abc import Collection
 from typing import Any, Protocol
 
-from raytrain.checkpoint import (
+from raytrain.errors import CheckpointError, TaskError
+from raytrain.progress import Progress
+from raytrain.storage.checkpoint import (
     Manifest,
     discard_checkpoint,
     read_manifest,
@@ -18,9 +20,7 @@ from raytrain.checkpoint import (
     write_checkpoint,
     write_metrics,
 )
-from raytrain.errors import CheckpointError, TaskError
-from raytrain.progress import Progress
-from raytrain.storage import Storage, parse_temporary
+from raytrain.storage.storage import Storage, parse_temporary
 
 FOLDER = "ckpt"
 SUPERSEDED = f"{FOLDER}/superseded"

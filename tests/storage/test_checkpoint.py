@@ -15,7 +15,9 @@ import pytest
 import torch
 
 import raytrain
-from raytrain.checkpoint import (
+from raytrain.errors import CheckpointError, StorageError
+from raytrain.progress import Progress
+from raytrain.storage.checkpoint import (
     WORLD,
     Manifest,
     is_verified,
@@ -23,10 +25,8 @@ from raytrain.checkpoint import (
     verify_checkpoint,
     write_checkpoint,
 )
-from raytrain.errors import CheckpointError, StorageError
-from raytrain.payload import dumps, load_payload, load_weights_file
-from raytrain.progress import Progress
-from raytrain.storage import ArrowStorage, LocalStorage, Storage, open_storage
+from raytrain.storage.state_file import dumps, load_payload, load_weights_file
+from raytrain.storage.storage import ArrowStorage, LocalStorage, Storage, open_storage
 
 A_WORLD = dict.fromkeys(WORLD, 1)
 WORLD_OF_TWO = {**A_WORLD, "num_workers": 2}

@@ -1,7 +1,7 @@
 """One checkpoint: a folder with checkpoint.pth and manifest.json, which vouches for it.
 
 The manifest is written last and holds the size and sha256 of every file, and its own
-sha256. What no manifest vouches for is not a checkpoint. What is in checkpoint.pth is payload.py's.
+sha256. What no manifest vouches for is not a checkpoint. What is in checkpoint.pth is storage/state_file.py's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import IO, Any
 import raytrain
 from raytrain.errors import CheckpointError, StorageError
 from raytrain.progress import Progress
-from raytrain.storage import CHUNK_BYTES, Storage, temporary_name
+from raytrain.storage.storage import CHUNK_BYTES, Storage, temporary_name
 
 PAYLOAD = "checkpoint.pth"
 MANIFEST = "manifest.json"

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain.checkpoint import WORLD, Manifest
 from raytrain.errors import CheckpointError, StorageError, TaskError
-from raytrain.payload import dumps, load_payload
 from raytrain.progress import Progress
-from raytrain.storage import ArrowStorage, Bytes, LocalStorage, Storage
-from raytrain.store import Store, checkpoint_name
+from raytrain.storage.checkpoint import WORLD, Manifest
+from raytrain.storage.state_file import dumps, load_payload
+from raytrain.storage.storage import ArrowStorage, Bytes, LocalStorage, Storage
+from raytrain.storage.store import Store, checkpoint_name
 
 STEPS_PER_EPOCH = 10
 A_WORLD = dict.fromkeys(WORLD, 1)

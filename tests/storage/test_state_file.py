@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from raytrain.errors import CheckpointError
-from raytrain.payload import LARGE_BYTES, Blueprint, OddPayload, check_loadable, dumps, leaves_of, loads
+from raytrain.storage.state_file import LARGE_BYTES, Blueprint, OddPayload, check_loadable, dumps, leaves_of, loads
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 

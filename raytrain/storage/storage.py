@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
 from raytrain.board import started_at
-from raytrain.direct import direct, equal, holds, write_all
 from raytrain.errors import ConfigError, StorageError
-from raytrain.patience import PATIENCE_S, explained, patient, patiently
+from raytrain.storage.direct_io import direct, equal, holds, write_all
+from raytrain.storage.retry import PATIENCE_S, explained, patient, patiently
 
 CHUNK_BYTES = 1 << 20
 READ_BYTES = 8 << 20  # one request to an object store

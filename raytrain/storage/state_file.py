@@ -21,9 +21,9 @@ from typing import IO, Any, NamedTuple, cast
 import numpy as np
 import torch
 
-from raytrain.checkpoint import MANIFEST, PAYLOAD, check_sha256, damage_named, read_manifest
 from raytrain.errors import CheckpointError
-from raytrain.storage import Storage, expanded, open_storage
+from raytrain.storage.checkpoint import MANIFEST, PAYLOAD, check_sha256, damage_named, read_manifest
+from raytrain.storage.storage import Storage, expanded, open_storage
 
 LARGE_BYTES = 32 << 20  # of a state that several threads copy
 COPIERS = 4  # at most
