@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
+from raytrain.journal.records import Record, read_journal
+from raytrain.journal.run_folder import JOURNAL
 from raytrain.ledger import SweepView, TrialView, trial_folder
-from raytrain.records import Record, read_journal
-from raytrain.runfolder import JOURNAL
 from raytrain.storage.storage import Storage
 
 CLIP = "OPTIMIZATION.GRAD_NORM_CLIP"

@@ -381,8 +381,8 @@ def run_tune(args: argparse.Namespace) -> int:
 
 def run_eval(args: argparse.Namespace) -> int:
     cfg = load(args)
-    from raytrain.display import metric_lines
     from raytrain.evaluation import evaluate
+    from raytrain.journal.display import metric_lines
 
     evaluation = evaluate(
         cfg, args.ckpt, eval_tag=args.eval_tag, batch_size=args.batch_size, save_predictions=args.save_to_file

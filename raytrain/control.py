@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from raytrain.cluster import Mailbox, attempt
+from raytrain.journal.records import Record
 from raytrain.progress import Progress
-from raytrain.records import Record
 from raytrain.saves import Pending
 from raytrain.storage.storage import joined
 

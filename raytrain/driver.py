@@ -10,8 +10,8 @@ from typing import Any
 from raytrain import cluster
 from raytrain.cluster import Cluster, Mailbox
 from raytrain.control import Judge, never_ends
+from raytrain.journal.records import Record
 from raytrain.progress import Progress
-from raytrain.records import Record
 from raytrain.watchdog import failure_by, hangs_here
 from raytrain.worker import Job
 

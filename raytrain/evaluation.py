@@ -18,12 +18,12 @@ from raytrain.config.load import Config, Eval, load_config, stays_below, with_ov
 from raytrain.errors import CheckpointError, ConfigError, TaskError
 from raytrain.feed import Feed
 from raytrain.gallery import pictures_of, why_not_drawn, write_pictures
+from raytrain.journal.records import strict
+from raytrain.journal.run_folder import refuse_links
 from raytrain.launch import explained
 from raytrain.progress import Progress
 from raytrain.randomness import seed_all
-from raytrain.records import strict
 from raytrain.resume import load_origin, origin_at
-from raytrain.runfolder import refuse_links
 from raytrain.start import run_dir_of
 from raytrain.state import RunState, build_run, load_model_state
 from raytrain.storage.storage import Storage, open_storage

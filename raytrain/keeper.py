@@ -23,8 +23,8 @@ from typing import Any
 
 from raytrain.board import Board, Line, Slots, address_of, host, is_own, started_at
 from raytrain.errors import CheckpointError, RaytrainError, StorageError
+from raytrain.journal.run_folder import JOURNAL, locked
 from raytrain.progress import Progress
-from raytrain.runfolder import JOURNAL, locked
 from raytrain.storage.checkpoint import Manifest
 from raytrain.storage.storage import open_storage
 from raytrain.storage.store import FOLDER, Store, checkpoint_name

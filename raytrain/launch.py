@@ -15,14 +15,14 @@ from raytrain.budget import Budget
 from raytrain.cluster import Cluster, Mailbox
 from raytrain.config.load import Config, load_config, with_overrides
 from raytrain.control import Judge, LocalControl, never_ends
-from raytrain.display import Display, failure_screen
 from raytrain.driver import Fit, Inbox, Show, say
 from raytrain.errors import DivergedError, PreflightError, RaytrainError, TrainingError
 from raytrain.failure import explains_itself, failure_of, keep_traceback
+from raytrain.journal.display import Display, failure_screen
+from raytrain.journal.records import Record
+from raytrain.journal.run_folder import locked
 from raytrain.own_cluster import is_tested
-from raytrain.records import Record
 from raytrain.resume import is_complete
-from raytrain.runfolder import locked
 from raytrain.signals import signals_wish_stop
 from raytrain.start import Options, Start, find_start
 from raytrain.storage.storage import open_storage, parent_and_name

@@ -10,7 +10,7 @@ from typing import Any
 
 from raytrain.config.load import Config
 from raytrain.config.phases import with_phase
-from raytrain.records import Record
+from raytrain.journal.records import Record
 from raytrain.space import trial_config
 
 Params = dict[str, Any]  # by dotted key

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from raytrain import board
 from raytrain.config.load import Checkpoint
 from raytrain.errors import CheckpointError, PreflightError, StorageError, masked
-from raytrain.records import clean, number
+from raytrain.journal.records import clean, number
+from raytrain.journal.run_folder import JOURNAL
 from raytrain.resume import Origin, is_complete, newest_to_trust, origin_of
-from raytrain.runfolder import JOURNAL
 from raytrain.storage.checkpoint import Manifest, is_verified, verify_checkpoint
 from raytrain.storage.storage import Storage, parse_temporary
 from raytrain.storage.store import FOLDER, SUPERSEDED, Listed, Store, listed, verified

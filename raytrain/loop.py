@@ -21,7 +21,7 @@ from raytrain.engine import Stepped
 from raytrain.errors import DivergedError, RaytrainError, TaskError
 from raytrain.feed import BatchKey, Feed, Step
 from raytrain.guard import LATE_STEPS
-from raytrain.journal import Journal
+from raytrain.journal.journal import Journal
 from raytrain.progress import Progress
 from raytrain.pulse import BACKWARD, CHECKPOINT, DATA, EVAL, FORWARD, REDUCE, REST
 from raytrain.randomness import seed_all

@@ -16,9 +16,9 @@ from typing import Any
 from raytrain import board
 from raytrain.config.load import Config, stays_below, with_overrides
 from raytrain.errors import ConfigError, ResumeError, masked
+from raytrain.journal.run_folder import locked, refuse_links
 from raytrain.progress import Progress
 from raytrain.resume import Origin, choose, compare
-from raytrain.runfolder import locked, refuse_links
 from raytrain.storage.storage import Storage, expanded, joined, open_storage
 from raytrain.storage.store import Store, listed
 from raytrain.worker import Job

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from raytrain.errors import masked
+from raytrain.journal.records import clean, eta, number
 from raytrain.ledger import SweepView, TrialView, short_names
-from raytrain.records import clean, eta, number
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -24,8 +24,8 @@ import yaml
 
 from raytrain.advice import ClipAdvice, advice_lines, advice_of, clip_advice, quantile, touched
 from raytrain.errors import masked
+from raytrain.journal.records import eta, number, strict
 from raytrain.ledger import SweepView, TrialView, short_names
-from raytrain.records import eta, number, strict
 from raytrain.storage.storage import Storage, parent_and_name
 
 CSV, HTML = "sweep.csv", "sweep.html"

@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from raytrain.config.load import Config
 from raytrain.control import LocalControl
-from raytrain.display import Display
 from raytrain.errors import ConfigError, PreflightError, RaytrainError, TrainingError
 from raytrain.failure import failure_of, lost_another
+from raytrain.journal.display import Display
 from raytrain.launch import Result, as_seen, result_of, silent
 from raytrain.resume import is_complete
 from raytrain.signals import signals_wish_stop

@@ -25,11 +25,11 @@ from raytrain.cluster import Mailbox
 from raytrain.config.load import Config
 from raytrain.config.tree import at
 from raytrain.errors import DivergedError, RaytrainError, TaskError, masked
+from raytrain.journal.records import read_journal
+from raytrain.journal.run_folder import JOURNAL
 from raytrain.launch import launch, silent
 from raytrain.lineage import STANDING, Lineage, Params, Standing
 from raytrain.progress import Progress
-from raytrain.records import read_journal
-from raytrain.runfolder import JOURNAL
 from raytrain.start import BEREAVED_S, Options, run_dir_of
 from raytrain.storage.checkpoint import PAYLOAD, write_checkpoint
 from raytrain.storage.storage import Storage, open_storage

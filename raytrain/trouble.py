@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from raytrain.engine import is_finite
 from raytrain.feed import Step
 from raytrain.guard import Trouble
-from raytrain.journal import Journal
+from raytrain.journal.journal import Journal
 from raytrain.state import RunState
 from raytrain.task import ModelReturn
 

@@ -24,10 +24,10 @@ from raytrain.advice import advice_lines
 from raytrain.cluster import Mailbox
 from raytrain.config.load import Config, dump_config, with_values
 from raytrain.errors import ConfigError, PreflightError, ResumeError, TrainingError, masked
+from raytrain.journal.run_folder import RunFolder, refuse_links
 from raytrain.launch import explained
 from raytrain.ledger import LEDGER, SweepView, TrialView, trial_folder
 from raytrain.own_cluster import is_tested
-from raytrain.runfolder import RunFolder, refuse_links
 from raytrain.schedulers import POPULATIONS, Controller, Terms, build_scheduler
 from raytrain.search import GridSearch, Search, Told, build_search
 from raytrain.signals import signals_wish_stop

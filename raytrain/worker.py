@@ -27,16 +27,16 @@ from raytrain.errors import PreflightError
 from raytrain.failure import failure_of
 from raytrain.feed import Feed, check_dataset
 from raytrain.gallery import pictures_of, why_not_drawn, write_pictures
-from raytrain.journal import Journal
+from raytrain.journal.journal import Journal
+from raytrain.journal.records import header_lines, model_lines
+from raytrain.journal.run_folder import RunFolder
 from raytrain.memory import Kept, join_keeper, keeper_begun
 from raytrain.packed import unpacked
 from raytrain.precision import fp32_precisions, set_fp32_precisions, set_tf32
 from raytrain.progress import Plan, Progress
 from raytrain.pulse import Stacks, Stragglers, watched
 from raytrain.randomness import seed_all
-from raytrain.records import header_lines, model_lines
 from raytrain.resume import Origin, bring, choose, compare
-from raytrain.runfolder import RunFolder
 from raytrain.saves import Saves
 from raytrain.state import RunState, build_run, load_pretrained, restore
 from raytrain.storage.retry import explained

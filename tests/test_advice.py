@@ -22,9 +22,9 @@ from raytrain.advice import (
     quantile,
     touched,
 )
-from raytrain.journal import JsonlSink
+from raytrain.journal.journal import JsonlSink
+from raytrain.journal.run_folder import JOURNAL
 from raytrain.ledger import TrialView
-from raytrain.runfolder import JOURNAL
 from raytrain.storage.storage import open_storage
 
 

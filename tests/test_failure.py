@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from raytrain import loop
-from raytrain.display import failure_screen
 from raytrain.errors import CheckpointError, ConfigError, DataError, TrainingError
 from raytrain.failure import failure_of, keep_traceback, users_traceback
+from raytrain.journal.display import failure_screen
 from raytrain.task import Task, load_task_class
 
 

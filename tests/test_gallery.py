@@ -18,7 +18,7 @@ from raytrain.config.load import Config
 from raytrain.errors import TaskError, TrainingError
 from raytrain.evaluation import view
 from raytrain.gallery import pictures_of, why_not_drawn
-from raytrain.records import read_journal
+from raytrain.journal.records import read_journal
 from raytrain.storage.storage import open_storage
 
 

@@ -21,9 +21,9 @@ from raytrain.control import Control
 from raytrain.engine import Engine, Stepped
 from raytrain.feed import Feed
 from raytrain.guard import Guard, Late, Trouble, put_back
-from raytrain.journal import Journal
+from raytrain.journal.journal import Journal
+from raytrain.journal.run_folder import RunFolder
 from raytrain.optim import options_of, stepped_groups
-from raytrain.runfolder import RunFolder
 from raytrain.saves import Saves
 from raytrain.state import RunState, build_run
 from raytrain.stepper import TorchStepper

@@ -17,7 +17,7 @@ import raytrain
 from raytrain import loop
 from raytrain.errors import TaskError, TrainingError
 from raytrain.feed import Feed
-from raytrain.records import read_journal
+from raytrain.journal.records import read_journal
 from raytrain.state import build_run
 from raytrain.storage.state_file import load_weights_file
 from raytrain.task import load_task_class

@@ -14,9 +14,9 @@ import torch
 import raytrain
 from raytrain.config.load import Config, with_overrides
 from raytrain.errors import CheckpointError, ResumeError
+from raytrain.journal.records import read_journal
 from raytrain.launch import Result
 from raytrain.progress import Plan, Progress
-from raytrain.records import read_journal
 from raytrain.resume import FIXED, FREE, Origin, check_plan, choose, compare, is_complete, newest_to_trust, origin_at
 from raytrain.storage.checkpoint import Manifest, read_manifest, write_checkpoint
 from raytrain.storage.state_file import dumps, load_weights_file

@@ -18,9 +18,9 @@ import torch
 from raytrain.config.load import Checkpoint, load_config
 from raytrain.errors import CheckpointError, ConfigError, RaytrainError, TaskError
 from raytrain.gallery import pictures_of
+from raytrain.journal.records import read_journal
 from raytrain.listing import survey
 from raytrain.progress import Progress
-from raytrain.records import read_journal
 from raytrain.resume import choose
 from raytrain.start import Options, find_start, run_dir_of
 from raytrain.storage.checkpoint import WORLD, Manifest, _tree_sha256, read_manifest

@@ -22,9 +22,9 @@ from small_runs import config
 
 from raytrain import board
 from raytrain.errors import PreflightError, StorageError
+from raytrain.journal.run_folder import RunFolder
 from raytrain.memory import Kept, Memory
 from raytrain.progress import Progress
-from raytrain.runfolder import RunFolder
 from raytrain.saves import LEAST_S, Pace, Saves
 from raytrain.start import driver
 from raytrain.state import RunState, build_run, payload_of

@@ -11,8 +11,8 @@ import pytest
 
 from raytrain.config.load import Config, dump_config
 from raytrain.errors import ConfigError, ResumeError
+from raytrain.journal.run_folder import RunFolder
 from raytrain.ledger import LEDGER
-from raytrain.runfolder import RunFolder
 from raytrain.sweep import BEST, CONFIG, Sweep, check_same
 from raytrain.tune import SweepOptions, number_of_samples, tune
 

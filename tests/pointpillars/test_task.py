@@ -16,7 +16,7 @@ from pillars_for_tests import CLASS_NAMES, DATA_CONFIG, MODEL, NUM_SCENES, ancho
 import raytrain
 from raytrain.cli import main
 from raytrain.errors import ConfigError, RaytrainError
-from raytrain.records import read_journal
+from raytrain.journal.records import read_journal
 from raytrain.tasks.pointpillars.frames import boxes_of, points_in_boxes
 from raytrain.tasks.pointpillars.geometry import iou_3d
 from raytrain.tasks.pointpillars.task import PointPillars

@@ -10,7 +10,7 @@ import torch
 from runs import EPOCHS, LEDGER, SAMPLES, Run, assert_same_bits
 
 from raytrain.cli import main
-from raytrain.records import read_journal
+from raytrain.journal.records import read_journal
 
 pytestmark = pytest.mark.ray
 

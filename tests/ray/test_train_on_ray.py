@@ -23,7 +23,7 @@ import raytrain
 from raytrain import driver, launch
 from raytrain.config.load import Config
 from raytrain.errors import TrainingError
-from raytrain.records import Record, read_journal
+from raytrain.journal.records import Record, read_journal
 from raytrain.start import Options
 from raytrain.storage.state_file import load_weights_file
 from raytrain.storage.storage import open_storage

@@ -17,7 +17,7 @@ import yaml
 from commands import Launched, children_of, commanded, family, gone, wait_for
 from tensorboard_events import events_of
 
-from raytrain.records import read_journal
+from raytrain.journal.records import read_journal
 
 EPOCHS = 3
 SAMPLES = 44  # over 2 virtual workers: 5 whole batches of 4, and one of 2

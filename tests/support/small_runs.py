@@ -12,8 +12,8 @@ from tasks_for_units import TOY
 import raytrain
 from raytrain.config.load import Config
 from raytrain.control import Control
+from raytrain.journal.records import read_journal
 from raytrain.launch import Result
-from raytrain.records import read_journal
 from raytrain.saves import Pending
 from raytrain.start import Options, find_start
 from raytrain.storage.state_file import load_weights_file

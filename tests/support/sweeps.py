@@ -12,8 +12,8 @@ from commands import Launched, alive, commanded, family, wait_for
 from runs import Run
 
 import raytrain
+from raytrain.journal.records import Record, read_journal
 from raytrain.ledger import SweepView, read_ledger, trial_folder
-from raytrain.records import Record, read_journal
 from raytrain.storage.storage import open_storage
 from raytrain.storage.store import newest_verified
 from raytrain.tune import SweepOptions, SweepResult, tune

@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from raytrain.journal import JsonlSink
+from raytrain.journal.journal import JsonlSink
+from raytrain.journal.run_folder import JOURNAL, RunFolder
 from raytrain.ledger import LEDGER, Ledger, SweepView, read_ledger, trial_folder, view_of
-from raytrain.runfolder import JOURNAL, RunFolder
 from raytrain.storage.storage import open_storage
 
 LR, CLIP, DROPOUT, OPTIMIZER = (

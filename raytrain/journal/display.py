@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from raytrain.records import Record, eta, line_due, number, total_steps
+from raytrain.journal.records import Record, eta, line_due, number, total_steps
 from raytrain.storage.storage import joined
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ LOCATIONS = {
 
 
 class Display:
-    """Draws the records it is fed; see records.py for their fields."""
+    """Draws the records it is fed; see journal/records.py for their fields."""
 
     def __init__(self, console: Console | None = None) -> None:
         from rich.console import Console

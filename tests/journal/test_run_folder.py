@@ -22,9 +22,9 @@ from small_runs import config
 
 import raytrain
 from raytrain.errors import PreflightError
-from raytrain.journal import Journal
-from raytrain.records import read_journal
-from raytrain.runfolder import RunFolder, environment, locked
+from raytrain.journal.journal import Journal
+from raytrain.journal.records import read_journal
+from raytrain.journal.run_folder import RunFolder, environment, locked
 from raytrain.start import run_dir_of
 from raytrain.storage.storage import open_storage
 
@@ -125,7 +125,7 @@ def test_a_folder_that_trains_is_refused_to_a_second_run(tmp_path: Path) -> None
 
 def test_the_lock_of_a_killed_run_is_free_at_once(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from raytrain.runfolder import RunFolder\n"
+        "import sys, time; from raytrain.journal.run_folder import RunFolder\n"
         "with RunFolder(sys.argv[1]).locked():\n    print('locked', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -188,7 +188,7 @@ def test_a_launch_on_ray_into_a_folder_that_a_run_trains_in_is_refused_before_ra
 
 def test_a_process_that_the_task_forks_does_not_hold_the_run_folder(tmp_path: Path) -> None:
     code = (
-        "import os, sys, time\nfrom raytrain.runfolder import locked\n"
+        "import os, sys, time\nfrom raytrain.journal.run_folder import locked\n"
         "from raytrain.storage.storage import open_storage\n"
         "with locked(open_storage(sys.argv[1])):\n"
         "    child = os.fork()\n"

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from raytrain import records
 from raytrain.errors import StorageError, TaskError
+from raytrain.journal import records
 
-GOLDEN = Path(__file__).parent / "golden" / "log_lines.txt"
+GOLDEN = Path(__file__).parents[1] / "golden" / "log_lines.txt"
 
 
 def lines_of(*journal: dict) -> list[str]:

@@ -13,8 +13,8 @@ import torch
 from tensorboard_events import events_of
 
 from raytrain.errors import StorageError, TaskError
-from raytrain.journal import Journal, JsonlSink, LogSink, TensorBoardSink
-from raytrain.records import read_journal
+from raytrain.journal.journal import Journal, JsonlSink, LogSink, TensorBoardSink
+from raytrain.journal.records import read_journal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,7 +316,7 @@ def test_tensorboard_shows_the_heritages_tags_and_one_learning_rate_for_each_ste
 
 KILLED = """
 import os, signal, sys, types
-from raytrain.journal import Journal, TensorBoardSink
+from raytrain.journal.journal import Journal, TensorBoardSink
 journal = Journal([TensorBoardSink(sys.argv[1])], types.SimpleNamespace(EVERY=1, LINE_EVERY=50))
 journal.run(step=0, epoch=0, steps_per_epoch=4, num_epochs=3)
 for step in range(1, 10):
@@ -410,9 +410,8 @@ def test_a_run_that_did_not_finish_is_logged_with_its_reason(tmp_path: Path) -> 
 
 
 def test_importing_the_journal_loads_neither_torch_nor_tensorboard() -> None:
-    probe = (
-        "import sys, raytrain.journal; print([m for m in ('torch', 'tensorboardX', 'rich', 'ray') if m in sys.modules])"
-    )
+    heavy = ("torch", "tensorboardX", "rich", "ray")
+    probe = f"import sys, raytrain.journal.journal; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 

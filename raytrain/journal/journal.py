@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from raytrain.errors import StorageError, masked
-from raytrain.records import Record, TrainLines, banner, eval_lines, log_line, strict
+from raytrain.journal.records import Record, TrainLines, banner, eval_lines, log_line, strict
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,7 @@ class Journal:
         )
 
     def run(self, **fields: Any) -> None:
-        """Records that a launch starts or resumes; the fields are in records.py."""
+        """Records that a launch starts or resumes; the fields are in journal/records.py."""
         self.write("run", line_every=self._log_cfg.LINE_EVERY, **fields)
 
     def step(

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from raytrain import display
-from raytrain.display import Display, failure_screen
+from raytrain.journal import display
+from raytrain.journal.display import Display, failure_screen
 
 RUN = {
     "kind": "run",

@@ -19,8 +19,8 @@ from typing import Any
 from raytrain import __version__
 from raytrain.board import closed_in_forks
 from raytrain.errors import PreflightError, masked
-from raytrain.journal import JsonlSink, LogSink, TensorBoardSink
-from raytrain.records import Record, log_file_name
+from raytrain.journal.journal import JsonlSink, LogSink, TensorBoardSink
+from raytrain.journal.records import Record, log_file_name
 from raytrain.storage.retry import explained
 from raytrain.storage.storage import LocalStorage, Storage, open_storage
 
