@@ -41,9 +41,9 @@ def feed_batches(dataset: Samples, workers: int) -> Iterator[Any]:
     """One epoch of raytrain's Feed."""
     from benchmarks.workloads import Overhead
     from raytrain.config.load import Config
+    from raytrain.engine.world import World
     from raytrain.feed import Feed
     from raytrain.progress import Plan, Progress
-    from raytrain.world import World
 
     tree = config_of(Assignment(OVERHEAD, Span(0, 1, 1), Path("unused")), ranks=1)
     cfg = Config.model_validate({**tree, "LOADER": {"WORKERS": workers}})

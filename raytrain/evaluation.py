@@ -15,6 +15,9 @@ from torch.utils.data import Subset
 
 from raytrain import loop
 from raytrain.config.load import Config, Eval, load_config, stays_below, with_overrides
+from raytrain.engine.randomness import seed_all
+from raytrain.engine.state import RunState, build_run, load_model_state
+from raytrain.engine.world import World
 from raytrain.errors import CheckpointError, ConfigError, TaskError
 from raytrain.feed import Feed
 from raytrain.gallery import pictures_of, why_not_drawn, write_pictures
@@ -22,15 +25,12 @@ from raytrain.journal.records import strict
 from raytrain.journal.run_folder import refuse_links
 from raytrain.launch import explained
 from raytrain.progress import Progress
-from raytrain.randomness import seed_all
 from raytrain.resume import load_origin, origin_at
 from raytrain.start import run_dir_of
-from raytrain.state import RunState, build_run, load_model_state
 from raytrain.storage.storage import Storage, open_storage
 from raytrain.storage.store import Store
 from raytrain.task import Task, make_task
 from raytrain.worker import build_datasets, device_here, plan_of, prepare_torch, torch_put_back
-from raytrain.world import World
 
 
 @dataclasses.dataclass(frozen=True)

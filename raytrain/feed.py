@@ -27,14 +27,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_convert
 
 from raytrain.delivery import Delivery
+from raytrain.engine.randomness import random_state, seed_all
+from raytrain.engine.world import World
 from raytrain.errors import DataError, LostLoaderError, PreflightError, TaskError
 from raytrain.failure import users_traceback
 from raytrain.progress import Plan, Progress
 from raytrain.pulse import write_stacks_to
-from raytrain.randomness import random_state, seed_all
 from raytrain.sampler import cut, epoch_order, step_samples
 from raytrain.task import Task
-from raytrain.world import World
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MAX_SAMPLES = 100_000_000  # 3 GB for the order of an epoch: shuffled and dealt, for the loop and for what reads ahead

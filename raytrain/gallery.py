@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from raytrain.engine.randomness import seed_all
 from raytrain.errors import TaskError
 from raytrain.failure import explains_itself, keep_traceback
-from raytrain.randomness import seed_all
 from raytrain.storage.storage import Storage
 from raytrain.task import Task
 

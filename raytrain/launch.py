@@ -16,6 +16,7 @@ from raytrain.cluster import Cluster, Mailbox
 from raytrain.config.load import Config, load_config, with_overrides
 from raytrain.control import Judge, LocalControl, never_ends
 from raytrain.driver import Fit, Inbox, Show, say
+from raytrain.engine.world import World
 from raytrain.errors import DivergedError, PreflightError, RaytrainError, TrainingError
 from raytrain.failure import explains_itself, failure_of, keep_traceback
 from raytrain.journal.display import Display, failure_screen
@@ -28,7 +29,6 @@ from raytrain.start import Options, Start, find_start
 from raytrain.storage.storage import open_storage, parent_and_name
 from raytrain.task import load_task_class
 from raytrain.worker import Job, device_here, run_job, torch_put_back, train_loop_per_worker
-from raytrain.world import World
 
 BEREAVED_S = 15.0  # so long workers of a run that has failed may take to die
 

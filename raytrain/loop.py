@@ -17,16 +17,16 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from raytrain.engine import Stepped
+from raytrain.engine.engine import Stepped
+from raytrain.engine.guard import LATE_STEPS
+from raytrain.engine.randomness import seed_all
+from raytrain.engine.state import RunState
 from raytrain.errors import DivergedError, RaytrainError, TaskError
 from raytrain.feed import BatchKey, Feed, Step
-from raytrain.guard import LATE_STEPS
 from raytrain.journal.journal import Journal
 from raytrain.progress import Progress
 from raytrain.pulse import BACKWARD, CHECKPOINT, DATA, EVAL, FORWARD, REDUCE, REST
-from raytrain.randomness import seed_all
 from raytrain.saves import Pending, Saves
-from raytrain.state import RunState
 from raytrain.storage.store import checkpoint_name
 from raytrain.task import ModelReturn, Task, move_to
 from raytrain.trouble import answer, suspects

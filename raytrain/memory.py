@@ -12,11 +12,11 @@ import torch
 
 from raytrain import board
 from raytrain.board import SLOTS, Board, Slots
+from raytrain.engine.state import RunState, payload_of, size_to_come
+from raytrain.engine.world import World
 from raytrain.errors import PreflightError
 from raytrain.progress import Progress
-from raytrain.state import RunState, payload_of, size_to_come
 from raytrain.storage.state_file import Blueprint, Leaves, OddPayload, Sheet, check_loadable, dumps, leaves_of, loads
-from raytrain.world import World
 
 WITHOUT = "no memory beside this process for the run's state, so training waits for each checkpoint to be written"
 TAKE_OVER_S = 35.0  # so long the workers of an earlier launch may take to die

@@ -6,11 +6,11 @@ import dataclasses
 from typing import Any
 
 from raytrain.config.load import config_diff
+from raytrain.engine.state import RunState, restore, restore_heritage
 from raytrain.errors import CheckpointError, ResumeError
 from raytrain.journal.records import read_journal
 from raytrain.journal.run_folder import JOURNAL
 from raytrain.progress import Plan, Progress
-from raytrain.state import RunState, restore, restore_heritage
 from raytrain.storage.checkpoint import MANIFEST, PAYLOAD, Manifest, verify_checkpoint
 from raytrain.storage.state_file import load_payload, load_weights_file
 from raytrain.storage.storage import Storage, expanded, open_storage, parent_and_name

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
+from raytrain.engine.state import RunState, manifest_of, payload_of
 from raytrain.errors import CheckpointError, RaytrainError, StorageError
 from raytrain.memory import WITHOUT, Kept, Memory, TooSmall
 from raytrain.progress import Progress
-from raytrain.state import RunState, manifest_of, payload_of
 from raytrain.storage.checkpoint import Manifest
 from raytrain.storage.state_file import dumps
 from raytrain.storage.store import CheckpointPolicy, Store, checkpoint_name

@@ -32,8 +32,8 @@ from ray.tune.schedulers import (
 from ray.tune.utils.util import flatten_dict
 
 from raytrain.config.distributions import Distribution, Range
+from raytrain.engine.randomness import keyed_seed
 from raytrain.lineage import STANDING, Lineage, Standing
-from raytrain.randomness import keyed_seed
 from raytrain.space import Space
 
 SCORE = "score"  # in a trial's results: the metric, or where that is not finite the worst there is

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from raytrain.config.load import Config
 from raytrain.control import LocalControl
+from raytrain.engine.world import World
 from raytrain.errors import ConfigError, PreflightError, RaytrainError, TrainingError
 from raytrain.failure import failure_of, lost_another
 from raytrain.journal.display import Display
@@ -24,7 +25,6 @@ from raytrain.start import Options, Start, find_start
 from raytrain.task import load_task_class
 from raytrain.watchdog import failure_by, hangs_here
 from raytrain.worker import Job, device_here, redirect_output, run_job
-from raytrain.world import World
 
 
 def launch_here(cfg: Config, options: Options) -> Result:

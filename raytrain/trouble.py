@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from raytrain.engine import is_finite
+from raytrain.engine.engine import is_finite
+from raytrain.engine.guard import Trouble
+from raytrain.engine.state import RunState
 from raytrain.feed import Step
-from raytrain.guard import Trouble
 from raytrain.journal.journal import Journal
-from raytrain.state import RunState
 from raytrain.task import ModelReturn
 
 SHOWN = 5  # parameters of an event

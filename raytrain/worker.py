@@ -23,6 +23,10 @@ from raytrain import loop
 from raytrain.board import is_possible
 from raytrain.config.load import Config, dump_config
 from raytrain.control import Control, RayControl
+from raytrain.engine.precision import fp32_precisions, set_fp32_precisions, set_tf32
+from raytrain.engine.randomness import seed_all
+from raytrain.engine.state import RunState, build_run, load_pretrained, restore
+from raytrain.engine.world import World
 from raytrain.errors import PreflightError
 from raytrain.failure import failure_of
 from raytrain.feed import Feed, check_dataset
@@ -32,17 +36,13 @@ from raytrain.journal.records import header_lines, model_lines
 from raytrain.journal.run_folder import RunFolder
 from raytrain.memory import Kept, join_keeper, keeper_begun
 from raytrain.packed import unpacked
-from raytrain.precision import fp32_precisions, set_fp32_precisions, set_tf32
 from raytrain.progress import Plan, Progress
 from raytrain.pulse import Stacks, Stragglers, watched
-from raytrain.randomness import seed_all
 from raytrain.resume import Origin, bring, choose, compare
 from raytrain.saves import Saves
-from raytrain.state import RunState, build_run, load_pretrained, restore
 from raytrain.storage.retry import explained
 from raytrain.storage.store import Store, checkpoint_name
 from raytrain.task import Task, make_task
-from raytrain.world import World
 
 
 @dataclasses.dataclass(frozen=True)

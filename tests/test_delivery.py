@@ -13,10 +13,10 @@ from tasks_for_units import GoldenToyTask
 
 from raytrain.config.load import Config, with_overrides
 from raytrain.delivery import Delivery, channels_last
-from raytrain.state import build_run
+from raytrain.engine.state import build_run
+from raytrain.engine.world import World
 from raytrain.task import Task
 from raytrain.worker import plan_of
-from raytrain.world import World
 
 CPU = torch.device("cpu")
 SGD, ADAM = INDEX["sgd_clip10_f64"]["optim_cfg"], INDEX["adam_onecycle_clip10_f64"]["optim_cfg"]

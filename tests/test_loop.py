@@ -15,14 +15,14 @@ from tasks_for_units import TOY
 
 import raytrain
 from raytrain import loop
+from raytrain.engine.state import build_run
+from raytrain.engine.world import World
 from raytrain.errors import TaskError, TrainingError
 from raytrain.feed import Feed
 from raytrain.journal.records import read_journal
-from raytrain.state import build_run
 from raytrain.storage.state_file import load_weights_file
 from raytrain.task import load_task_class
 from raytrain.worker import build_datasets, plan_of
-from raytrain.world import World
 
 # The heritage's numbers
 

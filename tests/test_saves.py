@@ -21,18 +21,18 @@ from processes import Pair, keepers_of
 from small_runs import config
 
 from raytrain import board
+from raytrain.engine.state import RunState, build_run, payload_of
+from raytrain.engine.world import World
 from raytrain.errors import PreflightError, StorageError
 from raytrain.journal.run_folder import RunFolder
 from raytrain.memory import Kept, Memory
 from raytrain.progress import Progress
 from raytrain.saves import LEAST_S, Pace, Saves
 from raytrain.start import driver
-from raytrain.state import RunState, build_run, payload_of
 from raytrain.storage.state_file import loads
 from raytrain.storage.store import Store
 from raytrain.task import make_task
 from raytrain.worker import bring_from_memory, build_datasets, plan_of
-from raytrain.world import World
 
 DEVICES = [
     "cpu",

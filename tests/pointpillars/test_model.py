@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from raytrain.engine.sync_bn import convert_to_host_sync_batchnorm
 from raytrain.errors import ConfigError
-from raytrain.sync_bn import convert_to_host_sync_batchnorm
 from raytrain.tasks.pointpillars.anchors import encode
 from raytrain.tasks.pointpillars.model import PointPillar
 from raytrain.tasks.pointpillars.pillars import PillarLayer, scattered
@@ -155,7 +155,7 @@ def test_the_model_trains_in_channels_last_memory():
 
 
 def test_synchronised_norms_see_what_the_pillars_norm_would(monkeypatch):
-    monkeypatch.setattr("raytrain.sync_bn.all_reduce", lambda tensor: tensor)  # one process
+    monkeypatch.setattr("raytrain.engine.sync_bn.all_reduce", lambda tensor: tensor)  # one process
     layer = PillarLayer(10, 16, use_norm=True, is_last=True)
     points = torch.randn(30, 6, 10)
     wanted = copy.deepcopy(layer)(points)

@@ -9,9 +9,9 @@ from typing import Any
 
 from tasks_for_units import Draws, DrawTask
 
+from raytrain.engine.world import World
 from raytrain.feed import BatchKey, Feed
 from raytrain.progress import Plan, Progress
-from raytrain.world import World
 
 START = Progress()
 PLAN = Plan(num_samples=22, batch_size=3, virtual_workers=2, accumulate=1, num_epochs=3)

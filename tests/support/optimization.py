@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from raytrain.schedule import StepSettings
+from raytrain.engine.schedule import StepSettings
 
 OPTIMIZATION: dict[str, Any] = {
     "WEIGHT_DECAY": 0.05,

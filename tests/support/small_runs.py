@@ -12,13 +12,13 @@ from tasks_for_units import TOY
 import raytrain
 from raytrain.config.load import Config
 from raytrain.control import Control
+from raytrain.engine.world import World
 from raytrain.journal.records import read_journal
 from raytrain.launch import Result
 from raytrain.saves import Pending
 from raytrain.start import Options, find_start
 from raytrain.storage.state_file import load_weights_file
 from raytrain.worker import Outcome, run_job
-from raytrain.world import World
 
 INDEX = json.loads((TOY / "index.json").read_text())
 

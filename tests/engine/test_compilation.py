@@ -15,11 +15,11 @@ from small_runs import config, journal, notes, run_until, saved_state, train
 from tasks_for_units import Points, PointsTask
 from torch import nn
 
-from raytrain.compilation import Compilation, open_compilation
 from raytrain.config.load import Config
+from raytrain.engine.compilation import Compilation, open_compilation
+from raytrain.engine.world import World
 from raytrain.errors import TaskError
 from raytrain.launch import Result
-from raytrain.world import World
 
 __all__ = ["compiler_files_are_ours"]  # a fixture for every test here
 

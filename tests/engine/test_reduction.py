@@ -17,12 +17,12 @@ from optimization import OPTIMIZATION, settings
 from processes import Pair
 from torch import nn
 
-from raytrain import exchange
 from raytrain.board import started_at
-from raytrain.engine import Engine
+from raytrain.engine import reduction
+from raytrain.engine.engine import Engine
+from raytrain.engine.reduction import Exchange, SharedMemory, open_exchange
+from raytrain.engine.world import World
 from raytrain.errors import PreflightError, TrainingError
-from raytrain.exchange import Exchange, SharedMemory, open_exchange
-from raytrain.world import World
 
 SIZES = {torch.float32: 5000, torch.float64: 3, torch.bfloat16: 7}
 
@@ -130,15 +130,15 @@ def test_a_buffer_that_grows_on_one_rank_leaves_all_others_as_they_should_be(pai
 
 def seen_fence(rank: int) -> str:
     world = World(rank, 2, 2)
-    exchange.platform = SimpleNamespace(machine=lambda: "aarch64")  # type: ignore[assignment]
+    reduction.platform = SimpleNamespace(machine=lambda: "aarch64")  # type: ignore[assignment]
     try:
         return open_exchange({torch.float32: 8}, {}, world, "auto").kind + str(shared_turns(rank, 2, "auto", 2)[1])
     finally:
-        exchange.platform = platform
+        reduction.platform = platform
 
 
 def test_machines_with_a_weak_memory_order_share_memory_behind_fences(pair: Pair) -> None:
-    if exchange.libatomic_fence() is None:
+    if reduction.libatomic_fence() is None:
         pytest.skip("libatomic.so.1 is not here")
     first, second = pair.run(seen_fence)
     assert first == second and first.startswith("shared memory")
@@ -163,7 +163,7 @@ def test_where_one_process_cannot_share_memory_all_use_collectives(pair: Pair) -
 
 
 def test_more_processes_than_cores_never_spin(three: Pair) -> None:
-    cores = exchange.num_cpus()
+    cores = reduction.num_cpus()
     assert three.run(spins) == [cores >= 3] * 3
 
 

@@ -8,7 +8,7 @@ import timeit
 import numpy as np
 import torch
 
-from raytrain.randomness import keyed_seed, seed_all
+from raytrain.engine.randomness import keyed_seed, seed_all
 
 
 def draws() -> tuple[float, float, float]:

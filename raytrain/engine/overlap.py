@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from raytrain.engine.flat import Layout, collect, copy_all
+from raytrain.engine.reduction import Collective
 from raytrain.errors import TaskError
-from raytrain.exchange import Collective
-from raytrain.flat import Layout, collect, copy_all
 
 SEGMENT_BYTES = 25 * 2**20  # as DistributedDataParallel's buckets
 

@@ -9,18 +9,18 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from raytrain import __version__
-from raytrain.compilation import Compilation, open_compilation
 from raytrain.delivery import channels_last
-from raytrain.engine import Engine
+from raytrain.engine.compilation import Compilation, open_compilation
+from raytrain.engine.engine import Engine
+from raytrain.engine.randomness import seed_all
+from raytrain.engine.schedule import Schedule, build_schedule
+from raytrain.engine.world import World
 from raytrain.errors import CheckpointError, TaskError
 from raytrain.progress import Plan, Progress
 from raytrain.pulse import Pulse, Stragglers
-from raytrain.randomness import seed_all
-from raytrain.schedule import Schedule, build_schedule
 from raytrain.storage.checkpoint import Manifest
 from raytrain.storage.state_file import load_weights_file
 from raytrain.task import Task
-from raytrain.world import World
 
 TENSOR_BYTES = 1024  # about what a checkpoint.pth holds of a tensor besides its values: names, place, alignment
 
@@ -107,7 +107,7 @@ def synchronised_batchnorm(model: torch.nn.Module, world: World) -> torch.nn.Mod
         )
     if world.device.type == "cuda":
         return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    from raytrain.sync_bn import convert_to_host_sync_batchnorm
+    from raytrain.engine.sync_bn import convert_to_host_sync_batchnorm
 
     return convert_to_host_sync_batchnorm(model)
 

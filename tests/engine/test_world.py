@@ -8,8 +8,8 @@ import pytest
 import torch
 from processes import Pair
 
+from raytrain.engine.world import World
 from raytrain.errors import ConfigError
-from raytrain.world import World
 
 
 @pytest.mark.parametrize("virtual_workers", [1, 2, 3, 5, 8])

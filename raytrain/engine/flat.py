@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from raytrain.engine.optim import EPS, Options, checked_moments, torch_groups
+from raytrain.engine.schedule import StepSettings
 from raytrain.errors import TrainingError
-from raytrain.optim import EPS, Options, checked_moments, torch_groups
-from raytrain.schedule import StepSettings
 
 ALIGN = 16  # elements: vector loads of a view begin on a cache line
 ROW = 4096  # a norm is of the norms of rows this long; one f32 sum over 50 million squares is 0.4 % wrong

@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
+from raytrain.engine.buffers import copy_fitting, is_writable
+from raytrain.engine.flat import FlatStepper, Layout, collect, why_not_flat
+from raytrain.engine.guard import KINDS, LATE_STEPS, Guard, Late, Snapshot, Trouble, put_back
+from raytrain.engine.optim import options_of, stepped_groups
+from raytrain.engine.overlap import SEGMENT_BYTES, Overlap
+from raytrain.engine.per_parameter import TorchStepper
+from raytrain.engine.precision import Precision
+from raytrain.engine.reduction import Collective, Exchange, open_exchange
+from raytrain.engine.schedule import StepSettings
+from raytrain.engine.world import World
 from raytrain.errors import TaskError
-from raytrain.exchange import Collective, Exchange, open_exchange
-from raytrain.firsts import copy_fitting, is_writable
-from raytrain.flat import FlatStepper, Layout, collect, why_not_flat
-from raytrain.guard import KINDS, LATE_STEPS, Guard, Late, Snapshot, Trouble, put_back
-from raytrain.optim import options_of, stepped_groups
-from raytrain.overlap import SEGMENT_BYTES, Overlap
-from raytrain.precision import Precision
-from raytrain.schedule import StepSettings
-from raytrain.stepper import TorchStepper
-from raytrain.world import World
 
 MAX_WISHES = 3  # of the loop two; one is the engine's own
 
@@ -53,7 +53,7 @@ class Engine:
     Each step the gradients are copied into one flat buffer per dtype and summed over the processes.
     The loss, the ranks' wishes (stop, save) and which parameters were used ride in its tail, so
     agreeing on them costs no collective of its own. A step whose loss or gradient is not finite, or a
-    spike, changes nothing: no weight, moment, step count or buffer (guard.py).
+    spike, changes nothing: no weight, moment, step count or buffer (engine/guard.py).
 
     why_ddp: if OPTIMIZATION.ENGINE is auto and flat buffers cannot hold the model, what keeps it out
     """

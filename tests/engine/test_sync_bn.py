@@ -10,7 +10,7 @@ import torch
 from processes import Pair
 from torch import nn
 
-from raytrain.sync_bn import HostSyncBatchNorm, convert_to_host_sync_batchnorm
+from raytrain.engine.sync_bn import HostSyncBatchNorm, convert_to_host_sync_batchnorm
 
 SHAPES = {"1d": (7, 5), "1d long": (6, 5, 4), "2d": (6, 5, 3, 4), "3d": (4, 5, 2, 3, 2)}
 LAYERS = {"1d": nn.BatchNorm1d, "1d long": nn.BatchNorm1d, "2d": nn.BatchNorm2d, "3d": nn.BatchNorm3d}

@@ -11,10 +11,10 @@ from optimization import settings
 from processes import Pair
 from torch import nn
 
-from raytrain.engine import Engine
-from raytrain.precision import Precision, fp32_precisions, set_fp32_precisions, set_tf32
+from raytrain.engine.engine import Engine
+from raytrain.engine.precision import Precision, fp32_precisions, set_fp32_precisions, set_tf32
+from raytrain.engine.world import World
 from raytrain.worker import torch_put_back
-from raytrain.world import World
 
 CPU = torch.device("cpu")
 

@@ -13,11 +13,11 @@ import torch
 from optimization import OPTIMIZATION, settings
 from torch import nn
 
-from raytrain.engine import Engine
+from raytrain.engine.engine import Engine
+from raytrain.engine.flat import ROW, Layout
+from raytrain.engine.optim import options_of, parameter_groups, torch_groups
+from raytrain.engine.world import World
 from raytrain.errors import TaskError, TrainingError
-from raytrain.flat import ROW, Layout
-from raytrain.optim import options_of, parameter_groups, torch_groups
-from raytrain.world import World
 
 OPTIMIZERS = ["adam", "adamw", "sgd", "adam_onecycle", "adam_cosineanneal"]
 OPTIM = {**OPTIMIZATION, "LR": 0.02}

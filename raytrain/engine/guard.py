@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from raytrain.firsts import copy_fitting, fits
+from raytrain.engine.buffers import copy_fitting, fits
 
 KINDS = ("", "spike", "nonfinite")  # verdicts, in the order of their numbers; 0: nothing is wrong
 SPIKE, NONFINITE = 1, 2

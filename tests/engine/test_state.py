@@ -14,9 +14,7 @@ from processes import Pair
 from torch import nn
 
 from raytrain.config.load import Config, with_overrides
-from raytrain.errors import CheckpointError, ConfigError, TaskError
-from raytrain.progress import Plan, Progress
-from raytrain.state import (
+from raytrain.engine.state import (
     RunState,
     build_run,
     load_model_state,
@@ -26,9 +24,11 @@ from raytrain.state import (
     restore,
     restore_heritage,
 )
+from raytrain.engine.world import World
+from raytrain.errors import CheckpointError, ConfigError, TaskError
+from raytrain.progress import Plan, Progress
 from raytrain.storage.state_file import load_weights_file
 from raytrain.task import Task
-from raytrain.world import World
 
 PLAN = Plan(num_samples=22, batch_size=4, virtual_workers=1, accumulate=1, num_epochs=5)  # 6 steps an epoch
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # 1d, 2d, 3d and both synchronised ones
 
+from raytrain.engine.schedule import StepSettings
 from raytrain.errors import CheckpointError, ConfigError, TaskError
-from raytrain.schedule import StepSettings
 
 TWO_GROUP_OPTIMIZERS = ("adam_onecycle", "adam_cosineanneal")
 EPS = 1e-8  # torch's default, and OpenPCDet's

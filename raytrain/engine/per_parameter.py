@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from raytrain.clip import clip_gradients
-from raytrain.optim import Options, checked_moments, set_schedule, torch_optimizer
-from raytrain.schedule import StepSettings
+from raytrain.engine.clip import clip_gradients
+from raytrain.engine.optim import Options, checked_moments, set_schedule, torch_optimizer
+from raytrain.engine.schedule import StepSettings
 
 
 class TorchStepper:

@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from raytrain.engine import Engine
-from raytrain.errors import CheckpointError, ConfigError, TaskError
-from raytrain.optim import (
+from raytrain.engine.engine import Engine
+from raytrain.engine.optim import (
     options_of,
     parameter_groups,
     set_schedule,
@@ -22,11 +21,12 @@ from raytrain.optim import (
     torch_optimizer,
     unstepped_parameters,
 )
-from raytrain.schedule import StepSettings, build_schedule
-from raytrain.sync_bn import HostSyncBatchNorm
-from raytrain.world import World
+from raytrain.engine.schedule import StepSettings, build_schedule
+from raytrain.engine.sync_bn import HostSyncBatchNorm
+from raytrain.engine.world import World
+from raytrain.errors import CheckpointError, ConfigError, TaskError
 
-TOY = Path(__file__).parent / "golden" / "toy"
+TOY = Path(__file__).parents[1] / "golden" / "toy"
 INDEX = json.loads((TOY / "index.json").read_text())
 OPTIMIZERS = ["adam", "sgd", "adamw", "adam_onecycle", "adam_cosineanneal"]
 SETTINGS = StepSettings(lr=0.01, momentum=None, clip=10, weight_decay=0.01)

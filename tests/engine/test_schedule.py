@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from raytrain.config.load import Optimization
+from raytrain.engine.schedule import build_schedule
 from raytrain.errors import ConfigError
-from raytrain.schedule import build_schedule
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "schedules.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "schedules.json").read_text())
 EXACT = 1e-15  # relative
 
 

@@ -12,9 +12,9 @@ from optimization import OPTIMIZATION, settings
 from processes import Pair
 from torch import nn
 
-from raytrain.clip import clip_gradients
-from raytrain.engine import Engine, Stepped
-from raytrain.world import World
+from raytrain.engine.clip import clip_gradients
+from raytrain.engine.engine import Engine, Stepped
+from raytrain.engine.world import World
 
 OPTIM = {**OPTIMIZATION, "OPTIMIZER": "sgd", "LR": 0.1}
 VIRTUAL_WORKERS, ACCUMULATE, BATCH = 4, 2, 3

@@ -18,20 +18,20 @@ from torch import nn
 
 from raytrain import loop
 from raytrain.control import Control
-from raytrain.engine import Engine, Stepped
+from raytrain.engine.engine import Engine, Stepped
+from raytrain.engine.guard import Guard, Late, Trouble, put_back
+from raytrain.engine.optim import options_of, stepped_groups
+from raytrain.engine.per_parameter import TorchStepper
+from raytrain.engine.state import RunState, build_run
+from raytrain.engine.world import World
 from raytrain.feed import Feed
-from raytrain.guard import Guard, Late, Trouble, put_back
 from raytrain.journal.journal import Journal
 from raytrain.journal.run_folder import RunFolder
-from raytrain.optim import options_of, stepped_groups
 from raytrain.saves import Saves
-from raytrain.state import RunState, build_run
-from raytrain.stepper import TorchStepper
 from raytrain.storage.store import Store
 from raytrain.task import load_task_class
 from raytrain.trouble import culprits, described
 from raytrain.worker import build_datasets, plan_of
-from raytrain.world import World
 
 OPTIM = {**OPTIMIZATION, "LR": 0.02, "OPTIMIZER": "adamw"}
 NAN = math.nan

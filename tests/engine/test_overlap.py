@@ -12,11 +12,11 @@ from processes import Pair
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from raytrain.engine import Engine
+from raytrain.engine.engine import Engine
+from raytrain.engine.flat import Layout
+from raytrain.engine.overlap import segments_of
+from raytrain.engine.world import World
 from raytrain.errors import TaskError
-from raytrain.flat import Layout
-from raytrain.overlap import segments_of
-from raytrain.world import World
 
 # adam_onecycle: BatchNorm in a group of its own, at the end of the buffer
 OPTIM = {**OPTIMIZATION, "OPTIMIZER": "adam_onecycle", "LR": 0.02}
