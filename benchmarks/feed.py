@@ -41,8 +41,8 @@ def feed_batches(dataset: Samples, workers: int) -> Iterator[Any]:
     """One epoch of raytrain's Feed."""
     from benchmarks.workloads import Overhead
     from raytrain.config.load import Config
+    from raytrain.data.feed import Feed
     from raytrain.engine.world import World
-    from raytrain.feed import Feed
     from raytrain.progress import Plan, Progress
 
     tree = config_of(Assignment(OVERHEAD, Span(0, 1, 1), Path("unused")), ranks=1)

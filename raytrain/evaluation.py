@@ -15,11 +15,11 @@ from torch.utils.data import Subset
 
 from raytrain import loop
 from raytrain.config.load import Config, Eval, load_config, stays_below, with_overrides
+from raytrain.data.feed import Feed
 from raytrain.engine.randomness import seed_all
 from raytrain.engine.state import RunState, build_run, load_model_state
 from raytrain.engine.world import World
 from raytrain.errors import CheckpointError, ConfigError, TaskError
-from raytrain.feed import Feed
 from raytrain.gallery import pictures_of, why_not_drawn, write_pictures
 from raytrain.journal.records import strict
 from raytrain.journal.run_folder import refuse_links

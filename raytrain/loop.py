@@ -17,12 +17,12 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
+from raytrain.data.feed import BatchKey, Feed, Step
 from raytrain.engine.engine import Stepped
 from raytrain.engine.guard import LATE_STEPS
 from raytrain.engine.randomness import seed_all
 from raytrain.engine.state import RunState
 from raytrain.errors import DivergedError, RaytrainError, TaskError
-from raytrain.feed import BatchKey, Feed, Step
 from raytrain.journal.journal import Journal
 from raytrain.progress import Progress
 from raytrain.pulse import BACKWARD, CHECKPOINT, DATA, EVAL, FORWARD, REDUCE, REST

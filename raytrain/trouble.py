@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from raytrain.data.feed import Step
 from raytrain.engine.engine import is_finite
 from raytrain.engine.guard import Trouble
 from raytrain.engine.state import RunState
-from raytrain.feed import Step
 from raytrain.journal.journal import Journal
 from raytrain.task import ModelReturn
 

@@ -23,13 +23,13 @@ from raytrain import loop
 from raytrain.board import is_possible
 from raytrain.config.load import Config, dump_config
 from raytrain.control import Control, RayControl
+from raytrain.data.feed import Feed, check_dataset
 from raytrain.engine.precision import fp32_precisions, set_fp32_precisions, set_tf32
 from raytrain.engine.randomness import seed_all
 from raytrain.engine.state import RunState, build_run, load_pretrained, restore
 from raytrain.engine.world import World
 from raytrain.errors import PreflightError
 from raytrain.failure import failure_of
-from raytrain.feed import Feed, check_dataset
 from raytrain.gallery import pictures_of, why_not_drawn, write_pictures
 from raytrain.journal.journal import Journal
 from raytrain.journal.records import header_lines, model_lines

@@ -18,11 +18,11 @@ from torch.utils.data import TensorDataset
 
 from raytrain import ModelReturn, loop
 from raytrain.config.load import Config
-from raytrain.delivery import Delivery
+from raytrain.data.feed import Feed
+from raytrain.data.transfer import Delivery
 from raytrain.engine.precision import fp32_precisions
 from raytrain.engine.state import RunState, build_run
 from raytrain.engine.world import World
-from raytrain.feed import Feed
 from raytrain.launch import Result
 from raytrain.task import Task, move_to
 from raytrain.worker import build_datasets, plan_of, prepare_torch, torch_put_back

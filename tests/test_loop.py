@@ -15,10 +15,10 @@ from tasks_for_units import TOY
 
 import raytrain
 from raytrain import loop
+from raytrain.data.feed import Feed
 from raytrain.engine.state import build_run
 from raytrain.engine.world import World
 from raytrain.errors import TaskError, TrainingError
-from raytrain.feed import Feed
 from raytrain.journal.records import read_journal
 from raytrain.storage.state_file import load_weights_file
 from raytrain.task import load_task_class

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
+from raytrain.data.sampler import epoch_order, step_samples
 from raytrain.progress import Plan, Progress
-from raytrain.sampler import epoch_order, step_samples
 
 PLANS = [
     Plan(num_samples, batch_size, virtual_workers, accumulate, 3)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from raytrain.delivery import tensors_of
+from raytrain.data.transfer import tensors_of
 from raytrain.engine.world import World
 from raytrain.errors import RaytrainError
 from raytrain.task import map_tensors

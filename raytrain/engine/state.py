@@ -9,7 +9,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from raytrain import __version__
-from raytrain.delivery import channels_last
+from raytrain.data.transfer import channels_last
 from raytrain.engine.compilation import Compilation, open_compilation
 from raytrain.engine.engine import Engine
 from raytrain.engine.randomness import seed_all

@@ -18,13 +18,13 @@ from torch import nn
 
 from raytrain import loop
 from raytrain.control import Control
+from raytrain.data.feed import Feed
 from raytrain.engine.engine import Engine, Stepped
 from raytrain.engine.guard import Guard, Late, Trouble, put_back
 from raytrain.engine.optim import options_of, stepped_groups
 from raytrain.engine.per_parameter import TorchStepper
 from raytrain.engine.state import RunState, build_run
 from raytrain.engine.world import World
-from raytrain.feed import Feed
 from raytrain.journal.journal import Journal
 from raytrain.journal.run_folder import RunFolder
 from raytrain.saves import Saves

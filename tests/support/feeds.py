@@ -9,8 +9,8 @@ from typing import Any
 
 from tasks_for_units import Draws, DrawTask
 
+from raytrain.data.feed import BatchKey, Feed
 from raytrain.engine.world import World
-from raytrain.feed import BatchKey, Feed
 from raytrain.progress import Plan, Progress
 
 START = Progress()

@@ -21,9 +21,9 @@ from feeds import feed_of, whole_run
 from tasks_for_units import Draws, DrawTask
 from torch.utils.data import IterableDataset
 
+from raytrain.data.feed import BatchKey, check_dataset, check_loader_workers
 from raytrain.engine.world import World
 from raytrain.errors import DataError, LostLoaderError, PreflightError, TaskError
-from raytrain.feed import BatchKey, check_dataset, check_loader_workers
 from raytrain.progress import Plan, Progress
 
 

@@ -26,14 +26,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_convert
 
-from raytrain.delivery import Delivery
+from raytrain.data.sampler import cut, epoch_order, step_samples
+from raytrain.data.transfer import Delivery
 from raytrain.engine.randomness import random_state, seed_all
 from raytrain.engine.world import World
 from raytrain.errors import DataError, LostLoaderError, PreflightError, TaskError
 from raytrain.failure import users_traceback
 from raytrain.progress import Plan, Progress
 from raytrain.pulse import write_stacks_to
-from raytrain.sampler import cut, epoch_order, step_samples
 from raytrain.task import Task
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -299,7 +299,7 @@ def _loader_context(task_module: str) -> Any:
     A plain fork would inherit the threads and locks of a Ray worker and can deadlock (RAY.md F12).
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "raytrain.feed", task_module])
+    context.set_forkserver_preload(["torch", "raytrain.data.feed", task_module])
     return context
 
 

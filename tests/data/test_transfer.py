@@ -12,7 +12,7 @@ from small_runs import INDEX, config, run_until, saved_state, train
 from tasks_for_units import GoldenToyTask
 
 from raytrain.config.load import Config, with_overrides
-from raytrain.delivery import Delivery, channels_last
+from raytrain.data.transfer import Delivery, channels_last
 from raytrain.engine.state import build_run
 from raytrain.engine.world import World
 from raytrain.task import Task

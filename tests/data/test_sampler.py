@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DistributedSampler
 
+from raytrain.data.sampler import epoch_order, padded_order, step_samples
 from raytrain.progress import Plan
-from raytrain.sampler import epoch_order, padded_order, step_samples
 
 
 def plan_of(num_samples: int, virtual_workers: int, batch_size: int = 4, accumulate: int = 1) -> Plan:
