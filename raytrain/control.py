@@ -13,8 +13,8 @@ from typing import Any
 
 from raytrain.cluster import Mailbox, attempt
 from raytrain.journal.records import Record
+from raytrain.keeper.checkpointer import Pending
 from raytrain.progress import Progress
-from raytrain.saves import Pending
 from raytrain.storage.storage import joined
 
 POST_S = 0.2  # how often rank 0 posts to the driver and asks whether it shall stop

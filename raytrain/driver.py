@@ -11,8 +11,8 @@ from raytrain import cluster
 from raytrain.cluster import Cluster, Mailbox
 from raytrain.control import Judge, never_ends
 from raytrain.journal.records import Record
+from raytrain.keeper.watchdog import failure_by, hangs_here
 from raytrain.progress import Progress
-from raytrain.watchdog import failure_by, hangs_here
 from raytrain.worker import Job
 
 Show = Callable[[Record], None]

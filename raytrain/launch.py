@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from raytrain import board, cluster
+from raytrain import cluster
 from raytrain.budget import Budget
 from raytrain.cluster import Cluster, Mailbox
 from raytrain.config.load import Config, load_config, with_overrides
@@ -22,6 +22,7 @@ from raytrain.failure import explains_itself, failure_of, keep_traceback
 from raytrain.journal.display import Display, failure_screen
 from raytrain.journal.records import Record
 from raytrain.journal.run_folder import locked
+from raytrain.keeper import shared_memory
 from raytrain.own_cluster import is_tested
 from raytrain.resume import is_complete
 from raytrain.signals import signals_wish_stop
@@ -108,12 +109,12 @@ def launch(
             status = run_here(start, stop, show, judge) if here else run_on_ray(start, stop, show, ahead, judge)
     except BaseException:
         with contextlib.suppress(PreflightError):  # what failed is what to tell; the next launch says the rest
-            board.take_over(start.run_dir, BEREAVED_S)  # the last state it had is saved
+            shared_memory.take_over(start.run_dir, BEREAVED_S)  # the last state it had is saved
         raise
     finally:
         if display is not None:
             display.close()
-    board.take_over(start.run_dir, BEREAVED_S)
+    shared_memory.take_over(start.run_dir, BEREAVED_S)
     return result_of(start, status)
 
 

@@ -24,9 +24,9 @@ from raytrain.engine.randomness import seed_all
 from raytrain.engine.state import RunState
 from raytrain.errors import DivergedError, RaytrainError, TaskError
 from raytrain.journal.journal import Journal
+from raytrain.keeper.checkpointer import Pending, Saves
+from raytrain.keeper.heartbeat import BACKWARD, CHECKPOINT, DATA, EVAL, FORWARD, REDUCE, REST
 from raytrain.progress import Progress
-from raytrain.pulse import BACKWARD, CHECKPOINT, DATA, EVAL, FORWARD, REDUCE, REST
-from raytrain.saves import Pending, Saves
 from raytrain.storage.store import checkpoint_name
 from raytrain.task import ModelReturn, Task, move_to
 from raytrain.trouble import answer, suspects

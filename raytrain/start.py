@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from raytrain import board
 from raytrain.config.load import Config, stays_below, with_overrides
 from raytrain.errors import ConfigError, ResumeError, masked
 from raytrain.journal.run_folder import locked, refuse_links
+from raytrain.keeper import shared_memory
 from raytrain.progress import Progress
 from raytrain.resume import Origin, choose, compare
 from raytrain.storage.storage import Storage, expanded, joined, open_storage
@@ -111,9 +111,9 @@ def driver() -> tuple[Any, ...]:
     pid = os.getpid()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         pid = os.getppid()
-        while board.is_of_torchrun(pid):  # a script that torchrun starts, and that has started this command
-            pid = board.parent_of(pid)
-    return board.host(), pid, board.started_at(pid)
+        while shared_memory.is_of_torchrun(pid):  # a script that torchrun starts, and that has started this command
+            pid = shared_memory.parent_of(pid)
+    return shared_memory.host(), pid, shared_memory.started_at(pid)
 
 
 def launch_after(before: Iterable[str]) -> str:
@@ -144,7 +144,9 @@ def find_start(cfg: Config, options: Options) -> Start:
         raise ConfigError("--dashboard is Ray's, of a cluster that is started for the run; this run starts none")
     run_dir = run_dir_of(cfg)
     check_writable(open_storage(run_dir, ANSWER_S))
-    board.take_over(run_dir, patience_s=0)  # what an earlier launch still holds in memory is to be found as well
+    shared_memory.take_over(
+        run_dir, patience_s=0
+    )  # what an earlier launch still holds in memory is to be found as well
     storage = open_storage(run_dir)
     refuse_links(storage)
     store = Store(
@@ -159,7 +161,9 @@ def find_start(cfg: Config, options: Options) -> Start:
     if options.resume == "never":
         with locked(storage):  # or the checkpoints of a run that is still training would be moved away under it
             pass
-        board.take_over(run_dir, BEREAVED_S)  # one that is just dying saves its state: before, not into the new run
+        shared_memory.take_over(
+            run_dir, BEREAVED_S
+        )  # one that is just dying saves its state: before, not into the new run
         with locked(storage):
             store.clean_leftovers()  # of the old run: the new one would take what its writer has finished for its own
             start_over(store, options.overwrite)

@@ -20,13 +20,14 @@ from typing import Any
 import ray
 from ray.tune import Trainable
 
-from raytrain import board, worker
+from raytrain import worker
 from raytrain.cluster import Mailbox
 from raytrain.config.load import Config
 from raytrain.config.tree import at
 from raytrain.errors import DivergedError, RaytrainError, TaskError, masked
 from raytrain.journal.records import read_journal
 from raytrain.journal.run_folder import JOURNAL
+from raytrain.keeper import shared_memory
 from raytrain.launch import launch, silent
 from raytrain.lineage import STANDING, Lineage, Params, Standing
 from raytrain.progress import Progress
@@ -162,7 +163,7 @@ class TrialActor(Trainable):
         cfg = self.lineage.config(self.orders.cfg, self.number)
         run_dir = run_dir_of(cfg)
         storage = open_storage(run_dir)
-        board.take_over(run_dir, BEREAVED_S)  # what the training before a pause still writes and removes
+        shared_memory.take_over(run_dir, BEREAVED_S)  # what the training before a pause still writes and removes
         newest = newest_of(storage)
         if newest is None or not is_of(cfg, self.lineage.base, newest):
             Store(storage, cfg.CHECKPOINT, f"{self.orders.launch}-{time.time_ns()}").supersede(Progress(-1))

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import torch
 
 from raytrain import loop
-from raytrain.board import is_possible
 from raytrain.config.load import Config, dump_config
 from raytrain.control import Control, RayControl
 from raytrain.data.feed import Feed, check_dataset
@@ -34,12 +33,13 @@ from raytrain.gallery import pictures_of, why_not_drawn, write_pictures
 from raytrain.journal.journal import Journal
 from raytrain.journal.records import header_lines, model_lines
 from raytrain.journal.run_folder import RunFolder
-from raytrain.memory import Kept, join_keeper, keeper_begun
+from raytrain.keeper.checkpointer import Saves
+from raytrain.keeper.heartbeat import Stacks, Stragglers, watched
+from raytrain.keeper.shared_memory import is_possible
+from raytrain.keeper.snapshots import Kept, join_keeper, keeper_begun
 from raytrain.packed import unpacked
 from raytrain.progress import Plan, Progress
-from raytrain.pulse import Stacks, Stragglers, watched
 from raytrain.resume import Origin, bring, choose, compare
-from raytrain.saves import Saves
 from raytrain.storage.retry import explained
 from raytrain.storage.store import Store, checkpoint_name
 from raytrain.task import Task, make_task

@@ -32,8 +32,8 @@ from raytrain.engine.randomness import random_state, seed_all
 from raytrain.engine.world import World
 from raytrain.errors import DataError, LostLoaderError, PreflightError, TaskError
 from raytrain.failure import users_traceback
+from raytrain.keeper.heartbeat import write_stacks_to
 from raytrain.progress import Plan, Progress
-from raytrain.pulse import write_stacks_to
 from raytrain.task import Task
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -129,7 +129,9 @@ class Feed:
         self._reader: KeyedBatches | None = None
         self._wait_s = 0.0
         self.current: BatchKey | None = None
-        self.stacks_path: str | None = None  # where loader workers write their stacks when they are asked (pulse.py)
+        self.stacks_path: str | None = (
+            None  # where loader workers write their stacks when they are asked (keeper/heartbeat.py)
+        )
 
     def start(self, progress: Progress, evaluate_first: bool = False) -> None:
         """Begin to read ahead from `progress`; loader workers start here."""

@@ -16,8 +16,8 @@ from raytrain.engine.randomness import seed_all
 from raytrain.engine.schedule import Schedule, build_schedule
 from raytrain.engine.world import World
 from raytrain.errors import CheckpointError, TaskError
+from raytrain.keeper.heartbeat import Pulse, Stragglers
 from raytrain.progress import Plan, Progress
-from raytrain.pulse import Pulse, Stragglers
 from raytrain.storage.checkpoint import Manifest
 from raytrain.storage.state_file import load_weights_file
 from raytrain.task import Task

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from raytrain import __version__
-from raytrain.board import closed_in_forks
 from raytrain.errors import PreflightError, masked
 from raytrain.journal.journal import JsonlSink, LogSink, TensorBoardSink
 from raytrain.journal.records import Record, log_file_name
+from raytrain.keeper.shared_memory import closed_in_forks
 from raytrain.storage.retry import explained
 from raytrain.storage.storage import LocalStorage, Storage, open_storage
 

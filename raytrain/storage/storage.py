@@ -24,8 +24,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
-from raytrain.board import started_at
 from raytrain.errors import ConfigError, StorageError
+from raytrain.keeper.shared_memory import started_at
 from raytrain.storage.direct_io import direct, equal, holds, write_all
 from raytrain.storage.retry import PATIENCE_S, explained, patient, patiently
 

@@ -27,7 +27,7 @@ from raytrain.engine.state import RunState, build_run
 from raytrain.engine.world import World
 from raytrain.journal.journal import Journal
 from raytrain.journal.run_folder import RunFolder
-from raytrain.saves import Saves
+from raytrain.keeper.checkpointer import Saves
 from raytrain.storage.store import Store
 from raytrain.task import load_task_class
 from raytrain.trouble import culprits, described

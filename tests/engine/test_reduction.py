@@ -17,12 +17,12 @@ from optimization import OPTIMIZATION, settings
 from processes import Pair
 from torch import nn
 
-from raytrain.board import started_at
 from raytrain.engine import reduction
 from raytrain.engine.engine import Engine
 from raytrain.engine.reduction import Exchange, SharedMemory, open_exchange
 from raytrain.engine.world import World
 from raytrain.errors import PreflightError, TrainingError
+from raytrain.keeper.shared_memory import started_at
 
 SIZES = {torch.float32: 5000, torch.float64: 3, torch.bfloat16: 7}
 

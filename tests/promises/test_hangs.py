@@ -19,8 +19,9 @@ HANG_S = 8.0  # a step of these runs takes a millisecond, their first one a seco
 QUICK = """
 import time
 import torch.distributed as dist
-from raytrain import cli, pulse
-pulse.WINDOW_STEPS, pulse.WINDOW_S = 40, 0.5
+from raytrain import cli
+from raytrain.keeper import heartbeat
+heartbeat.WINDOW_STEPS, heartbeat.WINDOW_S = 40, 0.5
 dist.destroy_process_group = lambda: time.sleep(2)
 raise SystemExit(cli.main())
 """

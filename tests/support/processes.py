@@ -21,7 +21,7 @@ def keepers_of(run_uri: str) -> list[int]:
     def is_keeper(process: Path) -> bool:
         try:
             words, pid = (process / "cmdline").read_bytes().split(b"\0"), int(process.name)
-            return {b"raytrain.keeper", os.fsencode(run_uri)} <= set(words) and os.getsid(pid) != pid
+            return {b"raytrain.keeper.keeper", os.fsencode(run_uri)} <= set(words) and os.getsid(pid) != pid
         except OSError:
             return False
 

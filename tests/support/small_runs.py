@@ -14,8 +14,8 @@ from raytrain.config.load import Config
 from raytrain.control import Control
 from raytrain.engine.world import World
 from raytrain.journal.records import read_journal
+from raytrain.keeper.checkpointer import Pending
 from raytrain.launch import Result
-from raytrain.saves import Pending
 from raytrain.start import Options, find_start
 from raytrain.storage.state_file import load_weights_file
 from raytrain.worker import Outcome, run_job

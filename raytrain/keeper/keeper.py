@@ -21,14 +21,14 @@ from multiprocessing.connection import wait
 from types import SimpleNamespace
 from typing import Any
 
-from raytrain.board import Board, Line, Slots, address_of, host, is_own, started_at
 from raytrain.errors import CheckpointError, RaytrainError, StorageError
 from raytrain.journal.run_folder import JOURNAL, locked
+from raytrain.keeper.shared_memory import Board, Line, Slots, address_of, host, is_own, started_at
+from raytrain.keeper.watchdog import Watchdog
 from raytrain.progress import Progress
 from raytrain.storage.checkpoint import Manifest
 from raytrain.storage.storage import open_storage
 from raytrain.storage.store import FOLDER, Store, checkpoint_name
-from raytrain.watchdog import Watchdog
 
 TICK_S = 0.25
 GRACE_S = 30.0  # so long workers may be away while their driver lives, or lives where it cannot be seen

@@ -106,7 +106,7 @@ class Board:
         return self._words[FIRST_SLOT + slot * LINE + 5] > 0
 
     def pulse(self, place: int) -> memoryview:
-        """The words in which the worker at this place says what it is at (pulse.py)."""
+        """The words in which the worker at this place says what it is at (keeper/heartbeat.py)."""
         return self._words[FIRST_PULSE + place * PULSE_WORDS :][:PULSE_WORDS]
 
     def pulses(self) -> list[memoryview]:
@@ -301,7 +301,7 @@ def started(run_uri: str, launch: str) -> Line:
         # It leaves this process's family at once: Ray ends the children of its workers with them.
         package = str(Path(raytrain.__file__).parent.parent)
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [sys.executable, "-m", "raytrain.keeper", run_uri, launch]
+        command = [sys.executable, "-m", "raytrain.keeper.keeper", run_uri, launch]
         with subprocess.Popen(
             command,
             env={**os.environ, "PYTHONPATH": path},

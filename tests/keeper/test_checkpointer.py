@@ -20,14 +20,14 @@ from optimization import settings
 from processes import Pair, keepers_of
 from small_runs import config
 
-from raytrain import board
 from raytrain.engine.state import RunState, build_run, payload_of
 from raytrain.engine.world import World
 from raytrain.errors import PreflightError, StorageError
 from raytrain.journal.run_folder import RunFolder
-from raytrain.memory import Kept, Memory
+from raytrain.keeper import shared_memory
+from raytrain.keeper.checkpointer import LEAST_S, Pace, Saves
+from raytrain.keeper.snapshots import Kept, Memory
 from raytrain.progress import Progress
-from raytrain.saves import LEAST_S, Pace, Saves
 from raytrain.start import driver
 from raytrain.storage.state_file import loads
 from raytrain.storage.store import Store
@@ -156,7 +156,7 @@ def test_memory_is_bounded_by_four_states(scene: Scene) -> None:
         scene.saves.after_step(scene.run)
     assert scene.kept.newest is not None and scene.kept.newest.step >= 7
     assert scene.kept.slots is not None
-    assert len(scene.kept.slots.memory) == board.SLOTS * scene.kept.slots.slot_bytes
+    assert len(scene.kept.slots.memory) == shared_memory.SLOTS * scene.kept.slots.slot_bytes
     os.kill(scene.keeper, signal.SIGCONT)
     scene.saves.settle()
 
@@ -219,7 +219,7 @@ def test_the_state_that_a_dead_launch_had_in_memory_is_saved_before_another_begi
         monkeypatch.context() as patched,
         pytest.raises(PreflightError, match="another run is training in this folder"),
     ):
-        patched.setattr("raytrain.memory.TAKE_OVER_S", 0.3)
+        patched.setattr("raytrain.keeper.snapshots.TAKE_OVER_S", 0.3)
         Kept(first.uri, "20260102-b")
     first.kept.close()
     second = Kept(first.uri, "20260102-b")
@@ -228,9 +228,9 @@ def test_the_state_that_a_dead_launch_had_in_memory_is_saved_before_another_begi
 
 
 def test_a_keeper_that_is_stopped_is_named_instead_of_waited_for(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(board, "ANSWER_S", 0.1)
+    monkeypatch.setattr(shared_memory, "ANSWER_S", 0.1)
     os.kill(scene.keeper, signal.SIGSTOP)
-    for ask in (lambda: board.take_over(scene.uri, 0.0), lambda: Kept(scene.uri, "20260102-b")):
+    for ask in (lambda: shared_memory.take_over(scene.uri, 0.0), lambda: Kept(scene.uri, "20260102-b")):
         with pytest.raises(PreflightError, match=rf"{scene.keeper}, .* is stopped .* `kill -CONT {scene.keeper}`"):
             ask()
     os.kill(scene.keeper, signal.SIGCONT)
@@ -298,7 +298,7 @@ def test_states_are_kept_so_often_that_it_takes_its_share_of_the_time_and_no_mor
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 0.0
-    monkeypatch.setattr("raytrain.saves.time.perf_counter", lambda: now)
+    monkeypatch.setattr("raytrain.keeper.checkpointer.time.perf_counter", lambda: now)
 
     def kept(step_s: float, cost_s: float, every: Any, steps: int = 2000) -> int:
         nonlocal now
@@ -320,7 +320,7 @@ def test_states_are_kept_so_often_that_it_takes_its_share_of_the_time_and_no_mor
 
 def test_a_copy_that_was_held_up_once_does_not_put_the_next_ones_off(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("raytrain.saves.time.perf_counter", lambda: now)
+    monkeypatch.setattr("raytrain.keeper.checkpointer.time.perf_counter", lambda: now)
     for held_up in (1, 10):
         pace, kept_at = Pace(0.01), []
         for step in range(1, 31):
@@ -402,18 +402,18 @@ def test_the_end_of_an_epoch_that_nobody_saves_stands_in_memory(scene: Scene) ->
     scene.run.progress = Progress(1, 0, 7)
     assert not scene.saves.after_step(scene.run)  # the loop does not know yet whether it is saved
     assert scene.saves.after_epoch(scene.run)
-    assert board.held(scene.uri) == Progress(1, 0, 7)
+    assert shared_memory.held(scene.uri) == Progress(1, 0, 7)
 
 
 def test_a_keeper_that_dies_has_a_successor_within_a_second(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     scene.stand_at(1)
     assert scene.saves.after_step(scene.run)
     first = scene.keeper
-    monkeypatch.setattr("raytrain.saves.HEAR_S", 0.0)
+    monkeypatch.setattr("raytrain.keeper.checkpointer.HEAR_S", 0.0)
     os.kill(first, signal.SIGKILL)
     scene.stand_at(2)
     wait_for(lambda: scene.saves.after_step(scene.run) and keepers_of(scene.uri) not in ([], [first]), "another one")
-    assert board.held(scene.uri) == Progress(0, 2, 2)
+    assert shared_memory.held(scene.uri) == Progress(0, 2, 2)
 
 
 def test_a_clock_that_is_set_back_holds_up_no_save(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from raytrain.board import PULSE_WORDS, Board, Line, started_at
+from raytrain.keeper.shared_memory import PULSE_WORDS, Board, Line, started_at
 
 PHASES = ("rest", "data", "forward", "backward", "reduce", "checkpoint", "eval")
 REST, DATA, FORWARD, BACKWARD, REDUCE, CHECKPOINT, EVAL = range(len(PHASES))

@@ -1,7 +1,7 @@
 """How a run's state is kept while it trains: in memory step by step, on the storage now and then.
 
-The loop waits only while its state is copied to memory that the keeper (keeper.py) has mapped too. To hash, write,
-read back and tidy up is the keeper's, in a process of its own.
+The loop waits only while its state is copied to memory that the keeper (keeper/keeper.py) has mapped too. To hash,
+write, read back and tidy up is the keeper's, in a process of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from raytrain.engine.state import RunState, manifest_of, payload_of
 from raytrain.errors import CheckpointError, RaytrainError, StorageError
-from raytrain.memory import WITHOUT, Kept, Memory, TooSmall
+from raytrain.keeper.snapshots import WITHOUT, Kept, Memory, TooSmall
 from raytrain.progress import Progress
 from raytrain.storage.checkpoint import Manifest
 from raytrain.storage.state_file import dumps

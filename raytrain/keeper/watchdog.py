@@ -17,11 +17,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from raytrain.board import PULSE_WORDS, PULSES, Board, Line, asked, started_at
 from raytrain.errors import EXIT_FAILED
 from raytrain.failure import is_ours, is_users
-from raytrain.pulse import BEAT_NS, DUMP, PHASES, REDUCE, REST, STEP
-from raytrain.pulse import PHASE as PHASE_WORD
+from raytrain.keeper.heartbeat import BEAT_NS, DUMP, PHASES, REDUCE, REST, STEP
+from raytrain.keeper.heartbeat import PHASE as PHASE_WORD
+from raytrain.keeper.shared_memory import PULSE_WORDS, PULSES, Board, Line, asked, started_at
 from raytrain.storage.storage import open_storage
 
 LOOK_S = 0.5

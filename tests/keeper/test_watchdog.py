@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from raytrain.board import Board, started_at
-from raytrain.pulse import DATA, FORWARD, PHASE, REDUCE, STEP
-from raytrain.watchdog import Watchdog
+from raytrain.keeper.heartbeat import DATA, FORWARD, PHASE, REDUCE, STEP
+from raytrain.keeper.shared_memory import Board, started_at
+from raytrain.keeper.watchdog import Watchdog
 
 TIMEOUT_S = 1.0
 
