@@ -90,7 +90,8 @@ def is_users(file: str) -> bool:
 
 
 def is_ours(file: str) -> bool:
-    return Path(file).parent == HERE  # what lies in tasks/ is the user's
+    path = Path(file)
+    return path.is_relative_to(HERE) and not path.is_relative_to(HERE / "tasks")  # what lies there is the user's
 
 
 def _is_library(file: str) -> bool:

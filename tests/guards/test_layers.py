@@ -143,7 +143,7 @@ def tree(name: str) -> ast.Module:
 def imports(name: str) -> Iterator[tuple[int, str]]:
     """(line, dotted name) of each import in a module, those inside functions too.
 
-    `from raytrain.loop import train_model` gives raytrain.loop; `from raytrain import loop` gives raytrain.loop too.
+    `from raytrain.loop import x` gives raytrain.loop; `from raytrain import loop` gives it too.
     """
     for node in ast.walk(tree(name)):
         if isinstance(node, ast.Import):
