@@ -12,16 +12,16 @@ _HOMES = {
     "Config": "raytrain.config.load",
     "load_config": "raytrain.config.load",
     "train": "raytrain.launch",
-    "evaluate": "raytrain.evaluation",
+    "evaluate": "raytrain.training.evaluate",
     "Result": "raytrain.launch",
 }
 __all__ = ["Config", "ModelReturn", "Result", "Task", "evaluate", "load_config", "train"]
 
 if TYPE_CHECKING:
     from raytrain.config.load import Config, load_config
-    from raytrain.evaluation import evaluate
     from raytrain.launch import Result, train
     from raytrain.task import ModelReturn, Task
+    from raytrain.training.evaluate import evaluate
 
 
 def __getattr__(name: str) -> Any:

@@ -317,7 +317,7 @@ def run_train(args: argparse.Namespace) -> int:
 
 def train_as_asked(cfg: Any, options: dict[str, Any]) -> Any:
     """The run on Ray, or in this process; how it ended. A cluster for it starts while torch is imported."""
-    from raytrain.signals import signals_wish_stop
+    from raytrain.training.signals import signals_wish_stop
 
     with contextlib.ExitStack() as stack:
         stop, ahead = stack.enter_context(signals_wish_stop()), None
@@ -326,7 +326,7 @@ def train_as_asked(cfg: Any, options: dict[str, Any]) -> Any:
 
             ahead = stack.enter_context(starting(None, dashboard=options["dashboard"], scale=cfg.SCALE))
         from raytrain.launch import launch
-        from raytrain.start import Options
+        from raytrain.training.preflight import Options
 
         return launch(cfg, Options(**options), stop=stop, ahead=ahead)
 
@@ -353,8 +353,8 @@ def train_with_torchrun(cfg: Any, args: argparse.Namespace, options: dict[str, A
         raise ConfigError(
             f"--num_workers {args.num_workers}, but torchrun has started {size} processes; leave the flag out"
         )
-    from raytrain.start import Options
     from raytrain.torchrun import launch_here
+    from raytrain.training.preflight import Options
 
     return launch_here(with_overrides(cfg, ["SCALE.NUM_WORKERS", size]), Options(**options))
 
@@ -362,7 +362,7 @@ def train_with_torchrun(cfg: Any, args: argparse.Namespace, options: dict[str, A
 def run_tune(args: argparse.Namespace) -> int:
     cfg = load(args)
     from raytrain.cluster import starting_for_trials
-    from raytrain.signals import signals_wish_stop
+    from raytrain.training.signals import signals_wish_stop
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(signals_wish_stop())
@@ -381,8 +381,8 @@ def run_tune(args: argparse.Namespace) -> int:
 
 def run_eval(args: argparse.Namespace) -> int:
     cfg = load(args)
-    from raytrain.evaluation import evaluate
     from raytrain.journal.display import metric_lines
+    from raytrain.training.evaluate import evaluate
 
     evaluation = evaluate(
         cfg, args.ckpt, eval_tag=args.eval_tag, batch_size=args.batch_size, save_predictions=args.save_to_file
@@ -402,7 +402,7 @@ def run_eval(args: argparse.Namespace) -> int:
 
 def run_view(args: argparse.Namespace) -> int:
     cfg = load(args)
-    from raytrain.evaluation import view
+    from raytrain.training.evaluate import view
 
     seen = view(cfg, args.ckpt, count=args.count)
     say(seen.checkpoint or "no checkpoint: the data alone")
@@ -436,9 +436,9 @@ def run_checkpoints(args: argparse.Namespace) -> int:
     cfg = load(args) if args.cfg_file is not None else None
     from rich.console import Console
 
-    from raytrain.listing import check_run_folder, rendered, shown_on, survey
-    from raytrain.start import run_dir_of
     from raytrain.storage.storage import open_storage
+    from raytrain.training.checkpoints import check_run_folder, rendered, shown_on, survey
+    from raytrain.training.preflight import run_dir_of
 
     console = Console()
     if not console.is_terminal:

@@ -9,11 +9,11 @@ from typing import Any
 
 from raytrain import cluster
 from raytrain.cluster import Cluster, Mailbox
-from raytrain.control import Judge, never_ends
 from raytrain.journal.records import Record
 from raytrain.keeper.watchdog import failure_by, hangs_here
 from raytrain.progress import Progress
-from raytrain.worker import Job
+from raytrain.training.control import Judge, never_ends
+from raytrain.training.worker import Job
 
 Show = Callable[[Record], None]
 

@@ -14,7 +14,6 @@ from raytrain import cluster
 from raytrain.budget import Budget
 from raytrain.cluster import Cluster, Mailbox
 from raytrain.config.load import Config, load_config, with_overrides
-from raytrain.control import Judge, LocalControl, never_ends
 from raytrain.driver import Fit, Inbox, Show, say
 from raytrain.engine.world import World
 from raytrain.errors import DivergedError, PreflightError, RaytrainError, TrainingError
@@ -24,12 +23,13 @@ from raytrain.journal.records import Record
 from raytrain.journal.run_folder import locked
 from raytrain.keeper import shared_memory
 from raytrain.own_cluster import is_tested
-from raytrain.resume import is_complete
-from raytrain.signals import signals_wish_stop
-from raytrain.start import Options, Start, find_start
 from raytrain.storage.storage import open_storage, parent_and_name
 from raytrain.task import load_task_class
-from raytrain.worker import Job, device_here, run_job, torch_put_back, train_loop_per_worker
+from raytrain.training.control import Judge, LocalControl, never_ends
+from raytrain.training.preflight import Options, Start, find_start
+from raytrain.training.resume import is_complete
+from raytrain.training.signals import signals_wish_stop
+from raytrain.training.worker import Job, device_here, run_job, torch_put_back, train_loop_per_worker
 
 BEREAVED_S = 15.0  # so long workers of a run that has failed may take to die
 
@@ -243,7 +243,7 @@ def worker_callbacks(launch_id: str) -> list[Any]:
 
     class StopOnSignal(WorkerCallback):
         def after_init_train_context(self) -> None:
-            from raytrain.control import stop_on_signal
+            from raytrain.training.control import stop_on_signal
 
             stop_on_signal(launch_id)
 

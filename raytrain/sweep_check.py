@@ -10,12 +10,12 @@ import torch
 from raytrain.config.load import Config
 from raytrain.engine.randomness import seed_all
 from raytrain.errors import ConfigError
-from raytrain.loop import checked_metrics, predictions_of
 from raytrain.packed import are_the_same_for_all, built_and_packed
 from raytrain.progress import Plan
 from raytrain.space import objective, workers_of_trial
 from raytrain.task import Task, make_task
-from raytrain.worker import build_datasets, torch_put_back
+from raytrain.training.loop import checked_metrics, predictions_of
+from raytrain.training.worker import build_datasets, torch_put_back
 
 FEW = 2000  # validation samples that an untrained model is scored on here; of more the first trial's evaluation tells
 

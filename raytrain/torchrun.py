@@ -13,18 +13,18 @@ import torch
 import torch.distributed as dist
 
 from raytrain.config.load import Config
-from raytrain.control import LocalControl
 from raytrain.engine.world import World
 from raytrain.errors import ConfigError, PreflightError, RaytrainError, TrainingError
 from raytrain.failure import failure_of, lost_another
 from raytrain.journal.display import Display
 from raytrain.keeper.watchdog import failure_by, hangs_here
 from raytrain.launch import Result, as_seen, result_of, silent
-from raytrain.resume import is_complete
-from raytrain.signals import signals_wish_stop
-from raytrain.start import Options, Start, find_start
 from raytrain.task import load_task_class
-from raytrain.worker import Job, device_here, redirect_output, run_job
+from raytrain.training.control import LocalControl
+from raytrain.training.preflight import Options, Start, find_start
+from raytrain.training.resume import is_complete
+from raytrain.training.signals import signals_wish_stop
+from raytrain.training.worker import Job, device_here, redirect_output, run_job
 
 
 def launch_here(cfg: Config, options: Options) -> Result:

@@ -20,7 +20,6 @@ from typing import Any
 import ray
 from ray.tune import Trainable
 
-from raytrain import worker
 from raytrain.cluster import Mailbox
 from raytrain.config.load import Config
 from raytrain.config.tree import at
@@ -31,10 +30,11 @@ from raytrain.keeper import shared_memory
 from raytrain.launch import launch, silent
 from raytrain.lineage import STANDING, Lineage, Params, Standing
 from raytrain.progress import Progress
-from raytrain.start import BEREAVED_S, Options, run_dir_of
 from raytrain.storage.checkpoint import PAYLOAD, write_checkpoint
 from raytrain.storage.storage import Storage, open_storage
 from raytrain.storage.store import FOLDER, Saved, Store, newest_verified, verified
+from raytrain.training import worker
+from raytrain.training.preflight import BEREAVED_S, Options, run_dir_of
 
 DIVERGED = "diverged"  # why a trial failed whose losses, gradients or weights did not stay finite
 POLL_S = 0.2  # how often it is looked whether the sweep shall stop

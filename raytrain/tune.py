@@ -30,14 +30,14 @@ from raytrain.ledger import LEDGER, SweepView, TrialView, trial_folder
 from raytrain.own_cluster import is_tested
 from raytrain.schedulers import POPULATIONS, Controller, Terms, build_scheduler
 from raytrain.search import GridSearch, Search, Told, build_search
-from raytrain.signals import signals_wish_stop
 from raytrain.space import objective, sweep_seed, workers_of_trial
-from raytrain.start import ANSWER_S, check_writable, launch_after, run_dir_of, search_path
 from raytrain.storage.storage import joined, open_storage
 from raytrain.sweep import BEST, Sweep, check_same
 from raytrain.sweep_check import Prospect, look_ahead
 from raytrain.sweep_report import HTML, write_report
 from raytrain.task import load_task_class
+from raytrain.training.preflight import ANSWER_S, check_writable, launch_after, run_dir_of, search_path
+from raytrain.training.signals import signals_wish_stop
 from raytrain.trial import DIVERGED, Orders, TrialActor
 
 TUNES_FOLDER = "tune"  # what Ray Tune keeps for itself; a sweep is resumed from its ledger, so it goes with the launch

@@ -213,7 +213,7 @@ def test_a_failing_evaluation_shows_the_users_own_traceback(folder: Path, capsys
     assert main(shlex.split("eval --cfg_file run.yaml --set TASK bad_tasks:ScoreRaises")) == 1
     error = capsys.readouterr().err
     assert error.startswith("raytrain: The evaluation failed on rank 0\n")
-    assert "in score" in error and "raytrain/loop.py" not in error
+    assert "in score" in error and "raytrain/training/loop.py" not in error
 
 
 # What is loaded before it is needed

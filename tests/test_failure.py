@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain import loop
 from raytrain.errors import CheckpointError, ConfigError, DataError, TrainingError
 from raytrain.failure import failure_of, keep_traceback, users_traceback
 from raytrain.journal.display import failure_screen
 from raytrain.task import Task, load_task_class
+from raytrain.training import loop
 
 
 def raised_by(call: Callable[..., Any], *args: Any) -> BaseException:
@@ -52,7 +52,7 @@ def test_a_traceback_begins_at_the_users_first_line() -> None:
     lines = users_traceback(failed_prediction()).split("\n")
     assert lines[0] == "Traceback (most recent call last):"
     assert "test_failure.py" in lines[1] and lines[1].endswith("in predict")
-    assert not any("raytrain/loop.py" in line or "concurrent" in line for line in lines)
+    assert not any("raytrain/training/loop.py" in line or "concurrent" in line for line in lines)
     text = "\n".join(lines)
     assert text.index("in predict") < text.index("_call_impl") < text.index("users_forward()")
     assert lines[-1] == "RuntimeError: mat1 and mat2 shapes cannot be multiplied"
@@ -148,7 +148,7 @@ def test_a_failure_fits_a_screen_with_rank_step_and_the_users_line() -> None:
 def test_the_whole_traceback_is_kept_in_a_file(tmp_path: Path) -> None:
     error = failed_prediction()
     kept = keep_traceback(error, str(tmp_path))
-    assert "raytrain/loop.py" in Path(kept).read_text() and "users_forward()" in Path(kept).read_text()
+    assert "raytrain/training/loop.py" in Path(kept).read_text() and "users_forward()" in Path(kept).read_text()
     assert keep_traceback(error, "s3://bucket/run") == ""
     (tmp_path / "file").write_text("")
     assert keep_traceback(error, str(tmp_path / "file")) == ""

@@ -16,7 +16,7 @@ from small_runs import config, journal, notes, run_until, saved_state, train
 from tasks_for_units import PointsTask, ToyNet
 from torch.utils.data import TensorDataset
 
-from raytrain import ModelReturn, loop
+from raytrain import ModelReturn
 from raytrain.config.load import Config
 from raytrain.data.feed import Feed
 from raytrain.data.transfer import Delivery
@@ -25,7 +25,8 @@ from raytrain.engine.state import RunState, build_run
 from raytrain.engine.world import World
 from raytrain.launch import Result
 from raytrain.task import Task, move_to
-from raytrain.worker import build_datasets, plan_of, prepare_torch, torch_put_back
+from raytrain.training import loop
+from raytrain.training.worker import build_datasets, plan_of, prepare_torch, torch_put_back
 
 __all__ = ["compiler_files_are_ours"]  # a fixture for every test here
 

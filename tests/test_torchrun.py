@@ -136,7 +136,7 @@ def test_a_sigterm_to_torchrun_stops_the_run_with_its_state_saved(tmp_path: Path
 
 
 def test_what_keeps_a_run_going_is_torchrun_also_where_a_script_stands_between() -> None:
-    code = f"{sys.executable} -c 'from raytrain.start import driver; print(driver()[1])'; true"
+    code = f"{sys.executable} -c 'from raytrain.training.preflight import driver; print(driver()[1])'; true"
     env = {**os.environ, "TORCHELASTIC_RUN_ID": "a"}
     told = subprocess.run(["bash", "-c", f'bash -c "{code}"; true'], env=env, capture_output=True, text=True)
     assert int(told.stdout) == os.getpid(), told.stderr  # in place of torchrun, in whose environment it is not

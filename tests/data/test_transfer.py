@@ -16,7 +16,7 @@ from raytrain.data.transfer import Delivery, channels_last
 from raytrain.engine.state import build_run
 from raytrain.engine.world import World
 from raytrain.task import Task
-from raytrain.worker import plan_of
+from raytrain.training.worker import plan_of
 
 CPU = torch.device("cpu")
 SGD, ADAM = INDEX["sgd_clip10_f64"]["optim_cfg"], INDEX["adam_onecycle_clip10_f64"]["optim_cfg"]

@@ -16,8 +16,6 @@ from processes import Pair
 from small_runs import config
 from torch import nn
 
-from raytrain import loop
-from raytrain.control import Control
 from raytrain.data.feed import Feed
 from raytrain.engine.engine import Engine, Stepped
 from raytrain.engine.guard import Guard, Late, Trouble, put_back
@@ -30,8 +28,10 @@ from raytrain.journal.run_folder import RunFolder
 from raytrain.keeper.checkpointer import Saves
 from raytrain.storage.store import Store
 from raytrain.task import load_task_class
-from raytrain.trouble import culprits, described
-from raytrain.worker import build_datasets, plan_of
+from raytrain.training import loop
+from raytrain.training.bad_steps import culprits, described
+from raytrain.training.control import Control
+from raytrain.training.worker import build_datasets, plan_of
 
 OPTIM = {**OPTIMIZATION, "LR": 0.02, "OPTIMIZER": "adamw"}
 NAN = math.nan

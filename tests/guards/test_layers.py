@@ -52,7 +52,7 @@ ORDER = [
     "journal/display",
     "task",
     "engine/world",
-    "gallery",
+    "training/pictures",
     "data/transfer",
     "data/feed",
     "engine/buffers",
@@ -64,27 +64,27 @@ ORDER = [
     "engine/state",
     "keeper/snapshots",
     "keeper/checkpointer",
-    "trouble",
-    "loop",
-    "resume",
-    "listing",
+    "training/bad_steps",
+    "training/loop",
+    "training/resume",
+    "training/checkpoints",
     "advice",
     "sweep_display",
     "sweep_report",
-    "signals",
+    "training/signals",
     "own_cluster",
     "cluster",
-    "control",
+    "training/control",
     "packed",
-    "worker",
+    "training/worker",
     "ahead",
-    "start",
+    "training/preflight",
     "lean",
     "meeting",
     "driver",
     "launch",
     "torchrun",
-    "evaluation",
+    "training/evaluate",
     "lineage",
     "sweep_check",
     "sweep",
@@ -96,7 +96,7 @@ ORDER = [
     "__main__",
 ]
 RAY_AT = {
-    *("own_cluster", "cluster", "control", "worker", "ahead", "lean", "meeting", "driver", "launch"),
+    *("own_cluster", "cluster", "training/control", "training/worker", "ahead", "lean", "meeting", "driver", "launch"),
     *("schedulers", "trial", "ahead_of_trials", "tune"),
 }
 CONFIG = {"config/yaml_tree", "config/schema", "config/overrides", "config/tree", "config/sweep", "config/load"}
@@ -124,9 +124,19 @@ WITHOUT_TORCH = {
     "ledger",
     "advice",
     "sweep_display",
-    "listing",
+    "training/checkpoints",
 }
-FROM_THE_START = {"errors", "progress", "config/load", "task", "loop", "worker", "launch", "cluster", "cli"}
+FROM_THE_START = {
+    "errors",
+    "progress",
+    "config/load",
+    "task",
+    "training/loop",
+    "training/worker",
+    "launch",
+    "cluster",
+    "cli",
+}
 
 MODULES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix(): path
@@ -143,7 +153,7 @@ def tree(name: str) -> ast.Module:
 def imports(name: str) -> Iterator[tuple[int, str]]:
     """(line, dotted name) of each import in a module, those inside functions too.
 
-    `from raytrain.loop import x` gives raytrain.loop; `from raytrain import loop` gives it too.
+    `from raytrain.training.loop import x` gives raytrain.training.loop; `from raytrain import loop` gives it too.
     """
     for node in ast.walk(tree(name)):
         if isinstance(node, ast.Import):
@@ -193,8 +203,12 @@ def test_pure_modules_do_without_torch(name):
 
 
 def test_the_loop_draws_no_bar_opens_no_file_and_prints_nothing():
-    assert not offenders("loop", {"ray", "tqdm", "rich", "tensorboardX", "pathlib", "os", "logging"})
-    calls = [node.func.id for node in ast.walk(tree("loop")) if isinstance(node, ast.Call) and hasattr(node.func, "id")]
+    assert not offenders("training/loop", {"ray", "tqdm", "rich", "tensorboardX", "pathlib", "os", "logging"})
+    calls = [
+        node.func.id
+        for node in ast.walk(tree("training/loop"))
+        if isinstance(node, ast.Call) and hasattr(node.func, "id")
+    ]
     assert not {"open", "print", "input"} & set(calls)
 
 

@@ -28,11 +28,11 @@ from raytrain.keeper import shared_memory
 from raytrain.keeper.checkpointer import LEAST_S, Pace, Saves
 from raytrain.keeper.snapshots import Kept, Memory
 from raytrain.progress import Progress
-from raytrain.start import driver
 from raytrain.storage.state_file import loads
 from raytrain.storage.store import Store
 from raytrain.task import make_task
-from raytrain.worker import bring_from_memory, build_datasets, plan_of
+from raytrain.training.preflight import driver
+from raytrain.training.worker import bring_from_memory, build_datasets, plan_of
 
 DEVICES = [
     "cpu",

@@ -24,9 +24,9 @@ from raytrain import driver, launch
 from raytrain.config.load import Config
 from raytrain.errors import TrainingError
 from raytrain.journal.records import Record, read_journal
-from raytrain.start import Options
 from raytrain.storage.state_file import load_weights_file
 from raytrain.storage.storage import open_storage
+from raytrain.training.preflight import Options
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
@@ -103,7 +103,7 @@ def test_a_rank_that_fails_is_one_screen_with_rank_step_and_the_users_own_lines(
     log = tmp_path / "run" / "default" / "logs" / "rank_1.log"
     for part in ("rank 1", "step 7", "epoch", "explode(batch[0])", "RuntimeError: no anchors for 4 points", str(log)):
         assert part in screen, screen
-    assert "raytrain/loop.py" not in screen and "ray/train" not in screen
+    assert "raytrain/training/loop.py" not in screen and "ray/train" not in screen
     assert "RuntimeError: no anchors for 4 points" in log.read_text()
 
 

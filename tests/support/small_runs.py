@@ -11,14 +11,14 @@ from tasks_for_units import TOY
 
 import raytrain
 from raytrain.config.load import Config
-from raytrain.control import Control
 from raytrain.engine.world import World
 from raytrain.journal.records import read_journal
 from raytrain.keeper.checkpointer import Pending
 from raytrain.launch import Result
-from raytrain.start import Options, find_start
 from raytrain.storage.state_file import load_weights_file
-from raytrain.worker import Outcome, run_job
+from raytrain.training.control import Control
+from raytrain.training.preflight import Options, find_start
+from raytrain.training.worker import Outcome, run_job
 
 INDEX = json.loads((TOY / "index.json").read_text())
 

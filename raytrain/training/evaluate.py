@@ -13,24 +13,24 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
-from raytrain import loop
 from raytrain.config.load import Config, Eval, load_config, stays_below, with_overrides
 from raytrain.data.feed import Feed
 from raytrain.engine.randomness import seed_all
 from raytrain.engine.state import RunState, build_run, load_model_state
 from raytrain.engine.world import World
 from raytrain.errors import CheckpointError, ConfigError, TaskError
-from raytrain.gallery import pictures_of, why_not_drawn, write_pictures
 from raytrain.journal.records import strict
 from raytrain.journal.run_folder import refuse_links
 from raytrain.launch import explained
 from raytrain.progress import Progress
-from raytrain.resume import load_origin, origin_at
-from raytrain.start import run_dir_of
 from raytrain.storage.storage import Storage, open_storage
 from raytrain.storage.store import Store
 from raytrain.task import Task, make_task
-from raytrain.worker import build_datasets, device_here, plan_of, prepare_torch, torch_put_back
+from raytrain.training import loop
+from raytrain.training.pictures import pictures_of, why_not_drawn, write_pictures
+from raytrain.training.preflight import run_dir_of
+from raytrain.training.resume import load_origin, origin_at
+from raytrain.training.worker import build_datasets, device_here, plan_of, prepare_torch, torch_put_back
 
 
 @dataclasses.dataclass(frozen=True)

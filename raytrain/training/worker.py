@@ -19,9 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from raytrain import loop
 from raytrain.config.load import Config, dump_config
-from raytrain.control import Control, RayControl
 from raytrain.data.feed import Feed, check_dataset
 from raytrain.engine.precision import fp32_precisions, set_fp32_precisions, set_tf32
 from raytrain.engine.randomness import seed_all
@@ -29,7 +27,6 @@ from raytrain.engine.state import RunState, build_run, load_pretrained, restore
 from raytrain.engine.world import World
 from raytrain.errors import PreflightError
 from raytrain.failure import failure_of
-from raytrain.gallery import pictures_of, why_not_drawn, write_pictures
 from raytrain.journal.journal import Journal
 from raytrain.journal.records import header_lines, model_lines
 from raytrain.journal.run_folder import RunFolder
@@ -39,10 +36,13 @@ from raytrain.keeper.shared_memory import is_possible
 from raytrain.keeper.snapshots import Kept, join_keeper, keeper_begun
 from raytrain.packed import unpacked
 from raytrain.progress import Plan, Progress
-from raytrain.resume import Origin, bring, choose, compare
 from raytrain.storage.retry import explained
 from raytrain.storage.store import Store, checkpoint_name
 from raytrain.task import Task, make_task
+from raytrain.training import loop
+from raytrain.training.control import Control, RayControl
+from raytrain.training.pictures import pictures_of, why_not_drawn, write_pictures
+from raytrain.training.resume import Origin, bring, choose, compare
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,10 @@ import raytrain
 from raytrain import cli
 from raytrain.config.load import Config
 from raytrain.errors import TaskError, TrainingError
-from raytrain.evaluation import view
-from raytrain.gallery import pictures_of, why_not_drawn
 from raytrain.journal.records import read_journal
 from raytrain.storage.storage import open_storage
+from raytrain.training.evaluate import view
+from raytrain.training.pictures import pictures_of, why_not_drawn
 
 
 def config(output: Path | str, task: str, **sections: Any) -> Config:

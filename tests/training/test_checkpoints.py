@@ -15,13 +15,13 @@ import torch
 from raytrain.cli import main
 from raytrain.config.load import Checkpoint
 from raytrain.errors import CheckpointError
-from raytrain.listing import Survey, age, size, survey
 from raytrain.progress import Progress
-from raytrain.resume import choose
 from raytrain.storage.checkpoint import WORLD, Manifest
 from raytrain.storage.state_file import dumps
 from raytrain.storage.storage import LocalStorage, Storage, open_storage
 from raytrain.storage.store import Store
+from raytrain.training.checkpoints import Survey, age, size, survey
+from raytrain.training.resume import choose
 
 CONFIG = {"CHECKPOINT": {"METRIC": "accuracy", "KEEP_BEST": 1}, "OPTIMIZATION": {"NUM_EPOCHS": 50}}
 NOW = 1_800_000_000.0

@@ -14,7 +14,6 @@ from small_runs import INDEX, Watched, config, journal, run_until, saved_state, 
 from tasks_for_units import TOY
 
 import raytrain
-from raytrain import loop
 from raytrain.data.feed import Feed
 from raytrain.engine.state import build_run
 from raytrain.engine.world import World
@@ -22,7 +21,8 @@ from raytrain.errors import TaskError, TrainingError
 from raytrain.journal.records import read_journal
 from raytrain.storage.state_file import load_weights_file
 from raytrain.task import load_task_class
-from raytrain.worker import build_datasets, plan_of
+from raytrain.training import loop
+from raytrain.training.worker import build_datasets, plan_of
 
 # The heritage's numbers
 

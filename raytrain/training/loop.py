@@ -29,7 +29,7 @@ from raytrain.keeper.heartbeat import BACKWARD, CHECKPOINT, DATA, EVAL, FORWARD,
 from raytrain.progress import Progress
 from raytrain.storage.store import checkpoint_name
 from raytrain.task import ModelReturn, Task, move_to
-from raytrain.trouble import answer, suspects
+from raytrain.training.bad_steps import answer, suspects
 
 
 class Control(Protocol):

@@ -17,11 +17,21 @@ from raytrain.errors import CheckpointError, ResumeError
 from raytrain.journal.records import read_journal
 from raytrain.launch import Result
 from raytrain.progress import Plan, Progress
-from raytrain.resume import FIXED, FREE, Origin, check_plan, choose, compare, is_complete, newest_to_trust, origin_at
 from raytrain.storage.checkpoint import Manifest, read_manifest, write_checkpoint
 from raytrain.storage.state_file import dumps, load_weights_file
 from raytrain.storage.storage import LocalStorage, open_storage
 from raytrain.storage.store import Store
+from raytrain.training.resume import (
+    FIXED,
+    FREE,
+    Origin,
+    check_plan,
+    choose,
+    compare,
+    is_complete,
+    newest_to_trust,
+    origin_at,
+)
 
 TREE = {
     "TASK": "tasks_for_units:PredictingTask",

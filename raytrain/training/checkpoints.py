@@ -13,10 +13,10 @@ from raytrain.errors import CheckpointError, PreflightError, StorageError, maske
 from raytrain.journal.records import clean, number
 from raytrain.journal.run_folder import JOURNAL
 from raytrain.keeper import shared_memory
-from raytrain.resume import Origin, is_complete, newest_to_trust, origin_of
 from raytrain.storage.checkpoint import Manifest, is_verified, verify_checkpoint
 from raytrain.storage.storage import Storage, parse_temporary
 from raytrain.storage.store import FOLDER, SUPERSEDED, Listed, Store, listed, verified
+from raytrain.training.resume import Origin, is_complete, newest_to_trust, origin_of
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

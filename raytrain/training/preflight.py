@@ -18,10 +18,10 @@ from raytrain.errors import ConfigError, ResumeError, masked
 from raytrain.journal.run_folder import locked, refuse_links
 from raytrain.keeper import shared_memory
 from raytrain.progress import Progress
-from raytrain.resume import Origin, choose, compare
 from raytrain.storage.storage import Storage, expanded, joined, open_storage
 from raytrain.storage.store import Store, listed
-from raytrain.worker import Job
+from raytrain.training.resume import Origin, choose, compare
+from raytrain.training.worker import Job
 
 PROBE = ".writable"
 ANSWER_S = 3.0  # whoever has just typed the command shall learn at once that the storage does not answer
