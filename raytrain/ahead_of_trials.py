@@ -3,6 +3,6 @@
 import os
 
 import raytrain.trial  # noqa: F401
-from raytrain.cluster import Mailbox
+from raytrain.cluster.cluster import Mailbox
 
 Mailbox("ahead").put(f"process-{os.getpid()}", True)

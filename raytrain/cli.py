@@ -322,7 +322,7 @@ def train_as_asked(cfg: Any, options: dict[str, Any]) -> Any:
     with contextlib.ExitStack() as stack:
         stop, ahead = stack.enter_context(signals_wish_stop()), None
         if cfg.SCALE.NUM_WORKERS != 0 and options["address"] is None and not seems_complete(cfg, options):
-            from raytrain.cluster import starting
+            from raytrain.cluster.cluster import starting
 
             ahead = stack.enter_context(starting(None, dashboard=options["dashboard"], scale=cfg.SCALE))
         from raytrain.launch import launch
@@ -361,7 +361,7 @@ def train_with_torchrun(cfg: Any, args: argparse.Namespace, options: dict[str, A
 
 def run_tune(args: argparse.Namespace) -> int:
     cfg = load(args)
-    from raytrain.cluster import starting_for_trials
+    from raytrain.cluster.cluster import starting_for_trials
     from raytrain.training.signals import signals_wish_stop
 
     with contextlib.ExitStack() as stack:

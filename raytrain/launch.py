@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from raytrain import cluster
-from raytrain.budget import Budget
-from raytrain.cluster import Cluster, Mailbox
+from raytrain.cluster import cluster
+from raytrain.cluster.budget import Budget
+from raytrain.cluster.cluster import Cluster, Mailbox
+from raytrain.cluster.driver import Fit, Inbox, Show, say
+from raytrain.cluster.local_cluster import is_tested
 from raytrain.config.load import Config, load_config, with_overrides
-from raytrain.driver import Fit, Inbox, Show, say
 from raytrain.engine.world import World
 from raytrain.errors import DivergedError, PreflightError, RaytrainError, TrainingError
 from raytrain.failure import explains_itself, failure_of, keep_traceback
@@ -22,7 +23,6 @@ from raytrain.journal.display import Display, failure_screen
 from raytrain.journal.records import Record
 from raytrain.journal.run_folder import locked
 from raytrain.keeper import shared_memory
-from raytrain.own_cluster import is_tested
 from raytrain.storage.storage import open_storage, parent_and_name
 from raytrain.task import load_task_class
 from raytrain.training.control import Judge, LocalControl, never_ends
@@ -205,11 +205,11 @@ def ray_trainer(job: Job, per_worker: dict[str, float], alone: bool, budget: Bud
     trainer_class: Callable[..., Any] = TorchTrainer
     config_class: Callable[..., Any] = TorchConfig
     if is_tested():
-        from raytrain.lean import LeanTrainer
+        from raytrain.cluster.controller import LeanTrainer
 
         trainer_class = partial(LeanTrainer, alone=alone, budget=budget, mailbox=mailbox)
         if alone:
-            from raytrain.meeting import MeetingByFile
+            from raytrain.cluster.rendezvous import MeetingByFile
 
             config_class = MeetingByFile
 

@@ -20,7 +20,7 @@ from typing import Any
 import ray
 from ray.tune import Trainable
 
-from raytrain.cluster import Mailbox
+from raytrain.cluster.cluster import Mailbox
 from raytrain.config.load import Config
 from raytrain.config.tree import at
 from raytrain.errors import DivergedError, RaytrainError, TaskError, masked

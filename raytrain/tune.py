@@ -19,15 +19,15 @@ from ray.tune.execution.placement_groups import PlacementGroupFactory
 from ray.tune.experiment import Trial
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
-from raytrain import cluster
 from raytrain.advice import advice_lines
-from raytrain.cluster import Mailbox
+from raytrain.cluster import cluster
+from raytrain.cluster.cluster import Mailbox
+from raytrain.cluster.local_cluster import is_tested
 from raytrain.config.load import Config, dump_config, with_values
 from raytrain.errors import ConfigError, PreflightError, ResumeError, TrainingError, masked
 from raytrain.journal.run_folder import RunFolder, refuse_links
 from raytrain.launch import explained
 from raytrain.ledger import LEDGER, SweepView, TrialView, trial_folder
-from raytrain.own_cluster import is_tested
 from raytrain.schedulers import POPULATIONS, Controller, Terms, build_scheduler
 from raytrain.search import GridSearch, Search, Told, build_search
 from raytrain.space import objective, sweep_seed, workers_of_trial

@@ -72,7 +72,7 @@ def ray_address() -> Iterator[str]:
     """The address of a cluster of 8 CPUs (said, not had); this process is connected to it."""
     import ray
 
-    from raytrain import cluster
+    from raytrain.cluster import cluster
 
     with cluster.connected(None, num_cpus=8):
         yield ray.get_runtime_context().gcs_address

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from raytrain.cluster import Mailbox, attempt
+from raytrain.cluster.cluster import Mailbox, attempt
 from raytrain.journal.records import Record
 from raytrain.keeper.checkpointer import Pending
 from raytrain.progress import Progress

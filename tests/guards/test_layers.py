@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "raytrain"
 ORDER = [
     "errors",
     "failure",
-    "budget",
+    "cluster/budget",
     "progress",
     "keeper/shared_memory",
     "keeper/heartbeat",
@@ -72,16 +72,16 @@ ORDER = [
     "sweep_display",
     "sweep_report",
     "training/signals",
-    "own_cluster",
-    "cluster",
+    "cluster/local_cluster",
+    "cluster/cluster",
     "training/control",
     "packed",
     "training/worker",
-    "ahead",
+    "cluster/prestart",
     "training/preflight",
-    "lean",
-    "meeting",
-    "driver",
+    "cluster/controller",
+    "cluster/rendezvous",
+    "cluster/driver",
     "launch",
     "torchrun",
     "training/evaluate",
@@ -96,7 +96,17 @@ ORDER = [
     "__main__",
 ]
 RAY_AT = {
-    *("own_cluster", "cluster", "training/control", "training/worker", "ahead", "lean", "meeting", "driver", "launch"),
+    *(
+        "cluster/local_cluster",
+        "cluster/cluster",
+        "training/control",
+        "training/worker",
+        "cluster/prestart",
+        "cluster/controller",
+        "cluster/rendezvous",
+        "cluster/driver",
+        "launch",
+    ),
     *("schedulers", "trial", "ahead_of_trials", "tune"),
 }
 CONFIG = {"config/yaml_tree", "config/schema", "config/overrides", "config/tree", "config/sweep", "config/load"}
@@ -116,7 +126,7 @@ WITHOUT_TORCH = {
     *STORED,
     "errors",
     "failure",
-    "budget",
+    "cluster/budget",
     "progress",
     "engine/schedule",
     "journal/records",
@@ -134,7 +144,7 @@ FROM_THE_START = {
     "training/loop",
     "training/worker",
     "launch",
-    "cluster",
+    "cluster/cluster",
     "cli",
 }
 

@@ -13,7 +13,7 @@ import pytest
 from commands import ROOT, SUPPORT, family
 from runs import Run
 
-from raytrain.cluster import ask_head
+from raytrain.cluster.cluster import ask_head
 
 pytestmark = pytest.mark.ray
 
@@ -79,7 +79,10 @@ def test_what_a_run_is_refused_for_is_said_and_its_cluster_ended(tmp_path: Path)
 
 
 def test_ray_keeps_its_own_way_where_its_version_is_not_known(tmp_path: Path) -> None:
-    code = "from raytrain import own_cluster; own_cluster.TESTED = (); from raytrain.cli import main; exit(main())"
+    code = (
+        "from raytrain.cluster import local_cluster; local_cluster.TESTED = ();"
+        "from raytrain.cli import main; exit(main())"
+    )
     words = [sys.executable, "-c", code, *Run(tmp_path).words("--num_workers", "2")]
     env = {**os.environ, "PYTHONPATH": f"{SUPPORT}{os.pathsep}{ROOT}"}
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=150, check=False)

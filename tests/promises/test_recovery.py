@@ -21,7 +21,7 @@ pytestmark = pytest.mark.ray
 
 def started(run: Run, change: str, *flags: str) -> Launched:
     """The command on two workers, its driver changed so that a test need not wait."""
-    code = f"from raytrain import driver; {change}; from raytrain.cli import main; exit(main())"
+    code = f"from raytrain.cluster import driver; {change}; from raytrain.cli import main; exit(main())"
     words = [sys.executable, "-c", code, *run.words("--num_workers", "2", *flags)]
     env = {**os.environ, "PYTHONPATH": f"{SUPPORT}{os.pathsep}{ROOT}", "COLUMNS": "200", "RAY_ADDRESS": ""}
     return Launched.of(words, run.folder, env)

@@ -20,7 +20,8 @@ import pytest
 import s3_server
 
 import raytrain
-from raytrain import driver, launch
+from raytrain import launch
+from raytrain.cluster import driver
 from raytrain.config.load import Config
 from raytrain.errors import TrainingError
 from raytrain.journal.records import Record, read_journal

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from raytrain import cluster, own_cluster
-from raytrain.cluster import Mailbox
+from raytrain.cluster import cluster, local_cluster
+from raytrain.cluster.cluster import Mailbox
 from raytrain.errors import PreflightError
 
 
@@ -63,11 +63,11 @@ def test_how_many_workers_fit(has: dict[str, float], needs: dict[str, float], fi
 def test_what_killed_drivers_left_is_removed_and_what_living_ones_use_is_not() -> None:
     done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     folders = {
-        pid: Path(tempfile.mkdtemp(prefix=f"{own_cluster.TEMP_PREFIX}{pid}-", dir="/tmp"))
+        pid: Path(tempfile.mkdtemp(prefix=f"{local_cluster.TEMP_PREFIX}{pid}-", dir="/tmp"))
         for pid in (int(done.stdout), os.getpid())
     }
     try:
-        own_cluster.remove_stale_temp_dirs()
+        local_cluster.remove_stale_temp_dirs()
         assert [path.exists() for path in folders.values()] == [False, True]
     finally:
         for path in folders.values():

@@ -15,8 +15,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from raytrain.cluster.local_cluster import (
+    FOR_TRIALS,
+    OwnCluster,
+    Warm,
+    hush_raylets,
+    is_tested,
+    let_raylets_speak,
+    on_loopback,
+)
 from raytrain.errors import PreflightError
-from raytrain.own_cluster import FOR_TRIALS, OwnCluster, Warm, hush_raylets, is_tested, let_raylets_speak, on_loopback
 
 AHEAD_S = 30.0  # processes that have not said by then that they stand are not waited for
 ANSWER_S = 5.0  # a Ray head that has not answered by then is not there

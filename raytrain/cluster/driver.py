@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from raytrain import cluster
-from raytrain.cluster import Cluster, Mailbox
+from raytrain.cluster import cluster
+from raytrain.cluster.cluster import Cluster, Mailbox
 from raytrain.journal.records import Record
 from raytrain.keeper.watchdog import failure_by, hangs_here
 from raytrain.progress import Progress

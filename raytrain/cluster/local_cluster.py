@@ -23,11 +23,12 @@ from raytrain.errors import PreflightError
 
 TEMP_PREFIX = "raytrain-ray-"
 
-# The versions whose private parts (here and in lean.py) do what is said of them; others get Ray's public ones.
+# The versions whose private parts (here and in cluster/controller.py) do what is said of them;
+# others get Ray's public ones.
 TESTED = ("2.60.0",)
 
 # Imported by worker processes as they start, while the driver does what comes before a run, or before a sweep.
-FOR_RUNS, FOR_TRIALS = "raytrain.ahead", "raytrain.ahead_of_trials"
+FOR_RUNS, FOR_TRIALS = "raytrain.cluster.prestart", "raytrain.ahead_of_trials"
 
 IDLE = "ray::IDLE"  # what Ray calls a worker process without work
 

@@ -36,8 +36,8 @@ from ray.train.v2._internal.util import ObjectRefWrapper, time_monotonic
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from raytrain.budget import Budget
-from raytrain.cluster import Mailbox, named_attempt
+from raytrain.cluster.budget import Budget
+from raytrain.cluster.cluster import Mailbox, named_attempt
 
 SETTLED_S = 0.1  # until what killed workers had is free; Ray, asked before, looks again only after 0.3 to 0.5 s
 LOOK_S = 1  # how often one that waits for room sees whether it still shall; Ray counts in whole seconds here
