@@ -367,8 +367,8 @@ def run_tune(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(signals_wish_stop())
         ahead = stack.enter_context(starting_for_trials(cfg, args.address))  # while torch and Ray Tune are imported
-        from raytrain.sweep_display import SweepDisplay
-        from raytrain.tune import SweepOptions, tune
+        from raytrain.sweep.display import SweepDisplay
+        from raytrain.sweep.tune import SweepOptions, tune
 
         display = SweepDisplay()
         stack.callback(display.leave)

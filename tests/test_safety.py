@@ -23,11 +23,11 @@ from raytrain.storage.checkpoint import WORLD, Manifest, _tree_sha256, read_mani
 from raytrain.storage.state_file import dumps
 from raytrain.storage.storage import LocalStorage
 from raytrain.storage.store import Store
+from raytrain.sweep.tune import tune
 from raytrain.training.checkpoints import survey
 from raytrain.training.pictures import pictures_of
 from raytrain.training.preflight import Options, find_start, run_dir_of
 from raytrain.training.resume import choose
-from raytrain.tune import tune
 
 LINES = "TASK: bad_tasks:Good\nOPTIMIZATION: {BATCH_SIZE_PER_GPU: 4, NUM_EPOCHS: 2}\nSCALE: {NUM_WORKERS: 0}\n"
 DEEP = 100_000

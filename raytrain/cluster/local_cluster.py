@@ -28,7 +28,7 @@ TEMP_PREFIX = "raytrain-ray-"
 TESTED = ("2.60.0",)
 
 # Imported by worker processes as they start, while the driver does what comes before a run, or before a sweep.
-FOR_RUNS, FOR_TRIALS = "raytrain.cluster.prestart", "raytrain.ahead_of_trials"
+FOR_RUNS, FOR_TRIALS = "raytrain.cluster.prestart", "raytrain.sweep.prestart"
 
 IDLE = "ray::IDLE"  # what Ray calls a worker process without work
 

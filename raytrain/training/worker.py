@@ -34,10 +34,10 @@ from raytrain.keeper.checkpointer import Saves
 from raytrain.keeper.heartbeat import Stacks, Stragglers, watched
 from raytrain.keeper.shared_memory import is_possible
 from raytrain.keeper.snapshots import Kept, join_keeper, keeper_begun
-from raytrain.packed import unpacked
 from raytrain.progress import Plan, Progress
 from raytrain.storage.retry import explained
 from raytrain.storage.store import Store, checkpoint_name
+from raytrain.sweep.datasets import unpacked
 from raytrain.task import Task, make_task
 from raytrain.training import loop
 from raytrain.training.control import Control, RayControl

@@ -31,10 +31,10 @@ from sweeps import (
     under,
 )
 
-from raytrain import schedulers
-from raytrain.ledger import trial_folder, view_of
-from raytrain.trial import TrialActor
-from raytrain.tune import tune
+from raytrain.sweep import schedulers
+from raytrain.sweep.ledger import trial_folder, view_of
+from raytrain.sweep.trial import TrialActor
+from raytrain.sweep.tune import tune
 
 pytestmark = pytest.mark.ray
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import raytrain
-from raytrain.tune import SweepOptions, tune
+from raytrain.sweep.tune import SweepOptions, tune
 
 pytestmark = pytest.mark.ray
 

@@ -23,7 +23,7 @@ from typing import NoReturn
 
 MESSAGE_BYTES = 1 << 20
 # Not ray, which takes its settings from the environment as it is imported.
-IMPORTED = ("raytrain.cli", "raytrain.launch", "raytrain.training.worker", "raytrain.sweep_report", "pandas", "optuna")
+IMPORTED = ("raytrain.cli", "raytrain.launch", "raytrain.training.worker", "raytrain.sweep.report", "pandas", "optuna")
 
 
 @functools.cache

@@ -17,8 +17,8 @@ import yaml
 
 from raytrain.journal.journal import JsonlSink
 from raytrain.journal.run_folder import JOURNAL, RunFolder
-from raytrain.ledger import LEDGER, Ledger, SweepView, read_ledger, trial_folder, view_of
 from raytrain.storage.storage import open_storage
+from raytrain.sweep.ledger import LEDGER, Ledger, SweepView, read_ledger, trial_folder, view_of
 
 LR, CLIP, DROPOUT, OPTIMIZER = (
     "OPTIMIZATION.LR",
@@ -124,7 +124,7 @@ def _end(failed: bool, last: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from raytrain.sweep_report import write_report
+    from raytrain.sweep.report import write_report
 
     where = Path(sys.argv[1])
     write_report(open_storage(str(where)), write_sweep(where, int(sys.argv[2]) if len(sys.argv) > 2 else 24))

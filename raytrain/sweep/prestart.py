@@ -2,7 +2,7 @@
 
 import os
 
-import raytrain.trial  # noqa: F401
+import raytrain.sweep.trial  # noqa: F401
 from raytrain.cluster.cluster import Mailbox
 
 Mailbox("ahead").put(f"process-{os.getpid()}", True)

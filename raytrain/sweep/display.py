@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from raytrain.errors import masked
 from raytrain.journal.records import clean, eta, number
-from raytrain.ledger import SweepView, TrialView, short_names
+from raytrain.sweep.ledger import SweepView, TrialView, short_names
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +26,7 @@ ERROR_LENGTH = 200
 
 
 class SweepDisplay:
-    """Shows a sweep's view as it changes; see ledger.py."""
+    """Shows a sweep's view as it changes; see sweep/ledger.py."""
 
     def __init__(self, console: Console | None = None) -> None:
         from rich.console import Console

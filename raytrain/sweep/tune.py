@@ -19,7 +19,6 @@ from ray.tune.execution.placement_groups import PlacementGroupFactory
 from ray.tune.experiment import Trial
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
-from raytrain.advice import advice_lines
 from raytrain.cluster import cluster
 from raytrain.cluster.cluster import Mailbox
 from raytrain.cluster.local_cluster import is_tested
@@ -27,18 +26,19 @@ from raytrain.config.load import Config, dump_config, with_values
 from raytrain.errors import ConfigError, PreflightError, ResumeError, TrainingError, masked
 from raytrain.journal.run_folder import RunFolder, refuse_links
 from raytrain.launch import explained
-from raytrain.ledger import LEDGER, SweepView, TrialView, trial_folder
-from raytrain.schedulers import POPULATIONS, Controller, Terms, build_scheduler
-from raytrain.search import GridSearch, Search, Told, build_search
-from raytrain.space import objective, sweep_seed, workers_of_trial
 from raytrain.storage.storage import joined, open_storage
-from raytrain.sweep import BEST, Sweep, check_same
-from raytrain.sweep_check import Prospect, look_ahead
-from raytrain.sweep_report import HTML, write_report
+from raytrain.sweep.advice import advice_lines
+from raytrain.sweep.ledger import LEDGER, SweepView, TrialView, trial_folder
+from raytrain.sweep.preflight import Prospect, look_ahead
+from raytrain.sweep.report import HTML, write_report
+from raytrain.sweep.schedulers import POPULATIONS, Controller, Terms, build_scheduler
+from raytrain.sweep.search import GridSearch, Search, Told, build_search
+from raytrain.sweep.space import objective, sweep_seed, workers_of_trial
+from raytrain.sweep.sweep import BEST, Sweep, check_same
+from raytrain.sweep.trial import DIVERGED, Orders, TrialActor
 from raytrain.task import load_task_class
 from raytrain.training.preflight import ANSWER_S, check_writable, launch_after, run_dir_of, search_path
 from raytrain.training.signals import signals_wish_stop
-from raytrain.trial import DIVERGED, Orders, TrialActor
 
 TUNES_FOLDER = "tune"  # what Ray Tune keeps for itself; a sweep is resumed from its ledger, so it goes with the launch
 DEATHS = 3  # restarts of a trial whose process has died

@@ -10,7 +10,7 @@ import pytest
 from ray.tune.experiment import Trial
 
 from raytrain.config.distributions import distribution
-from raytrain.schedulers import SCORE, Terms, build_scheduler, mutation_of
+from raytrain.sweep.schedulers import SCORE, Terms, build_scheduler, mutation_of
 
 pytestmark = pytest.mark.ray  # Ray Tune's import takes its time
 

@@ -28,11 +28,11 @@ from raytrain.journal.records import read_journal
 from raytrain.journal.run_folder import JOURNAL
 from raytrain.keeper import shared_memory
 from raytrain.launch import launch, silent
-from raytrain.lineage import STANDING, Lineage, Params, Standing
 from raytrain.progress import Progress
 from raytrain.storage.checkpoint import PAYLOAD, write_checkpoint
 from raytrain.storage.storage import Storage, open_storage
 from raytrain.storage.store import FOLDER, Saved, Store, newest_verified, verified
+from raytrain.sweep.lineage import STANDING, Lineage, Params, Standing
 from raytrain.training import worker
 from raytrain.training.preflight import BEREAVED_S, Options, run_dir_of
 

@@ -12,9 +12,9 @@ import browser
 import pytest
 from sweeps_for_tests import CLIP, DROPOUT, EPOCHS, LR, OPTIMIZER, write_sweep
 
-from raytrain.ledger import SweepView, view_of
 from raytrain.storage.storage import open_storage
-from raytrain.sweep_report import importance, key_facts, scores_of, sweep_csv, sweep_html, write_report
+from raytrain.sweep.ledger import SweepView, view_of
+from raytrain.sweep.report import importance, key_facts, scores_of, sweep_csv, sweep_html, write_report
 
 CHARTS = ("curves", "parallel", "map", "clip", "cost")
 

@@ -8,8 +8,8 @@ from configs import WHOLE, loaded, refusal
 from raytrain.config.distributions import Options, distribution
 from raytrain.config.load import Tune, load_config
 from raytrain.errors import ConfigError
-from raytrain.search import GridSearch
-from raytrain.space import Space, keyed, objective, sweep_seed, trial_config
+from raytrain.sweep.search import GridSearch
+from raytrain.sweep.space import Space, keyed, objective, sweep_seed, trial_config
 
 SPACE = """\
 TUNE:

@@ -16,7 +16,7 @@ import numpy as np
 from raytrain.config.distributions import Distribution, Options, Range, Steps
 from raytrain.config.load import Config
 from raytrain.errors import ConfigError
-from raytrain.space import Combinations, Params, Space, keyed, objective
+from raytrain.sweep.space import Combinations, Params, Space, keyed, objective
 
 
 class Told(NamedTuple):

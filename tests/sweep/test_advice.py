@@ -10,7 +10,10 @@ import pytest
 import yaml
 from sweeps_for_tests import CLIP, LR, write_journal, write_sweep
 
-from raytrain.advice import (
+from raytrain.journal.journal import JsonlSink
+from raytrain.journal.run_folder import JOURNAL
+from raytrain.storage.storage import open_storage
+from raytrain.sweep.advice import (
     ClipAdvice,
     TrialNorms,
     advice_lines,
@@ -22,10 +25,7 @@ from raytrain.advice import (
     quantile,
     touched,
 )
-from raytrain.journal.journal import JsonlSink
-from raytrain.journal.run_folder import JOURNAL
-from raytrain.ledger import TrialView
-from raytrain.storage.storage import open_storage
+from raytrain.sweep.ledger import TrialView
 
 
 def trial_with(folder: Path, norms: list[float | None], optimization: dict[str, Any], per_epoch: int = 2) -> None:

@@ -15,8 +15,8 @@ import pytest
 import s3_server
 
 from raytrain.journal.run_folder import RunFolder
-from raytrain.ledger import LEDGER, Ledger, SweepView, read_ledger, view_of
 from raytrain.storage.storage import open_storage
+from raytrain.sweep.ledger import LEDGER, Ledger, SweepView, read_ledger, view_of
 
 SWEEP = {
     "kind": "sweep",
@@ -90,7 +90,8 @@ def test_results_behind_a_uri_wait_a_few_seconds_for_the_next(tmp_path: Path) ->
 
 def test_a_record_is_in_the_file_when_append_returns_and_its_writer_is_killed(tmp_path: Path) -> None:
     writer = (
-        "import os, signal, sys\nfrom raytrain.ledger import *\nfrom raytrain.journal.run_folder import RunFolder\n"
+        "import os, signal, sys\nfrom raytrain.sweep.ledger import *\n"
+        "from raytrain.journal.run_folder import RunFolder\n"
         "ledger = Ledger(RunFolder(sys.argv[1], LEDGER))\n"
         "ledger.append({'kind': 'trial', 'time': 1.0, 'trial': 0, 'params': {}})\n"
         "for epoch in range(5): ledger.append({'kind': 'start', 'time': 1.0, 'trial': 0, 'epoch': epoch})\n"

@@ -18,8 +18,8 @@ import yaml
 
 from raytrain.journal.records import Record, read_journal
 from raytrain.journal.run_folder import JOURNAL
-from raytrain.ledger import SweepView, TrialView, trial_folder
 from raytrain.storage.storage import Storage
+from raytrain.sweep.ledger import SweepView, TrialView, trial_folder
 
 CLIP = "OPTIMIZATION.GRAD_NORM_CLIP"
 WARM_UP = 0.1  # of a trial's steps

@@ -12,9 +12,9 @@ import pytest
 from raytrain.config.load import Config, dump_config
 from raytrain.errors import ConfigError, ResumeError
 from raytrain.journal.run_folder import RunFolder
-from raytrain.ledger import LEDGER
-from raytrain.sweep import BEST, CONFIG, Sweep, check_same
-from raytrain.tune import SweepOptions, number_of_samples, tune
+from raytrain.sweep.ledger import LEDGER
+from raytrain.sweep.sweep import BEST, CONFIG, Sweep, check_same
+from raytrain.sweep.tune import SweepOptions, number_of_samples, tune
 
 LR, CLIP = "OPTIMIZATION.LR", "OPTIMIZATION.GRAD_NORM_CLIP"
 SPACE = {LR: {"loguniform": [1e-4, 1e-1]}, CLIP: {"grid": [1.0, 10.0]}}

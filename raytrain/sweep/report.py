@@ -22,11 +22,11 @@ from typing import Any
 
 import yaml
 
-from raytrain.advice import ClipAdvice, advice_lines, advice_of, clip_advice, quantile, touched
 from raytrain.errors import masked
 from raytrain.journal.records import eta, number, strict
-from raytrain.ledger import SweepView, TrialView, short_names
 from raytrain.storage.storage import Storage, parent_and_name
+from raytrain.sweep.advice import ClipAdvice, advice_lines, advice_of, clip_advice, quantile, touched
+from raytrain.sweep.ledger import SweepView, TrialView, short_names
 
 CSV, HTML = "sweep.csv", "sweep.html"
 PAGE = Path(__file__).parent / "page"

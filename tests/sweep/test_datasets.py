@@ -9,9 +9,9 @@ import yaml
 
 from raytrain import Task
 from raytrain.config.load import Config
-from raytrain.packed import MAX_BYTES, are_the_same_for_all, built_and_packed
+from raytrain.sweep.datasets import MAX_BYTES, are_the_same_for_all, built_and_packed
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture

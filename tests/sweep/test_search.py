@@ -7,7 +7,7 @@ import pytest
 
 from raytrain.config.load import Config
 from raytrain.errors import ConfigError
-from raytrain.search import Search, Told, build_search
+from raytrain.sweep.search import Search, Told, build_search
 
 LR, CLIP, DEPTH = "OPTIMIZATION.LR", "OPTIMIZATION.GRAD_NORM_CLIP", "MODEL.DEPTH"
 RANGES = {LR: {"loguniform": [1e-5, 1.0]}, CLIP: {"loguniform": [0.01, 100.0]}}

@@ -33,8 +33,8 @@ from ray.tune.utils.util import flatten_dict
 
 from raytrain.config.distributions import Distribution, Range
 from raytrain.engine.randomness import keyed_seed
-from raytrain.lineage import STANDING, Lineage, Standing
-from raytrain.space import Space
+from raytrain.sweep.lineage import STANDING, Lineage, Standing
+from raytrain.sweep.space import Space
 
 SCORE = "score"  # in a trial's results: the metric, or where that is not finite the worst there is
 POPULATIONS = ("hyperband", "pbt", "pb2")  # compare trials that have come equally far: all have to be there at first

@@ -9,10 +9,10 @@ from raytrain.config.load import Config, config_diff, dump_config, with_values
 from raytrain.config.yaml_tree import parse_text
 from raytrain.errors import ConfigError, ResumeError, masked
 from raytrain.journal.run_folder import RunFolder
-from raytrain.ledger import Ledger, SweepView, TrialView, read_ledger, trial_folder, view_of
-from raytrain.lineage import Lineage, Params, lineages_of
-from raytrain.space import workers_of_trial
 from raytrain.storage.storage import open_storage
+from raytrain.sweep.ledger import Ledger, SweepView, TrialView, read_ledger, trial_folder, view_of
+from raytrain.sweep.lineage import Lineage, Params, lineages_of
+from raytrain.sweep.space import workers_of_trial
 
 CONFIG = "sweep.yaml"
 BEST = "best.yaml"

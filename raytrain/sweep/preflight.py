@@ -10,9 +10,9 @@ import torch
 from raytrain.config.load import Config
 from raytrain.engine.randomness import seed_all
 from raytrain.errors import ConfigError
-from raytrain.packed import are_the_same_for_all, built_and_packed
 from raytrain.progress import Plan
-from raytrain.space import objective, workers_of_trial
+from raytrain.sweep.datasets import are_the_same_for_all, built_and_packed
+from raytrain.sweep.space import objective, workers_of_trial
 from raytrain.task import Task, make_task
 from raytrain.training.loop import checked_metrics, predictions_of
 from raytrain.training.worker import build_datasets, torch_put_back

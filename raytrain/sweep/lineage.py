@@ -11,7 +11,7 @@ from typing import Any
 from raytrain.config.load import Config
 from raytrain.config.phases import with_phase
 from raytrain.journal.records import Record
-from raytrain.space import trial_config
+from raytrain.sweep.space import trial_config
 
 Params = dict[str, Any]  # by dotted key
 STANDING = "standing.json"  # in what Ray Tune holds as a trial's checkpoint
