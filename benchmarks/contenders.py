@@ -16,17 +16,7 @@ import torch
 import yaml
 
 from benchmarks.measure import BenchmarkError, run_command, scratch
-from benchmarks.pieces import (
-    GRAD_NORM_CLIP,
-    LR,
-    OVERHEAD,
-    SEED,
-    WATCH,
-    WEIGHT_DECAY,
-    WEIGHTS,
-    Assignment,
-    Span,
-)
+from benchmarks.pieces import GRAD_NORM_CLIP, LR, OVERHEAD, SEED, WATCH, WEIGHT_DECAY, WEIGHTS, Assignment, Span
 
 CONFIG = "benchmark.yaml"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

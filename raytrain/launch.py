@@ -21,9 +21,10 @@ from raytrain.errors import DivergedError, PreflightError, RaytrainError, Traini
 from raytrain.failure import explains_itself, failure_of, keep_traceback
 from raytrain.journal.display import Display, failure_screen
 from raytrain.journal.records import Record
-from raytrain.journal.run_folder import locked
 from raytrain.keeper import shared_memory
-from raytrain.storage.storage import open_storage, parent_and_name
+from raytrain.storage.lock import locked
+from raytrain.storage.paths import parent_and_name
+from raytrain.storage.storage import open_storage
 from raytrain.task import load_task_class
 from raytrain.training.control import Judge, LocalControl, never_ends
 from raytrain.training.preflight import Options, Start, find_start

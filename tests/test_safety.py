@@ -20,8 +20,8 @@ from raytrain.errors import CheckpointError, ConfigError, RaytrainError, TaskErr
 from raytrain.journal.records import read_journal
 from raytrain.progress import Progress
 from raytrain.storage.checkpoint import WORLD, Manifest, _tree_sha256, read_manifest
+from raytrain.storage.local import LocalStorage
 from raytrain.storage.state_file import dumps
-from raytrain.storage.storage import LocalStorage
 from raytrain.storage.store import Store
 from raytrain.sweep.tune import tune
 from raytrain.training.checkpoints import survey

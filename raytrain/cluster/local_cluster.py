@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.errors import PreflightError
+from raytrain.storage.processes import children_of
 
 TEMP_PREFIX = "raytrain-ray-"
 
@@ -221,16 +222,6 @@ def start_node(temp_dir: str, num_cpus: int | None, warm: Warm) -> Any:
         env_vars={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, int(warm.cpus))))},
     )
     return BareNode(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True, ray_init_cluster=True)
-
-
-def children_of(pid: int) -> list[str]:
-    """The names of the processes that `pid` has started."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended
-            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append((folder / "cmdline").read_text(errors="replace").rstrip("\0 "))
-    return found
 
 
 def hush_raylets() -> None:

@@ -32,8 +32,8 @@ from raytrain.engine.randomness import random_state, seed_all
 from raytrain.engine.world import World
 from raytrain.errors import DataError, LostLoaderError, PreflightError, TaskError
 from raytrain.failure import users_traceback
-from raytrain.keeper.heartbeat import write_stacks_to
 from raytrain.progress import Plan, Progress
+from raytrain.storage.processes import write_stacks_to
 from raytrain.task import Task
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -22,7 +22,7 @@ import torch
 from raytrain.engine.buffers import LINE, copy_fitting, fits, num_bytes, room_in, rounded
 from raytrain.engine.world import World
 from raytrain.errors import LostWorkerError, PreflightError
-from raytrain.keeper.shared_memory import started_at
+from raytrain.storage.processes import started_at
 
 LOOKS, YIELDS = 50, 600  # at a peer's counter before others get this core, and how often before a nap: about 0.8 ms
 NAP_S = (50e-6, 400e-6)  # the first one, and the longest

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from raytrain.journal.records import Record, eta, line_due, number, total_steps
-from raytrain.storage.storage import joined
+from raytrain.storage.paths import joined
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import faulthandler
 import os
-import signal
 import statistics
 import threading
 import time
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from raytrain.keeper.shared_memory import PULSE_WORDS, Board, Line, started_at
+from raytrain.keeper.shared_memory import PULSE_WORDS, Board, Line
+from raytrain.storage.processes import started_at, write_stacks_to
 
 PHASES = ("rest", "data", "forward", "backward", "reduce", "checkpoint", "eval")
 REST, DATA, FORWARD, BACKWARD, REDUCE, CHECKPOINT, EVAL = range(len(PHASES))
@@ -20,7 +18,6 @@ OWN_WORK = (DATA, FORWARD, BACKWARD)  # what every rank does by itself, for its 
 # Words of a pulse: when it last beat, then what it says of its rank, which counts from 1 (0: nobody).
 BEAT_NS, STEP, PHASE, RANK, PID, SHARE = range(6)
 BUSY_NS = 8  # the first of a word for each phase, in a cache line of their own
-DUMP = getattr(signal, "SIGRTMIN", 0) + 3  # makes a worker write its stacks; SIGUSR1 and 2 are the user's, and Slurm's
 
 WINDOW_STEPS, WINDOW_S = 100, 10.0  # at least so long ranks are compared at a time
 WINDOWS = 3  # in a row in which the same rank is slow, before that is told
@@ -61,12 +58,6 @@ class Stacks:
         self.descriptor = os.memfd_create("raytrain-stacks")
         self.path = f"/proc/{os.getpid()}/fd/{self.descriptor}"
         write_stacks_to(self.path)
-
-
-def write_stacks_to(path: str) -> None:
-    """From now on DUMP makes this process do so, in C: also while a call that never returns holds the interpreter."""
-    with contextlib.suppress(OSError):  # then there is no stack to show
-        faulthandler.register(DUMP, file=open(path, "ab", buffering=0), all_threads=True)  # noqa: SIM115
 
 
 def watched(line: Line, board: Board, stacks: Stacks, rank: int, share: int, timeout_s: float | None) -> Pulse:

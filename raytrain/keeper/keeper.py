@@ -22,11 +22,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from raytrain.errors import CheckpointError, RaytrainError, StorageError
-from raytrain.journal.run_folder import JOURNAL, locked
-from raytrain.keeper.shared_memory import Board, Line, Slots, address_of, host, is_own, started_at
+from raytrain.keeper.shared_memory import Board, Line, Slots, address_of, is_own
 from raytrain.keeper.watchdog import Watchdog
 from raytrain.progress import Progress
 from raytrain.storage.checkpoint import Manifest
+from raytrain.storage.lock import JOURNAL, locked
+from raytrain.storage.processes import host, started_at
 from raytrain.storage.storage import open_storage
 from raytrain.storage.store import FOLDER, Store, checkpoint_name
 

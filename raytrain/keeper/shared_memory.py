@@ -27,6 +27,7 @@ from typing import Any
 import raytrain
 from raytrain.errors import PreflightError
 from raytrain.progress import Progress
+from raytrain.storage.processes import closed_in_forks, is_stopped
 
 SLOTS = 4  # newest, in flight, the one that is filled, and a save that waits
 USED_SLOTS = 3  # as long as the writer keeps up
@@ -165,17 +166,6 @@ class Slots:
         return memoryview(self.memory)[start : start + size_bytes]
 
 
-def closed_in_forks(file: Any) -> None:
-    """A process that the user's code forks does not hold on to `file`: it may live on when this one is killed."""
-    living = weakref.ref(file)
-
-    def close() -> None:
-        if (kept := living()) is not None:
-            kept.close()
-
-    os.register_at_fork(after_in_child=close)
-
-
 class Line:
     """One end of the talk between a worker and the keeper: dicts as JSON, and file descriptors."""
 
@@ -222,45 +212,6 @@ class Line:
 
     def close(self) -> None:
         self._connection.close()
-
-
-def host() -> str:
-    """Tells machines, and containers that do not see each other's processes, apart."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    if not boot.exists():
-        return socket.gethostname()
-    return f"{boot.read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
-
-
-def started_at(pid: int) -> str | None:
-    """When that process was started (in clock ticks since boot); None if it is dead, or only not yet buried."""
-    state, *fields = stat_of(pid)
-    return None if state in "ZX" else fields[18]  # field 22 of proc(5)
-
-
-def is_stopped(pid: int) -> bool:
-    """By a signal, or a debugger."""
-    return stat_of(pid)[0] in "Tt"
-
-
-def parent_of(pid: int) -> int:
-    return int(stat_of(pid)[1])
-
-
-def is_of_torchrun(pid: int) -> bool:
-    """Whether torchrun has started that process, or one above it."""
-    try:
-        return b"\0TORCHELASTIC_RUN_ID=" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:  # it has ended, or there is no /proc
-        return False
-
-
-def stat_of(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the state on, which is X if there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ["X"]
 
 
 def address_of(run_uri: str) -> str:

@@ -16,6 +16,7 @@ from raytrain.errors import PreflightError
 from raytrain.keeper import shared_memory
 from raytrain.keeper.shared_memory import SLOTS, Board, Slots
 from raytrain.progress import Progress
+from raytrain.storage import processes
 from raytrain.storage.state_file import Blueprint, Leaves, OddPayload, Sheet, check_loadable, dumps, leaves_of, loads
 
 WITHOUT = "no memory beside this process for the run's state, so training waits for each checkpoint to be written"
@@ -112,7 +113,7 @@ def join_keeper(run_uri: str, launch: str, world: World) -> tuple[Kept | None, l
     None where the system has no such memory, or gives none. States are copied by rank 0, and by the first rank of one
     other host: that has the same state, so nothing travels.
     """
-    hosts = world.all_objects(shared_memory.host() if shared_memory.is_possible() else None)
+    hosts = world.all_objects(processes.host() if shared_memory.is_possible() else None)
     if None in hosts:
         return None, []
     firsts = [hosts.index(host) for host in hosts]

@@ -13,15 +13,16 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from raytrain.errors import EXIT_FAILED
 from raytrain.failure import is_ours, is_users
-from raytrain.keeper.heartbeat import BEAT_NS, DUMP, PHASES, REDUCE, REST, STEP
+from raytrain.keeper.heartbeat import BEAT_NS, PHASES, REDUCE, REST, STEP
 from raytrain.keeper.heartbeat import PHASE as PHASE_WORD
-from raytrain.keeper.shared_memory import PULSE_WORDS, PULSES, Board, Line, asked, started_at
+from raytrain.keeper.shared_memory import PULSE_WORDS, PULSES, Board, Line, asked
+from raytrain.storage.processes import DUMP, below, started_at, status_of
 from raytrain.storage.storage import open_storage
 
 LOOK_S = 0.5
@@ -218,14 +219,6 @@ def state_of(pid: int) -> str:
     return ""
 
 
-def status_of(pid: int, name: str) -> str:
-    """That line of /proc/PID/status; nothing if the process is gone."""
-    with contextlib.suppress(OSError):
-        found = re.search(rf"^{name}:\s*(.*)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-        return found[1] if found else ""
-    return ""
-
-
 def dumped(worker: Watched) -> list[str]:
     """The stacks of the process, then those of its loader workers, one text each; those that come in time."""
     until, at, texts = time.monotonic() + DUMP_S, 0, []
@@ -247,15 +240,6 @@ def quiet_at(stacks: int, size: int, until: float) -> int:
         if (found := os.fstat(stacks).st_size) > size:
             size, quiet_from = found, now + QUIET_S
     return size
-
-
-def below(pid: int) -> Iterator[int]:
-    """The processes that this one has started, and those that these have."""
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in map(int, task.read_text().split()):
-                yield child
-                yield from below(child)
 
 
 def answers_dump(pid: int) -> bool:

@@ -18,7 +18,8 @@ from typing import IO, Any
 import raytrain
 from raytrain.errors import CheckpointError, StorageError
 from raytrain.progress import Progress
-from raytrain.storage.storage import CHUNK_BYTES, Storage, temporary_name
+from raytrain.storage.paths import CHUNK_BYTES, temporary_name
+from raytrain.storage.storage import Storage
 
 PAYLOAD = "checkpoint.pth"
 MANIFEST = "manifest.json"

@@ -1,4 +1,4 @@
-"""Calls to disks and servers: what may pass is tried again, what will not is explained at once."""
+"""Calls to disks and servers: what may pass is tried again, what will not is as_storage_error at once."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def patient(action: str) -> Callable[[Method], Method]:
 
 
 @contextlib.contextmanager
-def explained(action: str, path: str) -> Iterator[None]:
+def as_storage_error(action: str, path: str) -> Iterator[None]:
     """An OSError is told as by `patiently`: for what cannot be done twice."""
     try:
         yield

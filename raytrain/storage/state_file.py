@@ -23,7 +23,8 @@ import torch
 
 from raytrain.errors import CheckpointError
 from raytrain.storage.checkpoint import MANIFEST, PAYLOAD, check_sha256, damage_named, read_manifest
-from raytrain.storage.storage import Storage, expanded, open_storage
+from raytrain.storage.paths import expanded
+from raytrain.storage.storage import Storage, open_storage
 
 LARGE_BYTES = 32 << 20  # of a state that several threads copy
 COPIERS = 4  # at most

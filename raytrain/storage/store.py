@@ -20,7 +20,8 @@ from raytrain.storage.checkpoint import (
     write_checkpoint,
     write_metrics,
 )
-from raytrain.storage.storage import Storage, parse_temporary
+from raytrain.storage.paths import parse_temporary
+from raytrain.storage.storage import Storage
 
 FOLDER = "ckpt"
 SUPERSEDED = f"{FOLDER}/superseded"

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from raytrain.journal.records import Record, read_journal
-from raytrain.journal.run_folder import JOURNAL
+from raytrain.storage.lock import JOURNAL
 from raytrain.storage.storage import Storage
 from raytrain.sweep.ledger import SweepView, TrialView, trial_folder
 

@@ -24,7 +24,8 @@ import yaml
 
 from raytrain.errors import masked
 from raytrain.journal.records import eta, number, strict
-from raytrain.storage.storage import Storage, parent_and_name
+from raytrain.storage.paths import parent_and_name
+from raytrain.storage.storage import Storage
 from raytrain.sweep.advice import ClipAdvice, advice_lines, advice_of, clip_advice, quantile, touched
 from raytrain.sweep.ledger import SweepView, TrialView, short_names
 

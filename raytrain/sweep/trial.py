@@ -25,11 +25,11 @@ from raytrain.config.load import Config
 from raytrain.config.tree import at
 from raytrain.errors import DivergedError, RaytrainError, TaskError, masked
 from raytrain.journal.records import read_journal
-from raytrain.journal.run_folder import JOURNAL
 from raytrain.keeper import shared_memory
 from raytrain.launch import launch, silent
 from raytrain.progress import Progress
 from raytrain.storage.checkpoint import PAYLOAD, write_checkpoint
+from raytrain.storage.lock import JOURNAL
 from raytrain.storage.storage import Storage, open_storage
 from raytrain.storage.store import FOLDER, Saved, Store, newest_verified, verified
 from raytrain.sweep.lineage import STANDING, Lineage, Params, Standing

@@ -24,9 +24,11 @@ from raytrain.cluster.cluster import Mailbox
 from raytrain.cluster.local_cluster import is_tested
 from raytrain.config.load import Config, dump_config, with_values
 from raytrain.errors import ConfigError, PreflightError, ResumeError, TrainingError, masked
-from raytrain.journal.run_folder import RunFolder, refuse_links
+from raytrain.journal.run_folder import RunFolder
 from raytrain.launch import explained
-from raytrain.storage.storage import joined, open_storage
+from raytrain.storage.lock import refuse_links
+from raytrain.storage.paths import joined
+from raytrain.storage.storage import open_storage
 from raytrain.sweep.advice import advice_lines
 from raytrain.sweep.ledger import LEDGER, SweepView, TrialView, trial_folder
 from raytrain.sweep.preflight import Prospect, look_ahead

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from raytrain.config.load import Checkpoint
 from raytrain.errors import CheckpointError, PreflightError, StorageError, masked
 from raytrain.journal.records import clean, number
-from raytrain.journal.run_folder import JOURNAL
 from raytrain.keeper import shared_memory
 from raytrain.storage.checkpoint import Manifest, is_verified, verify_checkpoint
-from raytrain.storage.storage import Storage, parse_temporary
+from raytrain.storage.lock import JOURNAL
+from raytrain.storage.paths import parse_temporary
+from raytrain.storage.storage import Storage
 from raytrain.storage.store import FOLDER, SUPERSEDED, Listed, Store, listed, verified
 from raytrain.training.resume import Origin, is_complete, newest_to_trust, origin_of
 

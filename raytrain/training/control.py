@@ -15,7 +15,7 @@ from raytrain.cluster.cluster import Mailbox, attempt
 from raytrain.journal.records import Record
 from raytrain.keeper.checkpointer import Pending
 from raytrain.progress import Progress
-from raytrain.storage.storage import joined
+from raytrain.storage.paths import joined
 
 POST_S = 0.2  # how often rank 0 posts to the driver and asks whether it shall stop
 ASK_S = 0.02  # how often the answer is looked for whether a trial shall go on

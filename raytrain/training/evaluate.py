@@ -20,9 +20,9 @@ from raytrain.engine.state import RunState, build_run, load_model_state
 from raytrain.engine.world import World
 from raytrain.errors import CheckpointError, ConfigError, TaskError
 from raytrain.journal.records import strict
-from raytrain.journal.run_folder import refuse_links
 from raytrain.launch import explained
 from raytrain.progress import Progress
+from raytrain.storage.lock import refuse_links
 from raytrain.storage.storage import Storage, open_storage
 from raytrain.storage.store import Store
 from raytrain.task import Task, make_task

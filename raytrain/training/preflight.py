@@ -15,10 +15,12 @@ from typing import Any
 
 from raytrain.config.load import Config, stays_below, with_overrides
 from raytrain.errors import ConfigError, ResumeError, masked
-from raytrain.journal.run_folder import locked, refuse_links
 from raytrain.keeper import shared_memory
 from raytrain.progress import Progress
-from raytrain.storage.storage import Storage, expanded, joined, open_storage
+from raytrain.storage import processes
+from raytrain.storage.lock import locked, refuse_links
+from raytrain.storage.paths import expanded, joined
+from raytrain.storage.storage import Storage, open_storage
 from raytrain.storage.store import Store, listed
 from raytrain.training.resume import Origin, choose, compare
 from raytrain.training.worker import Job
@@ -111,9 +113,9 @@ def driver() -> tuple[Any, ...]:
     pid = os.getpid()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         pid = os.getppid()
-        while shared_memory.is_of_torchrun(pid):  # a script that torchrun starts, and that has started this command
-            pid = shared_memory.parent_of(pid)
-    return shared_memory.host(), pid, shared_memory.started_at(pid)
+        while processes.is_of_torchrun(pid):  # a script that torchrun starts, and that has started this command
+            pid = processes.parent_of(pid)
+    return processes.host(), pid, processes.started_at(pid)
 
 
 def launch_after(before: Iterable[str]) -> str:

@@ -9,11 +9,12 @@ from raytrain.config.load import config_diff
 from raytrain.engine.state import RunState, restore, restore_heritage
 from raytrain.errors import CheckpointError, ResumeError
 from raytrain.journal.records import read_journal
-from raytrain.journal.run_folder import JOURNAL
 from raytrain.progress import Plan, Progress
 from raytrain.storage.checkpoint import MANIFEST, PAYLOAD, Manifest, verify_checkpoint
+from raytrain.storage.lock import JOURNAL
+from raytrain.storage.paths import expanded, parent_and_name
 from raytrain.storage.state_file import load_payload, load_weights_file
-from raytrain.storage.storage import Storage, expanded, open_storage, parent_and_name
+from raytrain.storage.storage import Storage, open_storage
 from raytrain.storage.store import FOLDER, NAME, Saved, Store, newest_verified
 
 # Going on with another value of these would feed wrong samples, or the same ones twice.

@@ -35,7 +35,7 @@ from raytrain.keeper.heartbeat import Stacks, Stragglers, watched
 from raytrain.keeper.shared_memory import is_possible
 from raytrain.keeper.snapshots import Kept, join_keeper, keeper_begun
 from raytrain.progress import Plan, Progress
-from raytrain.storage.retry import explained
+from raytrain.storage.retry import as_storage_error
 from raytrain.storage.store import Store, checkpoint_name
 from raytrain.sweep.datasets import unpacked
 from raytrain.task import Task, make_task
@@ -418,7 +418,7 @@ def redirect_output(run_uri: str, rank: int) -> str:
     path = Path(run_uri) / "logs" / f"rank_{rank}.log"
     sys.stdout.flush()
     sys.stderr.flush()
-    with explained("write this log", str(path)):
+    with as_storage_error("write this log", str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab", buffering=0) as file:
             os.dup2(file.fileno(), 1)

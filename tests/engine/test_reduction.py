@@ -22,7 +22,7 @@ from raytrain.engine.engine import Engine
 from raytrain.engine.reduction import Exchange, SharedMemory, open_exchange
 from raytrain.engine.world import World
 from raytrain.errors import PreflightError, TrainingError
-from raytrain.keeper.shared_memory import started_at
+from raytrain.storage.processes import started_at
 
 SIZES = {torch.float32: 5000, torch.float64: 3, torch.bfloat16: 7}
 

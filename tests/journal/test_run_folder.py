@@ -24,7 +24,8 @@ import raytrain
 from raytrain.errors import PreflightError
 from raytrain.journal.journal import Journal
 from raytrain.journal.records import read_journal
-from raytrain.journal.run_folder import RunFolder, environment, locked
+from raytrain.journal.run_folder import RunFolder, environment
+from raytrain.storage.lock import locked
 from raytrain.storage.storage import open_storage
 from raytrain.training.preflight import run_dir_of
 
@@ -188,7 +189,7 @@ def test_a_launch_on_ray_into_a_folder_that_a_run_trains_in_is_refused_before_ra
 
 def test_a_process_that_the_task_forks_does_not_hold_the_run_folder(tmp_path: Path) -> None:
     code = (
-        "import os, sys, time\nfrom raytrain.journal.run_folder import locked\n"
+        "import os, sys, time\nfrom raytrain.storage.lock import locked\n"
         "from raytrain.storage.storage import open_storage\n"
         "with locked(open_storage(sys.argv[1])):\n"
         "    child = os.fork()\n"

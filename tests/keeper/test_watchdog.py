@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.keeper.heartbeat import DATA, FORWARD, PHASE, REDUCE, STEP
-from raytrain.keeper.shared_memory import Board, started_at
+from raytrain.keeper.shared_memory import Board
 from raytrain.keeper.watchdog import Watchdog
+from raytrain.storage.processes import started_at
 
 TIMEOUT_S = 1.0
 

@@ -17,16 +17,11 @@ import torch
 import raytrain
 from raytrain.errors import CheckpointError, StorageError
 from raytrain.progress import Progress
-from raytrain.storage.checkpoint import (
-    WORLD,
-    Manifest,
-    is_verified,
-    read_manifest,
-    verify_checkpoint,
-    write_checkpoint,
-)
+from raytrain.storage.arrow import ArrowStorage
+from raytrain.storage.checkpoint import WORLD, Manifest, is_verified, read_manifest, verify_checkpoint, write_checkpoint
+from raytrain.storage.local import LocalStorage
 from raytrain.storage.state_file import dumps, load_payload, load_weights_file
-from raytrain.storage.storage import ArrowStorage, LocalStorage, Storage, open_storage
+from raytrain.storage.storage import Storage, open_storage
 
 A_WORLD = dict.fromkeys(WORLD, 1)
 WORLD_OF_TWO = {**A_WORLD, "num_workers": 2}

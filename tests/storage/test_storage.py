@@ -19,17 +19,11 @@ import pytest
 import s3_server
 
 from raytrain.errors import ConfigError, StorageError, masked
-from raytrain.storage.retry import explained, may_pass, patiently
-from raytrain.storage.storage import (
-    ArrowStorage,
-    LocalStorage,
-    Storage,
-    joined,
-    open_storage,
-    parent_and_name,
-    parse_temporary,
-    temporary_name,
-)
+from raytrain.storage.arrow import ArrowStorage
+from raytrain.storage.local import LocalStorage
+from raytrain.storage.paths import joined, parent_and_name, parse_temporary, temporary_name
+from raytrain.storage.retry import as_storage_error, may_pass, patiently
+from raytrain.storage.storage import Storage, open_storage
 
 
 @pytest.fixture(params=["local", "arrow file", "arrow memory", "s3"])
@@ -179,7 +173,11 @@ def test_a_full_disk_says_so() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
     told = r"/dev/full: cannot write: No space left on device. Free some space"
-    with pytest.raises(StorageError, match=told), explained("write", "/dev/full"), open("/dev/full", "wb") as file:
+    with (
+        pytest.raises(StorageError, match=told),
+        as_storage_error("write", "/dev/full"),
+        open("/dev/full", "wb") as file,
+    ):
         file.write(b"x")
 
 
@@ -314,9 +312,7 @@ def test_temporary_names_tell_whether_their_writer_lives() -> None:
     folder, _, name = own.rpartition("/")
     assert folder == "ckpt"
     assert parse_temporary(name) == ("writing", "checkpoint_epoch_3", False)  # this process starts a run: not writing
-    code = (
-        "from raytrain.storage.storage import temporary_name; print(temporary_name('trash', 'x'), flush=True); input()"
-    )
+    code = "from raytrain.storage.paths import temporary_name; print(temporary_name('trash', 'x'), flush=True); input()"
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True) as other:
         assert other.stdin and other.stdout

@@ -19,9 +19,12 @@ import torch
 
 from raytrain.errors import CheckpointError, StorageError, TaskError
 from raytrain.progress import Progress
+from raytrain.storage.arrow import ArrowStorage
 from raytrain.storage.checkpoint import WORLD, Manifest
+from raytrain.storage.local import LocalStorage
+from raytrain.storage.paths import Bytes
 from raytrain.storage.state_file import dumps, load_payload
-from raytrain.storage.storage import ArrowStorage, Bytes, LocalStorage, Storage
+from raytrain.storage.storage import Storage
 from raytrain.storage.store import Store, checkpoint_name
 
 STEPS_PER_EPOCH = 10

@@ -17,8 +17,9 @@ from raytrain.config.load import Checkpoint
 from raytrain.errors import CheckpointError
 from raytrain.progress import Progress
 from raytrain.storage.checkpoint import WORLD, Manifest
+from raytrain.storage.local import LocalStorage
 from raytrain.storage.state_file import dumps
-from raytrain.storage.storage import LocalStorage, Storage, open_storage
+from raytrain.storage.storage import Storage, open_storage
 from raytrain.storage.store import Store
 from raytrain.training.checkpoints import Survey, age, size, survey
 from raytrain.training.resume import choose

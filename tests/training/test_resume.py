@@ -18,8 +18,9 @@ from raytrain.journal.records import read_journal
 from raytrain.launch import Result
 from raytrain.progress import Plan, Progress
 from raytrain.storage.checkpoint import Manifest, read_manifest, write_checkpoint
+from raytrain.storage.local import LocalStorage
 from raytrain.storage.state_file import dumps, load_weights_file
-from raytrain.storage.storage import LocalStorage, open_storage
+from raytrain.storage.storage import open_storage
 from raytrain.storage.store import Store
 from raytrain.training.resume import (
     FIXED,

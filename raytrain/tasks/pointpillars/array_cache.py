@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytrain.errors import StorageError
-from raytrain.storage.storage import LocalStorage
+from raytrain.storage.local import LocalStorage
 
 WRITABLE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 Arrays = dict[str, NDArray[Any]]

@@ -19,15 +19,7 @@ from raytrain.config.load import Count, Flag, NonNegative, Positive, Section
 from raytrain.config.tree import Tree
 from raytrain.errors import ConfigError, TaskError
 from raytrain.tasks.pointpillars.data_options import Number, read_section
-from raytrain.tasks.pointpillars.database import (
-    Counts,
-    Database,
-    Prepare,
-    counts,
-    ground_plane,
-    inside,
-    overlaps,
-)
+from raytrain.tasks.pointpillars.database import Counts, Database, Prepare, counts, ground_plane, inside, overlaps
 from raytrain.tasks.pointpillars.frames import Source
 
 SECTION = "DATA_CONFIG.DATA_AUGMENTOR"

@@ -1,0 +1,99 @@
+"""Other processes of this host, as /proc tells of them."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import re
+import signal
+import socket
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+DUMP = getattr(signal, "SIGRTMIN", 0) + 3  # makes a worker write its stacks; SIGUSR1 and 2 are the user's, and Slurm's
+
+
+def closed_in_forks(file: Any) -> None:
+    """A process that the user's code forks does not hold on to `file`: it may live on when this one is killed."""
+    living = weakref.ref(file)
+
+    def close() -> None:
+        if (kept := living()) is not None:
+            kept.close()
+
+    os.register_at_fork(after_in_child=close)
+
+
+def host() -> str:
+    """Tells machines, and containers that do not see each other's processes, apart."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    if not boot.exists():
+        return socket.gethostname()
+    return f"{boot.read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
+
+
+def started_at(pid: int) -> str | None:
+    """When that process was started (in clock ticks since boot); None if it is dead, or only not yet buried."""
+    state, *fields = stat_of(pid)
+    return None if state in "ZX" else fields[18]  # field 22 of proc(5)
+
+
+def is_stopped(pid: int) -> bool:
+    """By a signal, or a debugger."""
+    return stat_of(pid)[0] in "Tt"
+
+
+def parent_of(pid: int) -> int:
+    return int(stat_of(pid)[1])
+
+
+def is_of_torchrun(pid: int) -> bool:
+    """Whether torchrun has started that process, or one above it."""
+    try:
+        return b"\0TORCHELASTIC_RUN_ID=" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # it has ended, or there is no /proc
+        return False
+
+
+def stat_of(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on, which is X if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ["X"]
+
+
+def children_of(pid: int) -> list[str]:
+    """The names of the processes that `pid` has started."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append((folder / "cmdline").read_text(errors="replace").rstrip("\0 "))
+    return found
+
+
+def status_of(pid: int, name: str) -> str:
+    """That line of /proc/PID/status; nothing if the process is gone."""
+    with contextlib.suppress(OSError):
+        found = re.search(rf"^{name}:\s*(.*)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+        return found[1] if found else ""
+    return ""
+
+
+def below(pid: int) -> Iterator[int]:
+    """The processes that this one has started, and those that these have."""
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, task.read_text().split()):
+                yield child
+                yield from below(child)
+
+
+def write_stacks_to(path: str) -> None:
+    """From now on DUMP makes this process do so, in C: also while a call that never returns holds the interpreter."""
+    with contextlib.suppress(OSError):  # then there is no stack to show
+        faulthandler.register(DUMP, file=open(path, "ab", buffering=0), all_threads=True)  # noqa: SIM115
