@@ -436,9 +436,9 @@ def run_checkpoints(args: argparse.Namespace) -> int:
     cfg = load(args) if args.cfg_file is not None else None
     from rich.console import Console
 
+    from raytrain.journal.run_folder import run_dir_of
     from raytrain.storage.storage import open_storage
     from raytrain.training.checkpoints import check_run_folder, rendered, shown_on, survey
-    from raytrain.training.preflight import run_dir_of
 
     console = Console()
     if not console.is_terminal:

@@ -18,6 +18,7 @@ import torch
 from raytrain.config.load import Checkpoint, load_config
 from raytrain.errors import CheckpointError, ConfigError, RaytrainError, TaskError
 from raytrain.journal.records import read_journal
+from raytrain.journal.run_folder import run_dir_of
 from raytrain.progress import Progress
 from raytrain.storage.checkpoint import WORLD, Manifest, _tree_sha256, read_manifest
 from raytrain.storage.local import LocalStorage
@@ -26,7 +27,7 @@ from raytrain.storage.store import Store
 from raytrain.sweep.tune import tune
 from raytrain.training.checkpoints import survey
 from raytrain.training.pictures import pictures_of
-from raytrain.training.preflight import Options, find_start, run_dir_of
+from raytrain.training.preflight import Options, find_start
 from raytrain.training.resume import choose
 
 LINES = "TASK: bad_tasks:Good\nOPTIMIZATION: {BATCH_SIZE_PER_GPU: 4, NUM_EPOCHS: 2}\nSCALE: {NUM_WORKERS: 0}\n"

@@ -14,12 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from raytrain import __version__
-from raytrain.errors import masked
-from raytrain.journal.journal import JsonlSink, LogSink, TensorBoardSink
-from raytrain.journal.records import Record, log_file_name
+from raytrain.config.load import Config, stays_below
+from raytrain.errors import ConfigError, masked
+from raytrain.journal.heritage_log import log_file_name
+from raytrain.journal.records import Record
+from raytrain.journal.sinks import JsonlSink, LogSink, TensorBoardSink
 from raytrain.storage.local import LocalStorage
 from raytrain.storage.lock import JOURNAL, locked
+from raytrain.storage.paths import joined
 from raytrain.storage.storage import Storage, open_storage
+
+PROBE = ".writable"
 
 
 class RunFolder:
@@ -143,3 +148,25 @@ def _git_commit() -> str | None:
             lines = packed.read_text().splitlines() if packed.is_file() else []
             return next((line.split()[0] for line in lines if line.endswith(f" {text[5:]}")), None)
     return None
+
+
+def check_writable(storage: Storage, folder: str = "ckpt") -> None:
+    """A StorageError says what is wrong with the disk, the bucket, the credentials, the network: now, not at the
+    first checkpoint."""
+    storage.list("")  # the one request to which S3 says whether it is the key or its secret that is wrong
+    storage.makedirs(folder)
+    storage.write_bytes(f"{folder}/{PROBE}", b"")
+    storage.remove_tree(f"{folder}/{PROBE}")
+
+
+def run_dir_of(cfg: Config) -> str:
+    """OUTPUT/EXP_GROUP_PATH/TAG/EXTRA_TAG: an absolute path, or a URI."""
+    parts = [part for part in (cfg.EXP_GROUP_PATH, cfg.TAG, cfg.EXTRA_TAG) if part]
+    local = "://" not in cfg.OUTPUT or cfg.OUTPUT.lower().startswith("file://")
+    for part in parts:
+        if not stays_below(part) or (not local and set("?#%") & set(part)):  # in a URI these end or encode a path
+            raise ConfigError(
+                f"{part!r} as a part of the run folder would leave OUTPUT; TAG, EXTRA_TAG and "
+                "EXP_GROUP_PATH are plain names"
+            )
+    return joined(open_storage(cfg.OUTPUT).path_of("") if local else cfg.OUTPUT, *parts)

@@ -21,9 +21,9 @@ from collections.abc import Iterable
 from types import NoneType
 from typing import Any
 
-from raytrain.journal.journal import JsonlSink
 from raytrain.journal.records import Record, records_of, strict
 from raytrain.journal.run_folder import RunFolder
+from raytrain.journal.sinks import JsonlSink
 from raytrain.storage.storage import Storage
 
 LEDGER = "sweep.jsonl"

@@ -25,6 +25,7 @@ from raytrain.config.load import Config
 from raytrain.config.tree import at
 from raytrain.errors import DivergedError, RaytrainError, TaskError, masked
 from raytrain.journal.records import read_journal
+from raytrain.journal.run_folder import run_dir_of
 from raytrain.keeper import shared_memory
 from raytrain.launch import launch, silent
 from raytrain.progress import Progress
@@ -34,7 +35,7 @@ from raytrain.storage.storage import Storage, open_storage
 from raytrain.storage.store import FOLDER, Saved, Store, newest_verified, verified
 from raytrain.sweep.lineage import STANDING, Lineage, Params, Standing
 from raytrain.training import worker
-from raytrain.training.preflight import BEREAVED_S, Options, run_dir_of
+from raytrain.training.preflight import BEREAVED_S, Options
 
 DIVERGED = "diverged"  # why a trial failed whose losses, gradients or weights did not stay finite
 POLL_S = 0.2  # how often it is looked whether the sweep shall stop

@@ -24,7 +24,7 @@ from raytrain.cluster.cluster import Mailbox
 from raytrain.cluster.local_cluster import is_tested
 from raytrain.config.load import Config, dump_config, with_values
 from raytrain.errors import ConfigError, PreflightError, ResumeError, TrainingError, masked
-from raytrain.journal.run_folder import RunFolder
+from raytrain.journal.run_folder import RunFolder, check_writable, run_dir_of
 from raytrain.launch import explained
 from raytrain.storage.lock import refuse_links
 from raytrain.storage.paths import joined
@@ -39,7 +39,7 @@ from raytrain.sweep.space import objective, sweep_seed, workers_of_trial
 from raytrain.sweep.sweep import BEST, Sweep, check_same
 from raytrain.sweep.trial import DIVERGED, Orders, TrialActor
 from raytrain.task import load_task_class
-from raytrain.training.preflight import ANSWER_S, check_writable, launch_after, run_dir_of, search_path
+from raytrain.training.preflight import ANSWER_S, launch_after, search_path
 from raytrain.training.signals import signals_wish_stop
 
 TUNES_FOLDER = "tune"  # what Ray Tune keeps for itself; a sweep is resumed from its ledger, so it goes with the launch

@@ -20,6 +20,7 @@ from raytrain.engine.state import RunState, build_run, load_model_state
 from raytrain.engine.world import World
 from raytrain.errors import CheckpointError, ConfigError, TaskError
 from raytrain.journal.records import strict
+from raytrain.journal.run_folder import run_dir_of
 from raytrain.launch import explained
 from raytrain.progress import Progress
 from raytrain.storage.lock import refuse_links
@@ -28,7 +29,6 @@ from raytrain.storage.store import Store
 from raytrain.task import Task, make_task
 from raytrain.training import loop
 from raytrain.training.pictures import pictures_of, why_not_drawn, write_pictures
-from raytrain.training.preflight import run_dir_of
 from raytrain.training.resume import load_origin, origin_at
 from raytrain.training.worker import build_datasets, device_here, plan_of, prepare_torch, torch_put_back
 

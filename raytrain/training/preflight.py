@@ -13,19 +13,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from raytrain.config.load import Config, stays_below, with_overrides
+from raytrain.config.load import Config, with_overrides
 from raytrain.errors import ConfigError, ResumeError, masked
+from raytrain.journal.run_folder import check_writable, run_dir_of
 from raytrain.keeper import shared_memory
 from raytrain.progress import Progress
 from raytrain.storage import processes
 from raytrain.storage.lock import locked, refuse_links
-from raytrain.storage.paths import expanded, joined
-from raytrain.storage.storage import Storage, open_storage
+from raytrain.storage.paths import expanded
+from raytrain.storage.storage import open_storage
 from raytrain.storage.store import Store, listed
 from raytrain.training.resume import Origin, choose, compare
 from raytrain.training.worker import Job
 
-PROBE = ".writable"
 ANSWER_S = 3.0  # whoever has just typed the command shall learn at once that the storage does not answer
 BEREAVED_S = 15.0  # so long the other workers of a run whose first has died may take to die
 LAUNCH = re.compile(r"([0-9]{8})-([0-9]{6})-([0-9a-f]{6})")
@@ -172,15 +172,6 @@ def find_start(cfg: Config, options: Options) -> Start:
     return Start(cfg, options, run_dir, store, origin)
 
 
-def check_writable(storage: Storage, folder: str = "ckpt") -> None:
-    """A StorageError says what is wrong with the disk, the bucket, the credentials, the network: now, not at the
-    first checkpoint."""
-    storage.list("")  # the one request to which S3 says whether it is the key or its secret that is wrong
-    storage.makedirs(folder)
-    storage.write_bytes(f"{folder}/{PROBE}", b"")
-    storage.remove_tree(f"{folder}/{PROBE}")
-
-
 def start_over(store: Store, overwrite: bool) -> None:
     """An empty run folder; refused where it holds a run, unless that shall be overwritten.
 
@@ -198,16 +189,3 @@ def start_over(store: Store, overwrite: bool) -> None:
     store.supersede(Progress(-1))
     for name in LEFTOVERS:
         storage.remove_tree(name)
-
-
-def run_dir_of(cfg: Config) -> str:
-    """OUTPUT/EXP_GROUP_PATH/TAG/EXTRA_TAG: an absolute path, or a URI."""
-    parts = [part for part in (cfg.EXP_GROUP_PATH, cfg.TAG, cfg.EXTRA_TAG) if part]
-    local = "://" not in cfg.OUTPUT or cfg.OUTPUT.lower().startswith("file://")
-    for part in parts:
-        if not stays_below(part) or (not local and set("?#%") & set(part)):  # in a URI these end or encode a path
-            raise ConfigError(
-                f"{part!r} as a part of the run folder would leave OUTPUT; TAG, EXTRA_TAG and "
-                "EXP_GROUP_PATH are plain names"
-            )
-    return joined(open_storage(cfg.OUTPUT).path_of("") if local else cfg.OUTPUT, *parts)

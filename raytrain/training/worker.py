@@ -27,8 +27,8 @@ from raytrain.engine.state import RunState, build_run, load_pretrained, restore
 from raytrain.engine.world import World
 from raytrain.errors import PreflightError
 from raytrain.failure import failure_of
+from raytrain.journal.heritage_log import header_lines, model_lines
 from raytrain.journal.journal import Journal
-from raytrain.journal.records import header_lines, model_lines
 from raytrain.journal.run_folder import RunFolder
 from raytrain.keeper.checkpointer import Saves
 from raytrain.keeper.heartbeat import Stacks, Stragglers, watched

@@ -13,8 +13,9 @@ import torch
 from tensorboard_events import events_of
 
 from raytrain.errors import StorageError, TaskError
-from raytrain.journal.journal import Journal, JsonlSink, LogSink, TensorBoardSink
+from raytrain.journal.journal import Journal
 from raytrain.journal.records import read_journal
+from raytrain.journal.sinks import JsonlSink, LogSink, TensorBoardSink
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,7 +317,8 @@ def test_tensorboard_shows_the_heritages_tags_and_one_learning_rate_for_each_ste
 
 KILLED = """
 import os, signal, sys, types
-from raytrain.journal.journal import Journal, TensorBoardSink
+from raytrain.journal.journal import Journal
+from raytrain.journal.sinks import TensorBoardSink
 journal = Journal([TensorBoardSink(sys.argv[1])], types.SimpleNamespace(EVERY=1, LINE_EVERY=50))
 journal.run(step=0, epoch=0, steps_per_epoch=4, num_epochs=3)
 for step in range(1, 10):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raytrain.errors import StorageError, TaskError
-from raytrain.journal import records
+from raytrain.journal import heritage_log, records
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "log_lines.txt"
 
@@ -122,7 +122,7 @@ def test_durations_read_as_clocks(seconds: float, long: str, short: str) -> None
 
 
 def test_log_lines_open_with_time_and_level() -> None:
-    line = records.log_line("hello", 1_700_000_000.5875)
+    line = heritage_log.log_line("hello", 1_700_000_000.5875)
     assert line[4] == "-" and line[19:] == ",587   INFO  hello"
 
 
@@ -133,7 +133,7 @@ def test_train_lines_equal_the_heritages() -> None:
     losses = [3.10263, 3.052227, 2.893408, 2.562212, 2.077626, 1.781906]
     rates = [3e-4, 6.954e-4, 1.65e-3, 2.605e-3, 3e-3, 2.886e-3]
     timing = [(0.01, 0.08), (0.0, 0.04), (0.0, 0.03), (0.0, 0.04), (0.0, 0.04), (0.0, 0.03)]
-    train_lines = records.TrainLines(run_record)
+    train_lines = heritage_log.TrainLines(run_record)
     lines = []
     for index, (loss, lr, (data_s, step_s)) in enumerate(zip(losses, rates, timing, strict=True)):
         epoch, iteration = divmod(index, 4)
@@ -148,7 +148,7 @@ def test_train_lines_equal_the_heritages() -> None:
 
 
 def test_a_loss_that_was_nan_does_not_hide_the_epochs_average() -> None:
-    train_lines = records.TrainLines(run(0, steps_per_epoch=2, num_epochs=1, line_every=1))
+    train_lines = heritage_log.TrainLines(run(0, steps_per_epoch=2, num_epochs=1, line_every=1))
     common = {"epoch": 0, "lr": 0.1, "samples": 1, "data_s": 0.0, "step_s": 1.0}
     train_lines.line(step(1, iteration=0, loss=2.0, **common))
     assert "Loss: nan (2.00)" in str(train_lines.line(step(2, iteration=1, loss=None, **common)))
@@ -157,7 +157,7 @@ def test_a_loss_that_was_nan_does_not_hide_the_epochs_average() -> None:
 def test_the_header_has_the_heritages_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     arguments = {"cfg_file": "cfgs/toy_models/tiny.yaml", "merge_all_iters_to_one_epoch": False}
-    lines = records.header_lines(arguments, {"A": 1, "MODEL": {"BACKBONE_2D": {"NAME": "x"}}}, None)
+    lines = heritage_log.header_lines(arguments, {"A": 1, "MODEL": {"BACKBONE_2D": {"NAME": "x"}}}, None)
     golden = GOLDEN.read_text().splitlines()
     assert all(line in golden for line in lines[:1] + lines[2:5])
     assert lines[1] == "CUDA_VISIBLE_DEVICES=ALL"
@@ -167,21 +167,21 @@ def test_the_header_has_the_heritages_lines(monkeypatch: pytest.MonkeyPatch) -> 
         "----------- BACKBONE_2D -----------",
         "cfg.MODEL.BACKBONE_2D.NAME: x",
     ]
-    assert "total_batch_size: 16" in records.header_lines({}, {}, 16)[2]
+    assert "total_batch_size: 16" in heritage_log.header_lines({}, {}, 16)[2]
 
 
 def test_the_model_is_named_with_its_parameter_count() -> None:
     class PointPillar(torch.nn.Linear):
         pass
 
-    first, tree = records.model_lines(PointPillar(26575, 1))
+    first, tree = heritage_log.model_lines(PointPillar(26575, 1))
     assert first in GOLDEN.read_text().splitlines()
     assert tree.startswith("PointPillar(")
 
 
 def test_evaluation_lines_equal_the_heritages() -> None:
     record = {"epoch": 2, "samples": 8, "seconds": 0.0256, "metrics": {"recall_roi_0.3": 0.0}}
-    lines = records.eval_lines(record, "toy_models/tiny(demo)")
+    lines = heritage_log.eval_lines(record, "toy_models/tiny(demo)")
     golden = GOLDEN.read_text().splitlines()
     assert lines.pop(4) == "recall_roi_0.3: 0.000000"
     start = golden.index(lines[0])

@@ -24,10 +24,9 @@ import raytrain
 from raytrain.errors import PreflightError
 from raytrain.journal.journal import Journal
 from raytrain.journal.records import read_journal
-from raytrain.journal.run_folder import RunFolder, environment
+from raytrain.journal.run_folder import RunFolder, environment, run_dir_of
 from raytrain.storage.lock import locked
 from raytrain.storage.storage import open_storage
-from raytrain.training.preflight import run_dir_of
 
 LOG = SimpleNamespace(EVERY=1, LINE_EVERY=1)
 

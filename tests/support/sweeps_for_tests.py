@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from raytrain.journal.journal import JsonlSink
 from raytrain.journal.run_folder import RunFolder
+from raytrain.journal.sinks import JsonlSink
 from raytrain.storage.lock import JOURNAL
 from raytrain.storage.storage import open_storage
 from raytrain.sweep.ledger import LEDGER, Ledger, SweepView, read_ledger, trial_folder, view_of

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from sweeps_for_tests import CLIP, LR, write_journal, write_sweep
 
-from raytrain.journal.journal import JsonlSink
+from raytrain.journal.sinks import JsonlSink
 from raytrain.storage.lock import JOURNAL
 from raytrain.storage.storage import open_storage
 from raytrain.sweep.advice import (
