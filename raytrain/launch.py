@@ -21,7 +21,7 @@ from raytrain.errors import DivergedError, PreflightError, RaytrainError, Traini
 from raytrain.failure import explains_itself, failure_of, keep_traceback
 from raytrain.journal.display import Display, failure_screen
 from raytrain.journal.records import Record
-from raytrain.keeper import shared_memory
+from raytrain.keeper import client
 from raytrain.storage.lock import locked
 from raytrain.storage.paths import parent_and_name
 from raytrain.storage.storage import open_storage
@@ -110,12 +110,12 @@ def launch(
             status = run_here(start, stop, show, judge) if here else run_on_ray(start, stop, show, ahead, judge)
     except BaseException:
         with contextlib.suppress(PreflightError):  # what failed is what to tell; the next launch says the rest
-            shared_memory.take_over(start.run_dir, BEREAVED_S)  # the last state it had is saved
+            client.take_over(start.run_dir, BEREAVED_S)  # the last state it had is saved
         raise
     finally:
         if display is not None:
             display.close()
-    shared_memory.take_over(start.run_dir, BEREAVED_S)
+    client.take_over(start.run_dir, BEREAVED_S)
     return result_of(start, status)
 
 

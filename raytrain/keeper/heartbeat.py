@@ -9,7 +9,8 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from raytrain.keeper.shared_memory import PULSE_WORDS, Board, Line
+from raytrain.keeper.line import Line
+from raytrain.keeper.shared_memory import PULSE_WORDS, Board
 from raytrain.storage.processes import started_at, write_stacks_to
 
 PHASES = ("rest", "data", "forward", "backward", "reduce", "checkpoint", "eval")

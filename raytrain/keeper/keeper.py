@@ -22,7 +22,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from raytrain.errors import CheckpointError, RaytrainError, StorageError
-from raytrain.keeper.shared_memory import Board, Line, Slots, address_of, is_own
+from raytrain.keeper.client import address_of
+from raytrain.keeper.line import Line, is_own
+from raytrain.keeper.shared_memory import Board, Slots
 from raytrain.keeper.watchdog import Watchdog
 from raytrain.progress import Progress
 from raytrain.storage.checkpoint import Manifest

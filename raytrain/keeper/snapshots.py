@@ -13,7 +13,7 @@ import torch
 from raytrain.engine.state import RunState, payload_of, size_to_come
 from raytrain.engine.world import World
 from raytrain.errors import PreflightError
-from raytrain.keeper import shared_memory
+from raytrain.keeper import client
 from raytrain.keeper.shared_memory import SLOTS, Board, Slots
 from raytrain.progress import Progress
 from raytrain.storage import processes
@@ -49,7 +49,7 @@ class Kept:
         except (EOFError, ConnectionError):  # it was about to end, and saved its state
             told = self._greet()
         if "other" in told:
-            shared_memory.take_over(self._run_uri, TAKE_OVER_S)
+            client.take_over(self._run_uri, TAKE_OVER_S)
             told = self._greet()
         if "other" in told:
             raise PreflightError(
@@ -61,9 +61,9 @@ class Kept:
         self.slots = Slots(self.line.take(), told["slot_bytes"]) if told["slot_bytes"] else None
 
     def _greet(self) -> dict[str, Any]:
-        self.line = shared_memory.started(self._run_uri, self._launch)
+        self.line = client.started(self._run_uri, self._launch)
         self.line.say(op="hello", launch=self._launch)
-        told = self.line.hear_within(shared_memory.START_S)
+        told = self.line.hear_within(client.START_S)
         if "other" in told:
             self.line.close()
         return told
@@ -89,7 +89,7 @@ class Kept:
         """The run is over, and all of it is saved: the keeper ends, and this returns when it has."""
         with contextlib.suppress(EOFError, OSError):
             self.line.say(op="end")
-            self.line.hear_within(shared_memory.SAVE_S)
+            self.line.hear_within(client.SAVE_S)
 
     def close(self) -> None:
         self.line.close()
@@ -100,7 +100,7 @@ def keeper_begun(run_uri: str, launch: str) -> threading.Thread:
 
     def start() -> None:
         with contextlib.suppress(OSError):  # join_keeper tells, if that fails too
-            shared_memory.started(run_uri, launch).close()
+            client.started(run_uri, launch).close()
 
     thread = threading.Thread(target=start, name="raytrain-keeper", daemon=True)
     thread.start()
@@ -113,7 +113,7 @@ def join_keeper(run_uri: str, launch: str, world: World) -> tuple[Kept | None, l
     None where the system has no such memory, or gives none. States are copied by rank 0, and by the first rank of one
     other host: that has the same state, so nothing travels.
     """
-    hosts = world.all_objects(processes.host() if shared_memory.is_possible() else None)
+    hosts = world.all_objects(processes.host() if client.is_possible() else None)
     if None in hosts:
         return None, []
     firsts = [hosts.index(host) for host in hosts]

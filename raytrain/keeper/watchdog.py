@@ -19,9 +19,11 @@ from typing import Any
 
 from raytrain.errors import EXIT_FAILED
 from raytrain.failure import is_ours, is_users
+from raytrain.keeper.client import asked
 from raytrain.keeper.heartbeat import BEAT_NS, PHASES, REDUCE, REST, STEP
 from raytrain.keeper.heartbeat import PHASE as PHASE_WORD
-from raytrain.keeper.shared_memory import PULSE_WORDS, PULSES, Board, Line, asked
+from raytrain.keeper.line import Line
+from raytrain.keeper.shared_memory import PULSE_WORDS, PULSES, Board
 from raytrain.storage.processes import DUMP, below, started_at, status_of
 from raytrain.storage.storage import open_storage
 

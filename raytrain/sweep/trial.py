@@ -26,7 +26,7 @@ from raytrain.config.tree import at
 from raytrain.errors import DivergedError, RaytrainError, TaskError, masked
 from raytrain.journal.records import read_journal
 from raytrain.journal.run_folder import run_dir_of
-from raytrain.keeper import shared_memory
+from raytrain.keeper import client
 from raytrain.launch import launch, silent
 from raytrain.progress import Progress
 from raytrain.storage.checkpoint import PAYLOAD, write_checkpoint
@@ -164,7 +164,7 @@ class TrialActor(Trainable):
         cfg = self.lineage.config(self.orders.cfg, self.number)
         run_dir = run_dir_of(cfg)
         storage = open_storage(run_dir)
-        shared_memory.take_over(run_dir, BEREAVED_S)  # what the training before a pause still writes and removes
+        client.take_over(run_dir, BEREAVED_S)  # what the training before a pause still writes and removes
         newest = newest_of(storage)
         if newest is None or not is_of(cfg, self.lineage.base, newest):
             Store(storage, cfg.CHECKPOINT, f"{self.orders.launch}-{time.time_ns()}").supersede(Progress(-1))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from raytrain.config.load import Checkpoint
 from raytrain.errors import CheckpointError, PreflightError, StorageError, masked
 from raytrain.journal.records import clean, number
-from raytrain.keeper import shared_memory
+from raytrain.keeper import client
 from raytrain.storage.checkpoint import Manifest, is_verified, verify_checkpoint
 from raytrain.storage.lock import JOURNAL
 from raytrain.storage.paths import parse_temporary
@@ -146,7 +146,7 @@ def _survey(store: Store, entries: list[Listed], states: dict[str, str], cfg: An
 
 def in_memory(storage: Storage, entries: list[Listed]) -> list[str]:
     """What the keeper of this host holds, if that is newer than every checkpoint."""
-    held = shared_memory.held(storage.path_of(""))
+    held = client.held(storage.path_of(""))
     if held is None or any(e.manifest and e.manifest.progress >= held for e in entries):
         return []
     return [f"in memory on this host: the state after step {held.step}; it is saved when the run ends, however it ends"]

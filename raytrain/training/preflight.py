@@ -16,7 +16,7 @@ from typing import Any
 from raytrain.config.load import Config, with_overrides
 from raytrain.errors import ConfigError, ResumeError, masked
 from raytrain.journal.run_folder import check_writable, run_dir_of
-from raytrain.keeper import shared_memory
+from raytrain.keeper import client
 from raytrain.progress import Progress
 from raytrain.storage import processes
 from raytrain.storage.lock import locked, refuse_links
@@ -146,9 +146,7 @@ def find_start(cfg: Config, options: Options) -> Start:
         raise ConfigError("--dashboard is Ray's, of a cluster that is started for the run; this run starts none")
     run_dir = run_dir_of(cfg)
     check_writable(open_storage(run_dir, ANSWER_S))
-    shared_memory.take_over(
-        run_dir, patience_s=0
-    )  # what an earlier launch still holds in memory is to be found as well
+    client.take_over(run_dir, patience_s=0)  # what an earlier launch still holds in memory is to be found as well
     storage = open_storage(run_dir)
     refuse_links(storage)
     store = Store(
@@ -163,9 +161,7 @@ def find_start(cfg: Config, options: Options) -> Start:
     if options.resume == "never":
         with locked(storage):  # or the checkpoints of a run that is still training would be moved away under it
             pass
-        shared_memory.take_over(
-            run_dir, BEREAVED_S
-        )  # one that is just dying saves its state: before, not into the new run
+        client.take_over(run_dir, BEREAVED_S)  # one that is just dying saves its state: before, not into the new run
         with locked(storage):
             store.clean_leftovers()  # of the old run: the new one would take what its writer has finished for its own
             start_over(store, options.overwrite)

@@ -31,8 +31,8 @@ from raytrain.journal.heritage_log import header_lines, model_lines
 from raytrain.journal.journal import Journal
 from raytrain.journal.run_folder import RunFolder
 from raytrain.keeper.checkpointer import Saves
+from raytrain.keeper.client import is_possible
 from raytrain.keeper.heartbeat import Stacks, Stragglers, watched
-from raytrain.keeper.shared_memory import is_possible
 from raytrain.keeper.snapshots import Kept, join_keeper, keeper_begun
 from raytrain.progress import Plan, Progress
 from raytrain.storage.retry import as_storage_error

@@ -24,7 +24,7 @@ from raytrain.engine.state import RunState, build_run, payload_of
 from raytrain.engine.world import World
 from raytrain.errors import PreflightError, StorageError
 from raytrain.journal.run_folder import RunFolder
-from raytrain.keeper import shared_memory
+from raytrain.keeper import client, line, shared_memory
 from raytrain.keeper.checkpointer import LEAST_S, Pace, Saves
 from raytrain.keeper.snapshots import Kept, Memory
 from raytrain.progress import Progress
@@ -228,9 +228,9 @@ def test_the_state_that_a_dead_launch_had_in_memory_is_saved_before_another_begi
 
 
 def test_a_keeper_that_is_stopped_is_named_instead_of_waited_for(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_memory, "ANSWER_S", 0.1)
+    monkeypatch.setattr(line, "ANSWER_S", 0.1)
     os.kill(scene.keeper, signal.SIGSTOP)
-    for ask in (lambda: shared_memory.take_over(scene.uri, 0.0), lambda: Kept(scene.uri, "20260102-b")):
+    for ask in (lambda: client.take_over(scene.uri, 0.0), lambda: Kept(scene.uri, "20260102-b")):
         with pytest.raises(PreflightError, match=rf"{scene.keeper}, .* is stopped .* `kill -CONT {scene.keeper}`"):
             ask()
     os.kill(scene.keeper, signal.SIGCONT)
@@ -402,7 +402,7 @@ def test_the_end_of_an_epoch_that_nobody_saves_stands_in_memory(scene: Scene) ->
     scene.run.progress = Progress(1, 0, 7)
     assert not scene.saves.after_step(scene.run)  # the loop does not know yet whether it is saved
     assert scene.saves.after_epoch(scene.run)
-    assert shared_memory.held(scene.uri) == Progress(1, 0, 7)
+    assert client.held(scene.uri) == Progress(1, 0, 7)
 
 
 def test_a_keeper_that_dies_has_a_successor_within_a_second(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,7 +413,7 @@ def test_a_keeper_that_dies_has_a_successor_within_a_second(scene: Scene, monkey
     os.kill(first, signal.SIGKILL)
     scene.stand_at(2)
     wait_for(lambda: scene.saves.after_step(scene.run) and keepers_of(scene.uri) not in ([], [first]), "another one")
-    assert shared_memory.held(scene.uri) == Progress(0, 2, 2)
+    assert client.held(scene.uri) == Progress(0, 2, 2)
 
 
 def test_a_clock_that_is_set_back_holds_up_no_save(tmp_path: Path) -> None:

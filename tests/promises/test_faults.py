@@ -17,7 +17,7 @@ from runs import EPOCHS, Run, assert_same_bits, assert_uses_once, keeper_of, kee
 
 import raytrain
 from raytrain.cli import main
-from raytrain.keeper import shared_memory
+from raytrain.keeper import client
 
 pytestmark = pytest.mark.ray
 
@@ -58,7 +58,7 @@ def run(tmp_path: Path, undisturbed: Run) -> Iterator[Run]:
 def assert_tidy(run: Run) -> None:
     """Nothing but checkpoints in ckpt/, and no keeper."""
     assert [name for name in names_in(run.ckpt) if not name.startswith("checkpoint_")] == []
-    assert shared_memory.connected(str(run.run_dir)) is None
+    assert client.connected(str(run.run_dir)) is None
 
 
 class Forked:

@@ -13,7 +13,7 @@ import pytest
 from commands import ROOT, wait_for
 from runs import EPOCHS, Run, assert_same_bits, assert_uses_once, keeper_of
 
-from raytrain.keeper import shared_memory
+from raytrain.keeper import client
 
 pytestmark = pytest.mark.ray
 
@@ -21,7 +21,7 @@ MEMORY = {"CHECKPOINT.SNAPSHOT_EVERY": 1, "CHECKPOINT.EVERY_STEPS": None}
 
 
 def keeper_is_gone(run: Run) -> bool:
-    line = shared_memory.connected(str(run.run_dir))
+    line = client.connected(str(run.run_dir))
     if line is not None:
         line.close()
     return line is None
@@ -104,12 +104,12 @@ def test_a_second_launch_does_not_take_the_state_of_one_that_trains(tmp_path: Pa
     run.hold(3)
     launched = run.start("--num_workers", "0")
     run.held(1, launched)
-    wait_for(lambda: shared_memory.held(str(run.run_dir)) is not None, "a state in memory")
+    wait_for(lambda: client.held(str(run.run_dir)) is not None, "a state in memory")
     check = [sys.executable, "-m", "raytrain", "checkpoints", str(run.run_dir)]
     told = subprocess.run(check, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "200"})
     assert "in memory on this host: the state after step 3" in told.stdout
     began = time.monotonic()
-    shared_memory.take_over(str(run.run_dir), patience_s=0.5)
+    client.take_over(str(run.run_dir), patience_s=0.5)
     assert time.monotonic() - began > 0.4
     assert not keeper_is_gone(run)
     run.release()
@@ -132,7 +132,7 @@ def test_a_run_folder_removed_under_a_dead_run_does_not_come_back(tmp_path: Path
 
 
 def test_a_second_run_of_the_same_user_in_another_folder_has_a_keeper_of_its_own(tmp_path: Path) -> None:
-    assert shared_memory.address_of(str(tmp_path / "a")) != shared_memory.address_of(str(tmp_path / "b"))
+    assert client.address_of(str(tmp_path / "a")) != client.address_of(str(tmp_path / "b"))
 
 
 def test_the_keeper_starts_without_torch() -> None:
