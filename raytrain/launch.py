@@ -16,6 +16,7 @@ from raytrain.cluster.cluster import Cluster, Mailbox
 from raytrain.cluster.driver import Fit, Inbox, Show, say
 from raytrain.cluster.local_cluster import is_tested
 from raytrain.config.load import Config, load_config, with_overrides
+from raytrain.engine.determinism import device_here, torch_put_back
 from raytrain.engine.world import World
 from raytrain.errors import DivergedError, PreflightError, RaytrainError, TrainingError
 from raytrain.failure import explains_itself, failure_of, keep_traceback
@@ -30,7 +31,7 @@ from raytrain.training.control import Judge, LocalControl, never_ends
 from raytrain.training.preflight import Options, Start, find_start
 from raytrain.training.resume import is_complete
 from raytrain.training.signals import signals_wish_stop
-from raytrain.training.worker import Job, device_here, run_job, torch_put_back, train_loop_per_worker
+from raytrain.training.worker import Job, run_job, train_loop_per_worker
 
 BEREAVED_S = 15.0  # so long workers of a run that has failed may take to die
 

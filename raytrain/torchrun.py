@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from raytrain.config.load import Config
+from raytrain.engine.determinism import device_here
 from raytrain.engine.world import World
 from raytrain.errors import ConfigError, PreflightError, RaytrainError, TrainingError
 from raytrain.failure import failure_of, lost_another
@@ -24,7 +25,7 @@ from raytrain.training.control import LocalControl
 from raytrain.training.preflight import Options, Start, find_start
 from raytrain.training.resume import is_complete
 from raytrain.training.signals import signals_wish_stop
-from raytrain.training.worker import Job, device_here, redirect_output, run_job
+from raytrain.training.worker import Job, redirect_output, run_job
 
 
 def launch_here(cfg: Config, options: Options) -> Result:

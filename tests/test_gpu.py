@@ -20,13 +20,14 @@ from raytrain import ModelReturn
 from raytrain.config.load import Config
 from raytrain.data.feed import Feed
 from raytrain.data.transfer import Delivery
+from raytrain.engine.determinism import prepare_torch, torch_put_back
 from raytrain.engine.precision import fp32_precisions
 from raytrain.engine.state import RunState, build_run
 from raytrain.engine.world import World
 from raytrain.launch import Result
 from raytrain.task import Task, move_to
 from raytrain.training import loop
-from raytrain.training.worker import build_datasets, plan_of, prepare_torch, torch_put_back
+from raytrain.training.worker import build_datasets, plan_of
 
 __all__ = ["compiler_files_are_ours"]  # a fixture for every test here
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from raytrain.engine.buffers import copy_fitting, is_writable
+from raytrain.engine.buffers import Snapshot, copy_fitting, is_writable, put_back
 from raytrain.engine.flat import FlatStepper, Layout, collect, why_not_flat
-from raytrain.engine.guard import KINDS, LATE_STEPS, Guard, Late, Snapshot, Trouble, put_back
+from raytrain.engine.guard import KINDS, LATE_STEPS, Guard, Late, Trouble
 from raytrain.engine.optim import options_of, stepped_groups
 from raytrain.engine.overlap import SEGMENT_BYTES, Overlap
 from raytrain.engine.per_parameter import TorchStepper

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # 1d, 2d, 3d and both synchronised ones
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from raytrain.engine.schedule import StepSettings
 from raytrain.errors import CheckpointError, ConfigError, TaskError
@@ -225,3 +226,23 @@ def _check_same_shapes(parameters: Mapping[int, nn.Parameter], moments: Mapping[
                     f"the optimizer state in the checkpoint: {name} of parameter {index} is {tuple(value.shape)}, "
                     f"but that parameter is {tuple(shape)} in this model: the model has changed"
                 )
+
+
+def clip_gradients(
+    parameters: Iterable[torch.Tensor], max_norm: float | None, norm: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The L2 norm over all gradients before clipping: a scalar on their device, without a host sync.
+
+    The gradients are scaled in place by min(1, max_norm / (norm + 1e-6)), as clip_grad_norm_ does;
+    not at all if max_norm is None. A norm that is not finite makes every gradient so: look at it
+    before the step. Pass exactly the parameters that are stepped: gradients that no step uses and
+    no step zeroes would shrink all others.
+
+    norm: if it is known already
+    """
+    stepped = list(parameters)
+    if norm is None:
+        norm = get_total_norm([p.grad for p in stepped if p.grad is not None])
+    if max_norm is not None:
+        clip_grads_with_norm_(stepped, max_norm, norm)
+    return norm

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from raytrain.engine.clip import clip_gradients
-from raytrain.engine.optim import Options, checked_moments, set_schedule, torch_optimizer
+from raytrain.engine.optim import Options, checked_moments, clip_gradients, set_schedule, torch_optimizer
 from raytrain.engine.schedule import StepSettings
 
 

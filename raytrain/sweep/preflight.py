@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from raytrain.config.load import Config
+from raytrain.engine.determinism import torch_put_back
 from raytrain.engine.randomness import seed_all
 from raytrain.errors import ConfigError
 from raytrain.progress import Plan
@@ -15,7 +16,7 @@ from raytrain.sweep.datasets import are_the_same_for_all, built_and_packed
 from raytrain.sweep.space import objective, workers_of_trial
 from raytrain.task import Task, make_task
 from raytrain.training.loop import checked_metrics, predictions_of
-from raytrain.training.worker import build_datasets, torch_put_back
+from raytrain.training.worker import build_datasets
 
 FEW = 2000  # validation samples that an untrained model is scored on here; of more the first trial's evaluation tells
 

@@ -15,6 +15,7 @@ from torch.utils.data import Subset
 
 from raytrain.config.load import Config, Eval, load_config, stays_below, with_overrides
 from raytrain.data.feed import Feed
+from raytrain.engine.determinism import device_here, prepare_torch, torch_put_back
 from raytrain.engine.randomness import seed_all
 from raytrain.engine.state import RunState, build_run, load_model_state
 from raytrain.engine.world import World
@@ -30,7 +31,7 @@ from raytrain.task import Task, make_task
 from raytrain.training import loop
 from raytrain.training.pictures import pictures_of, why_not_drawn, write_pictures
 from raytrain.training.resume import load_origin, origin_at
-from raytrain.training.worker import build_datasets, device_here, plan_of, prepare_torch, torch_put_back
+from raytrain.training.worker import build_datasets, plan_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import multiprocessing.util
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,11 +21,10 @@ import torch
 
 from raytrain.config.load import Config, dump_config
 from raytrain.data.feed import Feed, check_dataset
-from raytrain.engine.precision import fp32_precisions, set_fp32_precisions, set_tf32
+from raytrain.engine.determinism import prepare_torch
 from raytrain.engine.randomness import seed_all
 from raytrain.engine.state import RunState, build_run, load_pretrained, restore
 from raytrain.engine.world import World
-from raytrain.errors import PreflightError
 from raytrain.failure import failure_of
 from raytrain.journal.heritage_log import header_lines, model_lines
 from raytrain.journal.journal import Journal
@@ -153,46 +152,6 @@ def watch(run: RunState, feed: Feed, kept: Kept) -> None:
     run.pulse = watched(kept.line, kept.board, stacks, run.world.rank, len(run.world.block), timeout_s)
     if run.world.is_first:
         run.stragglers = Stragglers(kept.board, time.monotonic())
-
-
-def device_here(cfg: Config) -> torch.device:
-    """The device for training in this process."""
-    wanted = cfg.SCALE.USE_GPU
-    use_gpu = torch.cuda.is_available() if wanted == "auto" else bool(wanted)
-    if use_gpu and not torch.cuda.is_available():
-        raise PreflightError("SCALE.USE_GPU is true, but torch finds no GPU here; use --no_gpu")
-    return torch.device("cuda" if use_gpu else "cpu")
-
-
-def prepare_torch(cfg: Config, device: torch.device) -> None:
-    """Fix what changes the rounding of floating-point sums: thread count, TF32, and cuDNN's choice of kernels."""
-    torch.set_num_threads(cfg.SCALE.THREADS)
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.cuda.init()  # from here on seed_all reaches the GPU, also while a model is built on it
-        torch.backends.cudnn.benchmark = False
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        set_tf32(cfg.OPTIMIZATION.TF32)
-
-
-@contextlib.contextmanager
-def torch_put_back() -> Iterator[None]:
-    """What prepare_torch sets in this process is afterwards what it was."""
-    threads, benchmark, precisions = torch.get_num_threads(), torch.backends.cudnn.benchmark, fp32_precisions()
-    determinism = deterministic_algorithms()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.backends.cudnn.benchmark = benchmark
-        if deterministic_algorithms() != determinism:  # setting it imports torch._inductor: 1.5 s
-            torch.use_deterministic_algorithms(determinism[0], warn_only=determinism[1])
-        set_fp32_precisions(precisions)
-
-
-def deterministic_algorithms() -> tuple[bool, bool]:
-    """Whether torch uses them, and whether it only warns where there are none."""
-    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def build_datasets(task: Task, seed: int) -> dict[str, Any]:

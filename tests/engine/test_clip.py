@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from raytrain.engine.clip import clip_gradients
+from raytrain.engine.optim import clip_gradients
 
 
 def parameters_with_gradients(dtype=torch.float64, scale=1.0):

@@ -12,8 +12,8 @@ from optimization import OPTIMIZATION, settings
 from processes import Pair
 from torch import nn
 
-from raytrain.engine.clip import clip_gradients
 from raytrain.engine.engine import Engine, Stepped
+from raytrain.engine.optim import clip_gradients
 from raytrain.engine.world import World
 
 OPTIM = {**OPTIMIZATION, "OPTIMIZER": "sgd", "LR": 0.1}

@@ -17,8 +17,9 @@ from small_runs import config
 from torch import nn
 
 from raytrain.data.feed import Feed
+from raytrain.engine.buffers import put_back
 from raytrain.engine.engine import Engine, Stepped
-from raytrain.engine.guard import Guard, Late, Trouble, put_back
+from raytrain.engine.guard import Guard, Late, Trouble
 from raytrain.engine.optim import options_of, stepped_groups
 from raytrain.engine.per_parameter import TorchStepper
 from raytrain.engine.state import RunState, build_run

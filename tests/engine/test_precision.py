@@ -11,10 +11,10 @@ from optimization import settings
 from processes import Pair
 from torch import nn
 
+from raytrain.engine.determinism import torch_put_back
 from raytrain.engine.engine import Engine
 from raytrain.engine.precision import Precision, fp32_precisions, set_fp32_precisions, set_tf32
 from raytrain.engine.world import World
-from raytrain.training.worker import torch_put_back
 
 CPU = torch.device("cpu")
 
