@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from raytrain.errors import TaskError
 from raytrain.failure import users_traceback
 
@@ -187,3 +189,26 @@ def load_task_class(path: str) -> type[Task]:
             f"TASK {path!r}: {class_name} is no subclass of raytrain.Task; write class {class_name}(raytrain.Task)"
         )
     return task_class
+
+
+def tensors_of(batch: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(keep, batch)
+    return found
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Neither sparse nor nested, which are several tensors and take no record_stream."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) floating: the same numbers with C next to each other in memory; any other as it is."""
+    if tensor.dim() == 4 and tensor.is_floating_point() and is_plain(tensor):
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from raytrain.task import Task, map_tensors
+from raytrain.task import Task, channels_last, is_plain, map_tensors, tensors_of
 
 
 class Delivery:
@@ -40,26 +40,3 @@ class Delivery:
     def _brought(self, batch: Any) -> Any:
         batch = self._task.to_device(batch, self._device)
         return map_tensors(channels_last, batch) if self._channels_last else batch
-
-
-def tensors_of(batch: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        found.append(tensor)
-        return tensor
-
-    map_tensors(keep, batch)
-    return found
-
-
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Neither sparse nor nested, which are several tensors and take no record_stream."""
-    return tensor.layout is torch.strided and not tensor.is_nested
-
-
-def channels_last(tensor: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) floating: the same numbers with C next to each other in memory; any other as it is."""
-    if tensor.dim() == 4 and tensor.is_floating_point() and is_plain(tensor):
-        return tensor.contiguous(memory_format=torch.channels_last)
-    return tensor

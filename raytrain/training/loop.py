@@ -17,7 +17,8 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from raytrain.data.feed import BatchKey, Feed, Step
+from raytrain.data.feed import Feed, Step
+from raytrain.data.loader import BatchKey
 from raytrain.engine.engine import Stepped
 from raytrain.engine.guard import LATE_STEPS
 from raytrain.engine.randomness import seed_all

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from raytrain.config.load import Config, dump_config
-from raytrain.data.feed import Feed, check_dataset
+from raytrain.data.feed import Feed
 from raytrain.engine.determinism import prepare_torch
 from raytrain.engine.randomness import seed_all
 from raytrain.engine.state import RunState, build_run, load_pretrained, restore
@@ -39,6 +39,7 @@ from raytrain.storage.store import Store, checkpoint_name
 from raytrain.sweep.datasets import unpacked
 from raytrain.task import Task, make_task
 from raytrain.training import loop
+from raytrain.training.contract import check_dataset
 from raytrain.training.control import Control, RayControl
 from raytrain.training.pictures import pictures_of, why_not_drawn, write_pictures
 from raytrain.training.resume import Origin, bring, choose, compare

@@ -21,10 +21,11 @@ from feeds import feed_of, whole_run
 from tasks_for_units import Draws, DrawTask
 from torch.utils.data import IterableDataset
 
-from raytrain.data.feed import BatchKey, check_dataset, check_loader_workers
+from raytrain.data.loader import BatchKey, check_loader_workers
 from raytrain.engine.world import World
 from raytrain.errors import DataError, LostLoaderError, PreflightError, TaskError
 from raytrain.progress import Plan, Progress
+from raytrain.training.contract import check_dataset
 
 
 def draws_of(batches: Any) -> dict[tuple[str, int, int], list[float]]:

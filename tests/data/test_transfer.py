@@ -12,10 +12,10 @@ from small_runs import INDEX, config, run_until, saved_state, train
 from tasks_for_units import GoldenToyTask
 
 from raytrain.config.load import Config, with_overrides
-from raytrain.data.transfer import Delivery, channels_last
+from raytrain.data.transfer import Delivery
 from raytrain.engine.state import build_run
 from raytrain.engine.world import World
-from raytrain.task import Task
+from raytrain.task import Task, channels_last
 from raytrain.training.worker import plan_of
 
 CPU = torch.device("cpu")

@@ -9,7 +9,8 @@ from typing import Any
 
 from tasks_for_units import Draws, DrawTask
 
-from raytrain.data.feed import BatchKey, Feed
+from raytrain.data.feed import Feed
+from raytrain.data.loader import BatchKey
 from raytrain.engine.world import World
 from raytrain.progress import Plan, Progress
 

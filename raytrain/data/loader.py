@@ -1,0 +1,180 @@
+"""Loader workers: processes that make batches by key, ahead of the training."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing.queues
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, default_convert
+
+from raytrain.engine.randomness import random_state, seed_all
+from raytrain.errors import DataError, PreflightError
+from raytrain.failure import users_traceback
+from raytrain.storage.processes import write_stacks_to
+from raytrain.task import Task
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+LOADERS_PER_CPU = 16  # more than one, since loading may be waiting
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchKey:
+    """What a loader worker is asked for."""
+
+    split: str
+    epoch: int
+    ids: tuple[int, ...]
+
+
+class KeyedBatches(Dataset[Any]):
+    """Batches by key; randomness in a sample depends on (seed, epoch, sample id) alone."""
+
+    def __init__(self, datasets: dict[str, Any], task: Task, seed: int) -> None:
+        self.datasets = datasets
+        self.task = task
+        self.seed = seed
+        self.epochs: dict[str, int] = {}
+
+    def __getitem__(self, key: BatchKey) -> tuple[BatchKey, Any]:
+        """The key and its batch, or a DataError in the batch's place (raised in the training process)."""
+        dataset = self.datasets[key.split]
+        where = f"data set {key.split!r}"
+        seeded, state = self.task.random_samples, None
+        try:
+            if self.epochs.get(key.split) != key.epoch:
+                self.epochs[key.split] = key.epoch
+                if hasattr(dataset, "set_epoch"):
+                    dataset.set_epoch(key.epoch)
+                state = None if seeded else random_state()
+            samples = []
+            for sample_id in key.ids:
+                where = f"sample {sample_id} of data set {key.split!r}"
+                if seeded:
+                    seed_all(self.seed, "sample", key.split, key.epoch, sample_id)
+                samples.append(dataset[sample_id])
+            if state is not None and random_state() != state:
+                told = f"a sample of data set {key.split!r} drew random numbers, which were not seeded for it"
+                return key, DataError(f"{told}: set {type(self.task).__name__}.random_samples to True")
+            where = f"collate of {len(key.ids)} samples of data set {key.split!r}"
+            if type(self.task).collate is Task.collate:  # draws nothing, and gives tensors
+                return key, self.task.collate(samples)
+            seed_all(self.seed, "collate", key.split, key.epoch, key.ids[0])
+            return key, default_convert(self.task.collate(samples))
+        except Exception as error:
+            told = f"{where}: {type(error).__name__}: {error}"
+            if where.startswith("collate") and type(self.task).collate is Task.collate:
+                named = type(self.task).__name__
+                return key, DataError(f"{told}\n\nWrite {named}.collate(samples) to make one batch of such samples")
+            return key, DataError(f"{told}\n\n{users_traceback(error)}")
+
+
+class _Keys:
+    """An iterable over keys, which is all that a DataLoader asks of its sampler."""
+
+    def __init__(self, keys: Iterator[BatchKey]) -> None:
+        self.keys = keys
+
+    def __iter__(self) -> Iterator[BatchKey]:
+        return self.keys
+
+
+class _QuietDataLoader(DataLoader[Any]):
+    """Without torch's warning, twice, that there are fewer CPUs than loader workers."""
+
+    def check_worker_number_rationality(self) -> None: ...
+
+
+def check_loader_workers(workers: int, num_cpus: int) -> None:
+    """PreflightError for more loader workers than can be of use: each takes 140 MB before its first sample."""
+    most = LOADERS_PER_CPU * num_cpus
+    if workers > most:
+        raise PreflightError(
+            f"LOADER.WORKERS is {workers}, for each worker process; on {num_cpus} CPU{'s' if num_cpus > 1 else ''} so "
+            f"many load no faster and may fill the memory. Give {most} at most; {num_cpus} is a good start"
+        )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _loader_context(task_module: str) -> Any:
+    """Loader workers are forked from a clean server process that has imported torch once.
+
+    A plain fork would inherit the threads and locks of a Ray worker and can deadlock (RAY.md F12).
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "raytrain.data.feed", task_module])
+    return context
+
+
+@contextlib.contextmanager
+def _main_module_hidden() -> Iterator[None]:
+    """Loader workers need nothing of `__main__`; importing it again would run a user's script, or Ray's, twice."""
+    main = sys.modules["__main__"]
+    kept = {name: getattr(main, name, None) for name in ("__file__", "__spec__")}
+    main.__spec__ = None
+    if hasattr(main, "__file__"):
+        del main.__file__
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            if name == "__spec__" or value is not None:
+                setattr(main, name, value)
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """SIGINT and SIGTERM wait: for this thread until the block ends, for loader workers until they can handle
+    them, for the fork server for ever (it ends with the processes that use it)."""
+    resource_tracker.ensure_running()  # when it starts its process, it lets these signals through again
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def _init_loader_worker(stacks_path: str | None, _: int) -> None:
+    """A loader worker lives as long as the training process: no longer, and through signals meant for all.
+
+    Ctrl-C, and a SIGTERM to the whole process group, let the training process finish its step,
+    for which it needs this worker. A second SIGTERM ends it.
+    """
+    threading.Thread(target=_end_with_parent, name="raytrain-parent-watch", daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    if stacks_path is not None:
+        write_stacks_to(stacks_path)
+    torch.set_num_threads(1)
+    multiprocessing.queues.Queue._on_queue_feeder_error = _send_error_instead  # type: ignore[attr-defined]
+
+
+def _send_error_instead(queue: Any, error: Exception, item: Any) -> None:
+    """A batch that cannot be pickled would be lost without a word, and the loop would wait for it for ever."""
+    told = f"{type(error).__name__}: {error}"
+    advice = (
+        "Batches go from loader workers to the training process by pickle: keep functions and open files out of them"
+    )
+    queue.put((item[0], (None, DataError(f"a batch cannot leave its loader worker: {told}\n\n{advice}"))))
+
+
+def _end_with_parent() -> None:
+    """torch's own watch looks at the parent of this process, which is the fork server and never dies first."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only called in loader workers"
+    parent.join()
+    os._exit(0)
