@@ -40,7 +40,7 @@ def bare_batches(dataset: Samples, workers: int) -> Iterator[Any]:
 def feed_batches(dataset: Samples, workers: int) -> Iterator[Any]:
     """One epoch of raytrain's Feed."""
     from benchmarks.workloads import Overhead
-    from raytrain.config.load import Config
+    from raytrain.config.sections import Config
     from raytrain.data.feed import Feed
     from raytrain.engine.world import World
     from raytrain.progress import Plan, Progress

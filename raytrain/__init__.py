@@ -18,7 +18,8 @@ _HOMES = {
 __all__ = ["Config", "ModelReturn", "Result", "Task", "evaluate", "load_config", "train"]
 
 if TYPE_CHECKING:
-    from raytrain.config.load import Config, load_config
+    from raytrain.config.load import load_config
+    from raytrain.config.sections import Config
     from raytrain.launch import Result, train
     from raytrain.task import ModelReturn, Task
     from raytrain.training.evaluate import evaluate

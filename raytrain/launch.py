@@ -15,7 +15,8 @@ from raytrain.cluster.budget import Budget
 from raytrain.cluster.cluster import Cluster, Mailbox
 from raytrain.cluster.driver import Fit, Inbox, Show, say
 from raytrain.cluster.local_cluster import is_tested
-from raytrain.config.load import Config, load_config, with_overrides
+from raytrain.config.load import load_config, with_overrides
+from raytrain.config.sections import Config
 from raytrain.engine.determinism import device_here, torch_put_back
 from raytrain.engine.world import World
 from raytrain.errors import DivergedError, PreflightError, RaytrainError, TrainingError

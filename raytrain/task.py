@@ -18,7 +18,7 @@ from raytrain.failure import users_traceback
 if TYPE_CHECKING:
     import torch
 
-    from raytrain.config.load import Config
+    from raytrain.config.sections import Config
 
 
 @dataclasses.dataclass

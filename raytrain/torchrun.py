@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raytrain.config.load import Config
+from raytrain.config.sections import Config
 from raytrain.engine.determinism import device_here
 from raytrain.engine.world import World
 from raytrain.errors import ConfigError, PreflightError, RaytrainError, TrainingError

@@ -45,7 +45,7 @@ def test_both_conv_loops_end_with_the_same_weights(tmp_path):
     from benchmarks.loop import TOLERANCE, difference
     from benchmarks.pieces import CONV, Assignment, Span
     from raytrain import train
-    from raytrain.config.load import Config
+    from raytrain.config.sections import Config
 
     assignment = Assignment(CONV, Span(1, 1), tmp_path)
     threads = torch.get_num_threads()

@@ -17,7 +17,7 @@ from tasks_for_units import PointsTask, ToyNet
 from torch.utils.data import TensorDataset
 
 from raytrain import ModelReturn
-from raytrain.config.load import Config
+from raytrain.config.sections import Config
 from raytrain.data.feed import Feed
 from raytrain.data.transfer import Delivery
 from raytrain.engine.determinism import prepare_torch, torch_put_back

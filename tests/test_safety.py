@@ -15,7 +15,8 @@ import bad_tasks
 import pytest
 import torch
 
-from raytrain.config.load import Checkpoint, load_config
+from raytrain.config.load import load_config
+from raytrain.config.sections import Checkpoint
 from raytrain.errors import CheckpointError, ConfigError, RaytrainError, TaskError
 from raytrain.journal.records import read_journal
 from raytrain.journal.run_folder import run_dir_of

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
-import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import ValidationError
 
-from raytrain.config.distributions import distribution
 from raytrain.config.overrides import apply_overrides, put_value
-from raytrain.config.schema import complaints, section_in, shown
+from raytrain.config.schema import Tree, complaints, shown
+from raytrain.config.sections import Config, Phase
 from raytrain.config.sweep import swept_problems
-from raytrain.config.tree import Tree, plain
 from raytrain.config.yaml_tree import Node, dump_tree, node_of, read_tree
 from raytrain.errors import ConfigError
+
+PHASED = {f"OPTIMIZATION.{key}": key for key in Phase.model_fields if key != "FROM_EPOCH"}  # dotted -> key of a phase
 
 
 def load_config(
@@ -90,293 +79,6 @@ def config_diff(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any
     return found
 
 
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def stays_below(name: str) -> bool:
-    """Whether a folder of this name lies below the one that it is joined to, and is one that people can type."""
-    return not name.startswith("/") and ".." not in name.split("/") and name.isprintable()
-
-
-def _folder(value: str) -> str:
-    if not stays_below(value):
-        raise ValueError("it must be a folder name below OUTPUT: neither absolute nor with `..` or control characters")
-    return value
-
-
-def _dotted_path(value: str) -> str:
-    if not re.fullmatch(r"\w+(\.\w+)*:\w+", value):
-        raise ValueError("it must be pkg.module:Class, for example raytrain.tasks.digits:DigitsTask")
-    return value
-
-
-def _drawable(value: Any) -> Any:
-    distribution(value)
-    return value
-
-
-Flag = Annotated[bool, Field(strict=True)]
-Natural = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=0)]
-Count = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=1)]
-NonNegative = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
-Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0)]
-Decay = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, lt=1)]  # of a running mean
-Pair = Annotated[list[Decay], Field(min_length=2, max_length=2)]
-Folder = Annotated[str, AfterValidator(_folder)]
-FolderName = Annotated[str, Field(min_length=1), AfterValidator(_folder)]
-
-
-class Section(BaseModel):
-    """A mapping whose keys are all known here. What was decided when the run began does not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Spike(Section):
-    """A loss or gradient norm above FACTOR x the median of the last WINDOW good steps is one."""
-
-    FACTOR: Annotated[float, Field(strict=True, allow_inf_nan=False, gt=1)] = 10.0
-    WINDOW: Annotated[Count, Field(le=65536)] = 100
-    ACTION: Literal["skip", "rollback", "stop"] = "skip"
-
-
-class Phase(Section):
-    """What holds in OPTIMIZATION's place from an epoch on. A key that is not given stays as it was.
-
-    Iterate over it, as dict() does: that gives only what was given. The defaults are never read.
-    """
-
-    FROM_EPOCH: Count  # epochs finished when it begins
-    LR: Positive = 0.0
-    GRAD_NORM_CLIP: Positive | None = None
-    WEIGHT_DECAY: NonNegative = 0.0
-
-    def __iter__(self) -> Generator[tuple[str, Any], None, None]:
-        """The keys that were given, with their values."""
-        yield from ((key, value) for key, value in super().__iter__() if key in self.model_fields_set)
-
-    @model_validator(mode="after")
-    def _sets_something(self) -> Phase:
-        keys = [key for key in type(self).model_fields if key != "FROM_EPOCH"]
-        if self.model_fields_set.isdisjoint(keys):
-            raise ValueError(f"it sets nothing; give it at least one of {', '.join(keys)}")
-        return self
-
-
-class Optimization(Section):
-    """OpenPCDet's keys; those after AMP_DTYPE are raytrain's."""
-
-    OPTIMIZER: Literal["adam", "sgd", "adam_onecycle", "adam_cosineanneal", "adamw"] = "adam_onecycle"
-    BATCH_SIZE_PER_GPU: Count  # samples in a micro-batch of one virtual worker
-    NUM_EPOCHS: Count
-    LR: Positive = 0.003
-    WEIGHT_DECAY: NonNegative = 0.01
-    MOMENTUM: Decay = 0.9  # sgd
-    MOMS: Pair = [0.95, 0.85]  # beta1 of adam_onecycle and adam_cosineanneal: at the ends, at the peak
-    BETAS: Pair | None = None
-    PCT_START: Annotated[Positive, Field(lt=1)] = 0.4  # share of the run in which the learning rate rises
-    DIV_FACTOR: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=1)] = 10.0
-    DECAY_STEP_LIST: list[Natural] = []  # epochs at which the learning rate is multiplied by LR_DECAY
-    LR_DECAY: Annotated[Positive, Field(le=1)] = 0.1
-    LR_CLIP: NonNegative = 1e-7  # the step schedule stays above it
-    LR_WARMUP: Flag = False
-    WARMUP_EPOCH: Count = 1  # of LR_WARMUP
-    WARMUP_ITER: Natural = 500  # of adam_cosineanneal
-    GRAD_NORM_CLIP: Positive | None = 10.0
-    LOSS_SCALE_FP16: Positive | None = None  # first loss scale; None: 65536
-    USE_AMP: Flag = False
-    AMP_DTYPE: Literal["fp16", "bf16"] = "fp16"
-    SCHEDULER: Literal["step", "onecycle", "cosine", "constant"] | None = None  # None: by OPTIMIZER
-    ACCUMULATE: Count = 1  # micro-batches in a step
-    SYNC_BN: Flag = False
-    LEGACY_PARAM_GROUPS: Flag = False  # leave out the parameters that OpenPCDet leaves out
-    ENGINE: Literal["auto", "flat", "ddp"] = "auto"  # flat buffers, or parameter by parameter; auto: flat if it can
-    TF32: Flag = False  # f32 products rounded to 10 bits of mantissa, on GPUs that have it
-    CHANNELS_LAST: Flag = False  # memory format of the model and of a batch's images (B, C, H, W)
-    COMPILE: Flag = False  # torch.compile
-    CUDA_GRAPHS: Flag = False  # of what COMPILE makes
-    NONFINITE: Literal["skip", "rollback", "stop"] = "skip"  # what a loss or gradient that is not finite leads to
-    NONFINITE_LIMIT: Count = 10  # steps without effect in a row, for that or for a spike, that end the run
-    ROLLBACK_EVERY: Count = 100  # steps between the states that a rollback returns to; one is kept in memory
-    SPIKE: Spike | None = None
-    PHASES: list[Phase] = []  # other values from some epochs on
-
-    def in_force(self, epoch: int) -> Optimization:
-        """A copy with the values that hold after `epoch` finished epochs."""
-        begun = (dict(phase) for phase in self.PHASES if epoch >= phase.FROM_EPOCH)
-        values = {key: value for phase in begun for key, value in phase.items() if key != "FROM_EPOCH"}
-        return self.model_copy(update=values)
-
-    @field_validator("PHASES")
-    @classmethod
-    def _in_order(cls, value: list[Phase]) -> list[Phase]:
-        epochs = [phase.FROM_EPOCH for phase in value]
-        if any(later <= earlier for earlier, later in itertools.pairwise(epochs)):
-            raise ValueError(
-                f"each phase must begin after the one before; found FROM_EPOCH {', '.join(map(str, epochs))}"
-            )
-        return value
-
-    @field_validator("CUDA_GRAPHS")
-    @classmethod
-    def _compiled(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and not info.data.get("COMPILE", True):
-            raise ValueError("torch makes CUDA graphs of compiled models; set COMPILE to true")
-        return value
-
-
-class DisableAugmentation(Section):
-    DISABLE_AUG_LIST: list[str]
-    NUM_LAST_EPOCHS: Natural
-
-
-class Hook(Section):
-    DisableAugmentationHook: DisableAugmentation | None = None
-
-
-class Scale(Section):
-    """What the run takes of the cluster."""
-
-    NUM_WORKERS: Natural | None = None  # processes; 0: in this one, without Ray; None: what fits
-    VIRTUAL_WORKERS: Annotated[Count, Field(le=65536)] | None = None  # fixed for a run's life; None: its NUM_WORKERS
-    USE_GPU: Literal["auto"] | Flag = "auto"
-    CPUS_PER_WORKER: Positive = 1.0
-    GPUS_PER_WORKER: Positive = 1.0
-    RESOURCES: dict[str, NonNegative] = {}  # custom Ray resources of each worker
-    REDUCTION: Literal["auto", "shared_memory", "collective"] = "auto"  # how gradients are summed over processes
-    THREADS: Annotated[Count, Field(le=1024)] = 1  # torch's, in each worker
-    # Restarts in a row without a new step; -1: no limit; None: 2 where a process dies, 0 where the task's code raises.
-    MAX_FAILURES: Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=-1)] | None = None
-    HANG_TIMEOUT: Positive | None = 1200.0  # seconds without progress until a worker is killed; None: never
-
-    @field_validator("VIRTUAL_WORKERS")
-    @classmethod
-    def _enough(cls, value: int | None, info: ValidationInfo) -> int | None:
-        workers = info.data.get("NUM_WORKERS")
-        if value is not None and workers is not None and value < workers:
-            raise ValueError(f"NUM_WORKERS is {workers}; it must be at least that, or null")
-        return value
-
-    @field_validator("RESOURCES")
-    @classmethod
-    def _custom(cls, value: dict[str, float]) -> dict[str, float]:
-        for name in value:
-            if name.upper() in ("CPU", "GPU"):
-                raise ValueError(f"{name} is set by {name.upper()}S_PER_WORKER; RESOURCES is for custom resources")
-        return value
-
-
-class Loader(Section):
-    WORKERS: Natural = 2  # loader processes of each worker
-    PREFETCH: Annotated[Count, Field(le=1024)] = 2  # batches that each of them keeps ready
-    SHUFFLE: Flag = True
-
-
-class Checkpoint(Section):
-    """When to save and what to keep; the end of a run is always saved."""
-
-    EVERY_EPOCHS: Count | None = 1
-    EVERY_STEPS: Count | None = None
-    EVERY_SECONDS: Literal["auto"] | Positive | None = (
-        "auto"  # auto: as often as OVERHEAD allows, once a minute at most
-    )
-    OVERHEAD: Annotated[Positive, Field(lt=1)] = 0.01  # share of the time that saving may take
-    SNAPSHOT_EVERY: Literal["auto"] | Count | None = "auto"  # steps between states in memory; auto: as OVERHEAD allows
-    KEEP_LAST: Count = 5
-    METRIC: str | None = None  # of the task's score
-    MODE: Literal["max", "min"] = "max"
-    KEEP_BEST: Natural = 0
-
-    @field_validator("KEEP_BEST")
-    @classmethod
-    def _measured(cls, value: int, info: ValidationInfo) -> int:
-        if value > 0 and "METRIC" in info.data and not info.data["METRIC"]:
-            raise ValueError("nothing says which are best; set CHECKPOINT.METRIC to one of the task's metrics")
-        return value
-
-
-class Eval(Section):
-    EVERY: Count | None = 1  # epochs; None: only at the end
-    PICTURES: Natural = 4  # that a task draws at the end of training and in `raytrain eval`
-
-
-class Log(Section):
-    EVERY: Count = 10  # steps between journal records
-    LINE_EVERY: Count = 50  # steps between lines of the log file
-
-
-class Budget(Section):
-    """What a sweep may take before it ends; None: no limit."""
-
-    EPOCHS: Count | None = None  # of all trials together
-    SECONDS: Positive | None = None  # of the sweep's wall time
-
-
-class Tune(Section):
-    """A sweep over this config: `raytrain tune`."""
-
-    SPACE: dict[str, Annotated[dict[str, Any], BeforeValidator(_drawable)]] = {}  # dotted key: {distribution: [...]}
-    METRIC: str | None = None  # None: CHECKPOINT.METRIC, else loss
-    MODE: Literal["max", "min"] | None = None  # None: CHECKPOINT.MODE for its metric, min for loss, else max
-    NUM_SAMPLES: Count = 10  # trials; times the combinations of the SPACE's grids
-    SCHEDULER: Literal["none", "asha", "hyperband", "median", "pbt", "pb2"] = "none"
-    SEARCH: Literal["random", "grid", "tpe", "gp", "bohb"] = "random"
-    BUDGET: Budget = Budget()
-    CONCURRENT: Count | None = None  # trials at a time; None: what the cluster holds
-    SEED: Annotated[Natural, Field(le=2**32 - 1)] | None = None  # None: the config's
-    CONSTANTS: dict[str, Any] = {}  # dotted key: what it is in every trial
-    MAX_FAILED: Natural = 3  # failed trials that the sweep bears
-    UNIT: Literal["epoch", "step"] = "epoch"  # of GRACE and PERTURB_EVERY
-    GRACE: Count = 1  # asha, median: a trial is not stopped before
-    REDUCTION: Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=2)] = (
-        3  # asha, hyperband: one trial of so many goes on
-    )
-    PERTURB_EVERY: Count = 2  # pbt, pb2
-    QUANTILE: Annotated[Positive, Field(le=0.5)] = 0.25  # pbt, pb2: the worst share goes on from the best
-    RESAMPLE: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.25  # pbt: chance of a new value over a near one
-
-
-class Config(Section):
-    """Everything that decides a run. MODEL, DATA_CONFIG and CLASS_NAMES belong to the task."""
-
-    TASK: Annotated[str, AfterValidator(_dotted_path)]  # pkg.module:Class
-    SEED: Annotated[Natural, Field(le=2**32 - 1)] = 0  # numpy takes no larger one
-    OUTPUT: Annotated[str, Field(min_length=1)] = "output"  # a folder or a pyarrow URI
-    TAG: FolderName = "run"  # load_config: the name of the YAML file
-    EXP_GROUP_PATH: Folder = ""  # load_config: its folders below cfgs/ or configs/
-    EXTRA_TAG: FolderName = "default"
-    CLASS_NAMES: list[str] = []
-    DATA_CONFIG: Tree = Tree()
-    MODEL: Tree = Tree()
-    OPTIMIZATION: Optimization
-    HOOK: Hook | None = None
-    SCALE: Scale = Scale()
-    LOADER: Loader = Loader()
-    CHECKPOINT: Checkpoint = Checkpoint()
-    EVAL: Eval = Eval()
-    LOG: Log = Log()
-    TUNE: Tune = Tune()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_empty_sections(cls, data: Any) -> Any:
-        """A section with nothing under its key (`SCALE:`) has its defaults."""
-        if not isinstance(data, dict):
-            return data
-        fields = cls.model_fields
-        empty = [key for key, value in data.items() if value is None and key in fields and _is_section(fields[key])]
-        return {key: value for key, value in data.items() if key not in empty}
-
-    def to_tree(self) -> dict[str, Any]:
-        """The whole configuration as plain dicts, lists and scalars."""
-        return plain(self)
-
-
-def _is_section(field: Any) -> bool:
-    return field.annotation is Tree or section_in(field.annotation) is not None
-
-
 def _checked(root: Node) -> Config:
     cfg, problems = _read(root)
     if cfg is not None:
@@ -415,3 +117,33 @@ def _group_path(path: Path) -> str:
     below = path.resolve().parent
     here = Path.cwd().resolve()
     return "/".join(below.relative_to(here).parts[1:]) if below.is_relative_to(here) else ""
+
+
+def values_at(cfg: Config, epoch: int) -> dict[str, Any]:
+    """The values, by dotted key, that hold after `epoch` finished epochs; of the keys that PHASES can change."""
+    now = cfg.OPTIMIZATION.in_force(epoch)
+    return {dotted: getattr(now, key) for dotted, key in PHASED.items()}
+
+
+def with_phase(cfg: Config, from_epoch: int, params: Mapping[str, Any]) -> Config:
+    """`cfg` with `params` (plain values by dotted key) in force after `from_epoch` finished epochs.
+
+    Its phases from there on are dropped. At epoch 0, where nothing has been trained, the values go in OPTIMIZATION's
+    own place. Later a phase is added, of what is not in force there anyway; a ConfigError if another key than
+    PHASES can hold is to change.
+    """
+    phases = [dict(phase) for phase in cfg.OPTIMIZATION.PHASES if from_epoch > phase.FROM_EPOCH]
+    if from_epoch == 0:
+        return with_values(cfg, {**params, "OPTIMIZATION.PHASES": []})
+    before = with_values(cfg, {"OPTIMIZATION.PHASES": phases})
+    fixed = {dotted: value for dotted, value in params.items() if dotted not in PHASED}
+    differs = sorted(dotted for dotted in fixed if with_values(before, {dotted: fixed[dotted]}) != before)
+    if differs:
+        raise ConfigError(
+            f"after epoch {from_epoch}, in mid-run, {', '.join(differs)} cannot change; what can: {', '.join(PHASED)}"
+        )
+    now = values_at(before, from_epoch)
+    changed = {PHASED[dotted]: params[dotted] for dotted in PHASED if params.get(dotted, now[dotted]) != now[dotted]}
+    if not changed:
+        return before
+    return with_values(cfg, {"OPTIMIZATION.PHASES": [*phases, {"FROM_EPOCH": from_epoch, **changed}]})

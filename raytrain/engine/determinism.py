@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from raytrain.config.load import Config
+from raytrain.config.sections import Config
 from raytrain.engine.precision import fp32_precisions, set_fp32_precisions, set_tf32
 from raytrain.errors import PreflightError
 

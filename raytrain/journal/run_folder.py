@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain import __version__
-from raytrain.config.load import Config, stays_below
+from raytrain.config.sections import Config, stays_below
 from raytrain.errors import ConfigError, masked
 from raytrain.journal.heritage_log import log_file_name
 from raytrain.journal.records import Record

@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from raytrain.config.load import Config
-from raytrain.config.phases import with_phase
+from raytrain.config.load import with_phase
+from raytrain.config.sections import Config
 from raytrain.journal.records import Record
 from raytrain.sweep.space import trial_config
 

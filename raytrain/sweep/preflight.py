@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from raytrain.config.load import Config
+from raytrain.config.sections import Config
 from raytrain.engine.determinism import torch_put_back
 from raytrain.engine.randomness import seed_all
 from raytrain.errors import ConfigError

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from raytrain.config.distributions import Distribution, Options, Range, Steps
-from raytrain.config.load import Config
+from raytrain.config.sections import Config
 from raytrain.errors import ConfigError
 from raytrain.sweep.space import Combinations, Params, Space, keyed, objective
 

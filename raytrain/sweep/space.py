@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from raytrain.config.distributions import Distribution, Options, distribution
-from raytrain.config.load import Config, Tune, with_values
+from raytrain.config.load import with_values
+from raytrain.config.sections import Config, Tune
 
 Params = dict[str, Any]  # dotted key -> value
 

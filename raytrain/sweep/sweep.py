@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from raytrain.config.load import Config, config_diff, dump_config, with_values
+from raytrain.config.load import config_diff, dump_config, with_values
+from raytrain.config.sections import Config
 from raytrain.config.yaml_tree import parse_text
 from raytrain.errors import ConfigError, ResumeError, masked
 from raytrain.journal.run_folder import RunFolder

@@ -21,8 +21,8 @@ import ray
 from ray.tune import Trainable
 
 from raytrain.cluster.cluster import Mailbox
-from raytrain.config.load import Config
-from raytrain.config.tree import at
+from raytrain.config.schema import at
+from raytrain.config.sections import Config
 from raytrain.errors import DivergedError, RaytrainError, TaskError, masked
 from raytrain.journal.records import read_journal
 from raytrain.journal.run_folder import run_dir_of

@@ -22,7 +22,8 @@ from ray.tune.search.search_algorithm import SearchAlgorithm
 from raytrain.cluster import cluster
 from raytrain.cluster.cluster import Mailbox
 from raytrain.cluster.local_cluster import is_tested
-from raytrain.config.load import Config, dump_config, with_values
+from raytrain.config.load import dump_config, with_values
+from raytrain.config.sections import Config
 from raytrain.errors import ConfigError, PreflightError, ResumeError, TrainingError, masked
 from raytrain.journal.run_folder import RunFolder, check_writable, run_dir_of
 from raytrain.launch import explained

@@ -23,7 +23,7 @@ from raytrain.errors import ConfigError, TaskError
 from raytrain.task import ModelReturn, Task
 
 if TYPE_CHECKING:
-    from raytrain.config.load import Config
+    from raytrain.config.sections import Config
 
 NUM_CLASSES = 10
 NUM_HELD_OUT = 359  # a fifth of 1,797

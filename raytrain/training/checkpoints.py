@@ -8,7 +8,7 @@ import datetime
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from raytrain.config.load import Checkpoint
+from raytrain.config.sections import Checkpoint
 from raytrain.errors import CheckpointError, PreflightError, StorageError, masked
 from raytrain.journal.records import clean, number
 from raytrain.keeper import client

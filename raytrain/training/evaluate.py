@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
-from raytrain.config.load import Config, Eval, load_config, stays_below, with_overrides
+from raytrain.config.load import load_config, with_overrides
+from raytrain.config.sections import Config, Eval, stays_below
 from raytrain.data.feed import Feed
 from raytrain.engine.determinism import device_here, prepare_torch, torch_put_back
 from raytrain.engine.randomness import seed_all

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from raytrain.config.load import Config, with_overrides
+from raytrain.config.load import with_overrides
+from raytrain.config.sections import Config
 from raytrain.errors import ConfigError, ResumeError, masked
 from raytrain.journal.run_folder import check_writable, run_dir_of
 from raytrain.keeper import client

@@ -19,7 +19,8 @@ from typing import Any, Protocol
 
 import torch
 
-from raytrain.config.load import Config, dump_config
+from raytrain.config.load import dump_config
+from raytrain.config.sections import Config
 from raytrain.data.feed import Feed
 from raytrain.engine.determinism import prepare_torch
 from raytrain.engine.randomness import seed_all

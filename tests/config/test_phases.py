@@ -2,8 +2,8 @@
 
 import pytest
 
-from raytrain.config.load import Config, dump_config, load_config, with_overrides
-from raytrain.config.phases import values_at, with_phase
+from raytrain.config.load import dump_config, load_config, values_at, with_overrides, with_phase
+from raytrain.config.sections import Config
 from raytrain.errors import ConfigError
 
 LR, CLIP, DECAY = "OPTIMIZATION.LR", "OPTIMIZATION.GRAD_NORM_CLIP", "OPTIMIZATION.WEIGHT_DECAY"

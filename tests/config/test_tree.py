@@ -1,6 +1,6 @@
 """What stands at a dotted key of a config."""
 
-from raytrain.config.tree import Tree, at
+from raytrain.config.schema import Tree, at
 
 
 def test_a_dotted_key_leads_through_mappings_and_lists() -> None:

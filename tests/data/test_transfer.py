@@ -11,7 +11,8 @@ import torch
 from small_runs import INDEX, config, run_until, saved_state, train
 from tasks_for_units import GoldenToyTask
 
-from raytrain.config.load import Config, with_overrides
+from raytrain.config.load import with_overrides
+from raytrain.config.sections import Config
 from raytrain.data.transfer import Delivery
 from raytrain.engine.state import build_run
 from raytrain.engine.world import World

@@ -15,7 +15,7 @@ from small_runs import config, journal, notes, run_until, saved_state, train
 from tasks_for_units import Points, PointsTask
 from torch import nn
 
-from raytrain.config.load import Config
+from raytrain.config.sections import Config
 from raytrain.engine.compilation import Compilation, open_compilation
 from raytrain.engine.world import World
 from raytrain.errors import TaskError

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from raytrain.config.load import Optimization
+from raytrain.config.sections import Optimization
 from raytrain.engine.schedule import build_schedule
 from raytrain.errors import ConfigError
 

@@ -13,7 +13,8 @@ from optimization import settings
 from processes import Pair
 from torch import nn
 
-from raytrain.config.load import Config, with_overrides
+from raytrain.config.load import with_overrides
+from raytrain.config.sections import Config
 from raytrain.engine.state import (
     RunState,
     build_run,

@@ -22,7 +22,7 @@ import s3_server
 import raytrain
 from raytrain import launch
 from raytrain.cluster import driver
-from raytrain.config.load import Config
+from raytrain.config.sections import Config
 from raytrain.errors import TrainingError
 from raytrain.journal.records import Record, read_journal
 from raytrain.storage.state_file import load_weights_file

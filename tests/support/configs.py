@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from raytrain.config.load import Config, load_config
+from raytrain.config.load import load_config
+from raytrain.config.sections import Config
 from raytrain.errors import ConfigError
 
 LEAST = """\

@@ -10,7 +10,7 @@ import torch
 from tasks_for_units import TOY
 
 import raytrain
-from raytrain.config.load import Config
+from raytrain.config.sections import Config
 from raytrain.engine.world import World
 from raytrain.journal.records import read_journal
 from raytrain.keeper.checkpointer import Pending

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from raytrain import Task
-from raytrain.config.load import Config
+from raytrain.config.sections import Config
 from raytrain.sweep.datasets import MAX_BYTES, are_the_same_for_all, built_and_packed
 
 CONFIGS = Path(__file__).parents[2] / "configs"

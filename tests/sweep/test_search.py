@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from raytrain.config.load import Config
+from raytrain.config.sections import Config
 from raytrain.errors import ConfigError
 from raytrain.sweep.search import Search, Told, build_search
 

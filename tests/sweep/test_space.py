@@ -6,7 +6,8 @@ import pytest
 
 from configs import WHOLE, loaded, refusal
 from raytrain.config.distributions import Options, distribution
-from raytrain.config.load import Tune, load_config
+from raytrain.config.load import load_config
+from raytrain.config.sections import Tune
 from raytrain.errors import ConfigError
 from raytrain.sweep.search import GridSearch
 from raytrain.sweep.space import Space, keyed, objective, sweep_seed, trial_config

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from raytrain.config.load import Config, dump_config
+from raytrain.config.load import dump_config
+from raytrain.config.sections import Config
 from raytrain.errors import ConfigError, ResumeError
 from raytrain.journal.run_folder import RunFolder
 from raytrain.sweep.ledger import LEDGER

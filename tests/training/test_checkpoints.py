@@ -13,7 +13,7 @@ import s3_server
 import torch
 
 from raytrain.cli import main
-from raytrain.config.load import Checkpoint
+from raytrain.config.sections import Checkpoint
 from raytrain.errors import CheckpointError
 from raytrain.progress import Progress
 from raytrain.storage.checkpoint import WORLD, Manifest

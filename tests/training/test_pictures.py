@@ -14,7 +14,7 @@ from tensorboard_events import events_of
 
 import raytrain
 from raytrain import cli
-from raytrain.config.load import Config
+from raytrain.config.sections import Config
 from raytrain.errors import TaskError, TrainingError
 from raytrain.journal.records import read_journal
 from raytrain.storage.storage import open_storage

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import raytrain
-from raytrain.config.load import Config, with_overrides
+from raytrain.config.load import with_overrides
+from raytrain.config.sections import Config
 from raytrain.errors import CheckpointError, ResumeError
 from raytrain.journal.records import read_journal
 from raytrain.launch import Result

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
-from raytrain.config.load import Count, Flag, NonNegative, Positive, Section
-from raytrain.config.tree import Tree
+from raytrain.config.schema import Tree
+from raytrain.config.sections import Count, Flag, NonNegative, Positive, Section
 from raytrain.errors import ConfigError, TaskError
 from raytrain.tasks.pointpillars.data_options import Number, read_section
 from raytrain.tasks.pointpillars.database import Counts, Database, Prepare, counts, ground_plane, inside, overlaps

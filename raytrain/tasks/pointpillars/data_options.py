@@ -8,9 +8,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, create_model, field_validator
 
-from raytrain.config.load import Count, Flag, Natural, Positive, Section
-from raytrain.config.schema import complaints
-from raytrain.config.tree import Tree, plain
+from raytrain.config.schema import Tree, complaints, plain
+from raytrain.config.sections import Count, Flag, Natural, Positive, Section
 from raytrain.config.yaml_tree import node_of
 from raytrain.errors import ConfigError
 

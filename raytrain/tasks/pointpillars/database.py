@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
-from raytrain.config.load import Section
+from raytrain.config.sections import Section
 from raytrain.tasks.pointpillars.array_cache import Arrays, cached_arrays
 from raytrain.tasks.pointpillars.frames import Frame, Source, points_in_boxes
 from raytrain.tasks.pointpillars.kitti import KittiSource, difficulty_of, files_of

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from raytrain.config.load import Count, Flag, Natural, NonNegative, Positive, Section
+from raytrain.config.sections import Count, Flag, Natural, NonNegative, Positive, Section
 from raytrain.errors import ConfigError
 from raytrain.tasks.pointpillars.data_options import Number, read_section
 

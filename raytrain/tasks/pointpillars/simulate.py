@@ -17,9 +17,9 @@ from numpy.random import PCG64, Generator, SeedSequence
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from raytrain.config.load import Count, Natural, NonNegative, Positive, Section
 from raytrain.config.overrides import apply_overrides
-from raytrain.config.tree import plain
+from raytrain.config.schema import plain
+from raytrain.config.sections import Count, Natural, NonNegative, Positive, Section
 from raytrain.config.yaml_tree import node_of
 from raytrain.errors import DataError
 from raytrain.tasks.pointpillars.data_options import Number, read_section

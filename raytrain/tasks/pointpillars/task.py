@@ -24,7 +24,7 @@ from raytrain.tasks.pointpillars.pictures import Objects, birds_eye
 from raytrain.tasks.pointpillars.simulate import SimulatedSource, simulation_options
 
 if TYPE_CHECKING:
-    from raytrain.config.load import Config
+    from raytrain.config.sections import Config
 
 
 def place(name: str) -> tuple[bool, ...]:
