@@ -28,11 +28,11 @@ from raytrain.storage.lock import locked
 from raytrain.storage.paths import parent_and_name
 from raytrain.storage.storage import open_storage
 from raytrain.task import load_task_class
-from raytrain.training.control import Judge, LocalControl, never_ends
+from raytrain.training.control import Judge, LocalControl, never_ends, signals_wish_stop
+from raytrain.training.job import Job
 from raytrain.training.preflight import Options, Start, find_start
 from raytrain.training.resume import is_complete
-from raytrain.training.signals import signals_wish_stop
-from raytrain.training.worker import Job, run_job, train_loop_per_worker
+from raytrain.training.worker import run_job, train_loop_per_worker
 
 BEREAVED_S = 15.0  # so long workers of a run that has failed may take to die
 

@@ -21,11 +21,11 @@ from raytrain.journal.display import Display
 from raytrain.keeper.watchdog import failure_by, hangs_here
 from raytrain.launch import Result, as_seen, result_of, silent
 from raytrain.task import load_task_class
-from raytrain.training.control import LocalControl
+from raytrain.training.control import LocalControl, signals_wish_stop
+from raytrain.training.job import Job, redirect_output
 from raytrain.training.preflight import Options, Start, find_start
 from raytrain.training.resume import is_complete
-from raytrain.training.signals import signals_wish_stop
-from raytrain.training.worker import Job, redirect_output, run_job
+from raytrain.training.worker import run_job
 
 
 def launch_here(cfg: Config, options: Options) -> Result:

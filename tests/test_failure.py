@@ -17,7 +17,7 @@ from raytrain.errors import CheckpointError, ConfigError, DataError, TrainingErr
 from raytrain.failure import failure_of, keep_traceback, users_traceback
 from raytrain.journal.display import failure_screen
 from raytrain.task import Task, load_task_class
-from raytrain.training import loop
+from raytrain.training import contract
 
 
 def raised_by(call: Callable[..., Any], *args: Any) -> BaseException:
@@ -45,7 +45,7 @@ class UsersTask(Task):
 
 def failed_prediction() -> BaseException:
     """raytrain's loop around the user's task around torch's call of the user's model."""
-    return raised_by(loop.predictions_of, UsersTask(None), UsersModel(), torch.ones(1), 1)  # type: ignore[arg-type]
+    return raised_by(contract.predictions_of, UsersTask(None), UsersModel(), torch.ones(1), 1)  # type: ignore[arg-type]
 
 
 def test_a_traceback_begins_at_the_users_first_line() -> None:

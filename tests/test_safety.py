@@ -27,7 +27,7 @@ from raytrain.storage.state_file import dumps
 from raytrain.storage.store import Store
 from raytrain.sweep.tune import tune
 from raytrain.training.checkpoints import survey
-from raytrain.training.pictures import pictures_of
+from raytrain.training.contract import pictures_of
 from raytrain.training.preflight import Options, find_start
 from raytrain.training.resume import choose
 

@@ -13,7 +13,7 @@ from raytrain.journal.records import Record
 from raytrain.keeper.watchdog import failure_by, hangs_here
 from raytrain.progress import Progress
 from raytrain.training.control import Judge, never_ends
-from raytrain.training.worker import Job
+from raytrain.training.job import Job
 
 Show = Callable[[Record], None]
 

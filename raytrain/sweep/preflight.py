@@ -15,7 +15,7 @@ from raytrain.progress import Plan
 from raytrain.sweep.datasets import are_the_same_for_all, built_and_packed
 from raytrain.sweep.space import objective, workers_of_trial
 from raytrain.task import Task, make_task
-from raytrain.training.loop import checked_metrics, predictions_of
+from raytrain.training.contract import checked_metrics, predictions_of
 from raytrain.training.worker import build_datasets
 
 FEW = 2000  # validation samples that an untrained model is scored on here; of more the first trial's evaluation tells

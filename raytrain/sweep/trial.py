@@ -34,7 +34,7 @@ from raytrain.storage.lock import JOURNAL
 from raytrain.storage.storage import Storage, open_storage
 from raytrain.storage.store import FOLDER, Saved, Store, newest_verified, verified
 from raytrain.sweep.lineage import STANDING, Lineage, Params, Standing
-from raytrain.training import worker
+from raytrain.training import job, worker
 from raytrain.training.preflight import BEREAVED_S, Options
 
 DIVERGED = "diverged"  # why a trial failed whose losses, gradients or weights did not stay finite
@@ -52,7 +52,7 @@ class Orders:
     launch:   names the mailbox in which the wish to stop is put
     steps_per_epoch: of a trial, by the sweep's config
     datasets: for every trial, packed; None where each is to build its own
-    cwd, search_path: of the driver, as in worker.Job
+    cwd, search_path: of the driver, as in job.Job
     """
 
     cfg: Config
@@ -111,7 +111,7 @@ class TrialActor(Trainable):
 
     def setup(self, config: Params, orders: Orders) -> None:  # type: ignore[override]  # see tune.with_parameters
         self.orders = orders
-        worker.stand_where_the_driver_stands(orders)
+        job.stand_where_the_driver_stands(orders)
         self.wished = threading.Event()
         self.training: Training | None = None
         threading.Thread(target=self._look_for_wish, name="raytrain-wish", daemon=True).start()
@@ -174,7 +174,7 @@ class TrialActor(Trainable):
             found = evaluated(storage, self.next_epoch, since=self.lineage.phases[-1][0] if self.lineage.phases else 0)
             if found is not None:
                 return found
-        worker.redirect_output(run_dir, 0)
+        job.redirect_output(run_dir, 0)
         if self.wished.is_set():
             raise InterruptedError
         self.training = Training(cfg, Options(datasets=self.orders.datasets))

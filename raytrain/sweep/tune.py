@@ -40,8 +40,8 @@ from raytrain.sweep.space import objective, sweep_seed, workers_of_trial
 from raytrain.sweep.sweep import BEST, Sweep, check_same
 from raytrain.sweep.trial import DIVERGED, Orders, TrialActor
 from raytrain.task import load_task_class
+from raytrain.training.control import signals_wish_stop
 from raytrain.training.preflight import ANSWER_S, launch_after, search_path
-from raytrain.training.signals import signals_wish_stop
 
 TUNES_FOLDER = "tune"  # what Ray Tune keeps for itself; a sweep is resumed from its ledger, so it goes with the launch
 DEATHS = 3  # restarts of a trial whose process has died

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import numbers
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import IterableDataset
 
+from raytrain.engine.randomness import seed_all
 from raytrain.errors import TaskError
-from raytrain.task import Task
+from raytrain.task import ModelReturn, Task, move_to
 
 MAX_SAMPLES = 100_000_000  # 3 GB for the order of an epoch: shuffled and dealt, for the loop and for what reads ahead
+
+PNG = re.compile(rb"\x89PNG\r\n\x1a\n.{4}IHDR.{8}", re.DOTALL)  # up to its width and height, which tensorboard is told
 
 
 def check_dataset(dataset: Any, split: str, task: Task) -> None:
@@ -37,3 +45,107 @@ def check_dataset(dataset: Any, split: str, task: Task) -> None:
         raise TaskError(
             f"{where} gave an empty data set; there is nothing to {'train' if split == 'train' else 'evaluate'} on"
         )
+
+
+def loss_of(returned: ModelReturn, task: Task) -> torch.Tensor:
+    """The scalar loss of a ModelReturn, or a TaskError saying what came instead."""
+    loss = getattr(returned, "loss", None)
+    if not isinstance(loss, torch.Tensor):
+        found = "None" if returned is None else f"{type(returned).__name__} with loss {type(loss).__name__}"
+        raise TaskError(
+            f"{type(task).__name__}.model_func gave {found}; "
+            "return raytrain.ModelReturn(loss, tb_dict, disp_dict) with a tensor as its loss"
+        )
+    if not loss.is_floating_point() or loss.numel() == 0:
+        raise TaskError(
+            f"{type(task).__name__}.model_func gave a loss of {loss.dtype} and shape {tuple(loss.shape)}; "
+            "it must be one floating-point number, or several to be averaged"
+        )
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise TaskError(
+            f"{type(task).__name__}.model_func gave a loss that does not depend on any trainable parameter, so nothing "
+            "can be learnt from it; look for detach(), .item(), .data, argmax, numpy or no_grad() on its way"
+        )
+    return loss if loss.dim() == 0 else loss.mean()
+
+
+def predictions_of(task: Task, model: torch.nn.Module, batch: Any, num_samples: int) -> list[Any]:
+    """One entry for each sample, on the host."""
+    predictions = task.predict(model, batch)
+    listed = hasattr(predictions, "__len__") and not isinstance(predictions, (dict, str))
+    if not listed or getattr(predictions, "shape", None) == () or len(predictions) != num_samples:
+        size = f" of shape {tuple(predictions.shape)}" if isinstance(predictions, torch.Tensor) else ""
+        size = f" of length {len(predictions)}" if listed and not size else size
+        raise TaskError(
+            f"{type(task).__name__}.predict gave {type(predictions).__name__}{size} for a batch of {num_samples} "
+            "samples; give a list or tensor with one entry for each sample"
+        )
+    return list(move_to(predictions, torch.device("cpu")))
+
+
+def checked_metrics(metrics: Any, task: Task) -> dict[str, float]:
+    """Plain floats by name, or a TaskError."""
+    if not isinstance(metrics, dict):
+        raise TaskError(
+            f"{type(task).__name__}.score gave {type(metrics).__name__}; give a dict of name -> number, "
+            'such as {"accuracy": 0.97}'
+        )
+    checked = {}
+    for name, value in metrics.items():
+        try:
+            checked[str(name)] = float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise TaskError(
+                f"{type(task).__name__}.score gave {name!r} the value {value!r:.60}, which is no number; "
+                "give a dict of name -> number"
+            ) from error
+    return checked
+
+
+def mean_of(returns: list[ModelReturn], field: str, task: Task) -> dict[str, Any]:
+    """Mean of each name in that field over the micro-batches; values are numbers or device tensors of one."""
+    found: dict[str, list[Any]] = {}
+    for terms in (getattr(returned, field) for returned in returns):
+        if not isinstance(terms, dict):
+            raise TaskError(f"{type(task).__name__}.model_func gave {terms!r:.60} as {field}; give name -> number")
+        for name, value in terms.items():
+            if not isinstance(value, numbers.Real) and not (isinstance(value, torch.Tensor) and value.numel() == 1):
+                raise TaskError(
+                    f"{type(task).__name__}.model_func gave {field}[{name!r}] = {value!r:.60}; "
+                    "give one number or a tensor of one number"
+                )
+            found.setdefault(name, []).append(value.detach().reshape(()) if isinstance(value, torch.Tensor) else value)
+    return {name: sum(each) / len(each) for name, each in found.items()}
+
+
+def pictures_of(
+    task: Task, predictions: list[Any], dataset: Any, count: int, seed: int, epoch: int
+) -> Iterator[tuple[str, bytes]]:
+    """Up to `count` pictures of the task: name and PNG bytes, or a TaskError saying what came instead.
+
+    predictions: as loop.evaluate gives them; [] where there is no checkpoint
+    """
+    where = f"{type(task).__name__}.pictures"
+    seed_all(seed, "pictures", epoch)
+    if hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(epoch)
+    given = task.pictures(predictions if task.has_predict() else [], dataset, min(count, len(dataset)))
+    if not isinstance(given, Iterable):
+        raise TaskError(f"{where} gave {type(given).__name__}; write it as a generator: yield name, png_bytes")
+    names = set()
+    for picture in itertools.islice(given, count):
+        if not isinstance(picture, tuple) or len(picture) != 2:
+            raise TaskError(f"{where} gave {type(picture).__name__} {picture!r:.60}; yield name, png_bytes")
+        name, data = picture
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+            raise TaskError(
+                f"{where} named a picture {name!r:.60}; use letters, digits, _, - and . (a file is named so)"
+            )
+        if name in names:
+            raise TaskError(f"{where} named two pictures {name}; name each for its sample, or only the last would stay")
+        names.add(name)
+        if not isinstance(data, bytes) or not PNG.match(data):
+            raise TaskError(
+                f"{where} gave {type(data).__name__} {data!r:.40} as picture {name}; give a PNG file's bytes"
+            )
+        yield name, data

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import queue
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from raytrain.cluster.cluster import Mailbox, attempt
@@ -185,3 +186,26 @@ def stop_on_signal(launch: str) -> None:
     """
     key = f"stop-{attempt(launch)}"
     signal.signal(signal.SIGTERM, lambda *_: Mailbox(launch).put(key, "SIGTERM to a worker"))
+
+
+@contextlib.contextmanager
+def signals_wish_stop() -> Iterator[threading.Event]:
+    """Set by the first SIGINT or SIGTERM; a second one ends this process as it always would."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def wish(number: int, frame: Any) -> None:
+        stop.set()
+        for each, handler in kept.items():
+            signal.signal(each, handler)
+
+    for number in kept:
+        signal.signal(number, wish)
+    try:
+        yield stop
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)

@@ -29,8 +29,9 @@ from raytrain.storage.lock import refuse_links
 from raytrain.storage.storage import Storage, open_storage
 from raytrain.storage.store import Store
 from raytrain.task import Task, make_task
-from raytrain.training import loop
-from raytrain.training.pictures import pictures_of, why_not_drawn, write_pictures
+from raytrain.training import validate
+from raytrain.training.contract import pictures_of
+from raytrain.training.pictures import why_not_drawn, write_pictures
 from raytrain.training.resume import load_origin, origin_at
 from raytrain.training.worker import build_datasets, plan_of
 
@@ -118,7 +119,7 @@ def _evaluated(cfg: Config, run_dir: str, checkpoint: str | None, eval_tag: str,
     datasets = validated_datasets(cfg, task)
     run = restored(cfg, task, datasets, checkpoint)
     with contextlib.closing(validation_feed(cfg, task, run, datasets)) as feed:
-        metrics, predictions = loop.evaluate(run, task, feed)
+        metrics, predictions = validate.evaluate(run, task, feed)
     name = f"eval/epoch_{run.progress.epoch}/val/{eval_tag}"
     storage.write_bytes(f"{name}/metrics.json", json.dumps(strict(metrics), indent=1).encode() + b"\n")
     if save_predictions:
@@ -152,7 +153,7 @@ def _viewed(cfg: Config, run_dir: str, checkpoint: str | None, count: int) -> Vi
         epoch, name = run.progress.epoch, f"view/epoch_{run.progress.epoch}"
         first = Subset(datasets["val"], range(min(count, len(datasets["val"]))))
         with contextlib.closing(validation_feed(cfg, task, run, {**datasets, "val": first})) as feed:
-            predictions = [prediction for _, prediction in loop.predict_split(run, task, feed)]
+            predictions = [prediction for _, prediction in validate.predict_split(run, task, feed)]
     pictures = pictures_of(task, predictions, datasets["val"], count, cfg.SEED, epoch)
     names = write_pictures(pictures, storage, name)
     return View([storage.path_of(f"{name}/{each}.png") for each in names], checkpoint if predictions else None)

@@ -8,29 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import math
-import numbers
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NoReturn, Protocol
-
-import torch
+from typing import NoReturn, Protocol
 
 from raytrain.data.feed import Feed, Step
-from raytrain.data.loader import BatchKey
 from raytrain.engine.engine import Stepped
 from raytrain.engine.guard import LATE_STEPS
 from raytrain.engine.randomness import seed_all
 from raytrain.engine.state import RunState
-from raytrain.errors import DivergedError, RaytrainError, TaskError
+from raytrain.errors import DivergedError, RaytrainError
 from raytrain.journal.journal import Journal
 from raytrain.keeper.checkpointer import Pending, Saves
-from raytrain.keeper.heartbeat import BACKWARD, CHECKPOINT, DATA, EVAL, FORWARD, REDUCE, REST
+from raytrain.keeper.heartbeat import BACKWARD, CHECKPOINT, DATA, FORWARD, REDUCE, REST
 from raytrain.progress import Progress
 from raytrain.storage.store import checkpoint_name
-from raytrain.task import ModelReturn, Task, move_to
+from raytrain.task import ModelReturn, Task
 from raytrain.training.bad_steps import answer, suspects
+from raytrain.training.contract import loss_of, mean_of
+from raytrain.training.validate import evaluate, rehearse
 
 
 class Control(Protocol):
@@ -213,64 +211,6 @@ def untrained(run: RunState) -> list[str]:
     ]
 
 
-def rehearse(run: RunState, task: Task, batch: Any) -> None:
-    """What a step or an evaluation computes of a batch, thrown away: no gradient is added to any."""
-    with run.engine.precision.autocast():
-        if not run.model.training and task.has_predict():
-            task.predict(run.model, batch)
-            return
-        loss = loss_of(task.model_func(run.model, batch), task)
-    if run.model.training:
-        torch.autograd.grad(loss, run.engine.trainable, allow_unused=True)
-
-
-@torch.no_grad()
-def predict_split(run: RunState, task: Task, feed: Feed) -> list[tuple[int, Any]]:
-    """(position in the data set, prediction) of each sample of this process's part of the validation split.
-
-    Where the task has no predict: (position, (loss, samples)) of each batch.
-    """
-    run.model.eval()
-    found: list[tuple[int, Any]] = []
-    for key in feed.validation_keys(run.progress.epoch):
-        run.pulse.phase(EVAL)
-        batch = feed.fetch(key)
-        if run.compilation is not None:
-            run.compilation.try_out(batch, partial(rehearse, run, task))
-        seed_all(run.seed, "evaluate", key.epoch, key.ids[0])
-        with run.engine.precision.autocast():
-            if task.has_predict():
-                found.extend(zip(key.ids, predictions_of(task, run.model, batch, len(key.ids)), strict=True))
-            else:
-                loss = loss_of(task.model_func(run.model, batch), task)
-                found.append((key.ids[0], (float(loss), len(key.ids))))
-    return found
-
-
-@torch.no_grad()
-def evaluate(run: RunState, task: Task, feed: Feed) -> tuple[dict[str, float], list[Any]]:
-    """Collective. The metrics of the validation split, the same on every rank and for any number of them.
-
-    On rank 0 also the predictions in the data set's order: (loss, samples) of each batch where
-    the task has no predict.
-    """
-    found = predict_split(run, task, feed)
-    feed.current = BatchKey("val", run.progress.epoch, ())  # what fails from here on is no batch's fault
-    metrics: dict[str, float] = {}
-    in_order: list[Any] = []
-    run.pulse.phase(REDUCE)
-    gathered = run.world.gather_objects(found)
-    if run.world.is_first:
-        run.pulse.phase(EVAL)
-        in_order = [value for _, value in sorted((pair for part in gathered for pair in part), key=lambda p: p[0])]
-        if task.has_predict():
-            metrics = checked_metrics(task.score(in_order, feed.datasets["val"]), task)
-        else:
-            metrics = {"loss": sum(loss * n for loss, n in in_order) / sum(n for _, n in in_order)}
-    run.pulse.phase(REDUCE)
-    return run.world.broadcast_object(metrics), in_order
-
-
 def finish_evaluation(
     run: RunState, task: Task, feed: Feed, saves: Saves, journal: Journal, control: Control, name: str | None
 ) -> None:
@@ -351,74 +291,3 @@ def tell_saved(saves: Saves, journal: Journal, wait: bool = False) -> None:
             stall_s=save.stall_s,
             save_s=save.save_s,
         )
-
-
-def loss_of(returned: ModelReturn, task: Task) -> torch.Tensor:
-    """The scalar loss of a ModelReturn, or a TaskError saying what came instead."""
-    loss = getattr(returned, "loss", None)
-    if not isinstance(loss, torch.Tensor):
-        found = "None" if returned is None else f"{type(returned).__name__} with loss {type(loss).__name__}"
-        raise TaskError(
-            f"{type(task).__name__}.model_func gave {found}; "
-            "return raytrain.ModelReturn(loss, tb_dict, disp_dict) with a tensor as its loss"
-        )
-    if not loss.is_floating_point() or loss.numel() == 0:
-        raise TaskError(
-            f"{type(task).__name__}.model_func gave a loss of {loss.dtype} and shape {tuple(loss.shape)}; "
-            "it must be one floating-point number, or several to be averaged"
-        )
-    if torch.is_grad_enabled() and not loss.requires_grad:
-        raise TaskError(
-            f"{type(task).__name__}.model_func gave a loss that does not depend on any trainable parameter, so nothing "
-            "can be learnt from it; look for detach(), .item(), .data, argmax, numpy or no_grad() on its way"
-        )
-    return loss if loss.dim() == 0 else loss.mean()
-
-
-def predictions_of(task: Task, model: torch.nn.Module, batch: Any, num_samples: int) -> list[Any]:
-    """One entry for each sample, on the host."""
-    predictions = task.predict(model, batch)
-    listed = hasattr(predictions, "__len__") and not isinstance(predictions, (dict, str))
-    if not listed or getattr(predictions, "shape", None) == () or len(predictions) != num_samples:
-        size = f" of shape {tuple(predictions.shape)}" if isinstance(predictions, torch.Tensor) else ""
-        size = f" of length {len(predictions)}" if listed and not size else size
-        raise TaskError(
-            f"{type(task).__name__}.predict gave {type(predictions).__name__}{size} for a batch of {num_samples} "
-            "samples; give a list or tensor with one entry for each sample"
-        )
-    return list(move_to(predictions, torch.device("cpu")))
-
-
-def checked_metrics(metrics: Any, task: Task) -> dict[str, float]:
-    """Plain floats by name, or a TaskError."""
-    if not isinstance(metrics, dict):
-        raise TaskError(
-            f"{type(task).__name__}.score gave {type(metrics).__name__}; give a dict of name -> number, "
-            'such as {"accuracy": 0.97}'
-        )
-    checked = {}
-    for name, value in metrics.items():
-        try:
-            checked[str(name)] = float(value)
-        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-            raise TaskError(
-                f"{type(task).__name__}.score gave {name!r} the value {value!r:.60}, which is no number; "
-                "give a dict of name -> number"
-            ) from error
-    return checked
-
-
-def mean_of(returns: list[ModelReturn], field: str, task: Task) -> dict[str, Any]:
-    """Mean of each name in that field over the micro-batches; values are numbers or device tensors of one."""
-    found: dict[str, list[Any]] = {}
-    for terms in (getattr(returned, field) for returned in returns):
-        if not isinstance(terms, dict):
-            raise TaskError(f"{type(task).__name__}.model_func gave {terms!r:.60} as {field}; give name -> number")
-        for name, value in terms.items():
-            if not isinstance(value, numbers.Real) and not (isinstance(value, torch.Tensor) and value.numel() == 1):
-                raise TaskError(
-                    f"{type(task).__name__}.model_func gave {field}[{name!r}] = {value!r:.60}; "
-                    "give one number or a tensor of one number"
-                )
-            found.setdefault(name, []).append(value.detach().reshape(()) if isinstance(value, torch.Tensor) else value)
-    return {name: sum(each) / len(each) for name, each in found.items()}

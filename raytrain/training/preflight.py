@@ -24,8 +24,8 @@ from raytrain.storage.lock import locked, refuse_links
 from raytrain.storage.paths import expanded
 from raytrain.storage.storage import open_storage
 from raytrain.storage.store import Store, listed
+from raytrain.training.job import Job
 from raytrain.training.resume import Origin, choose, compare
-from raytrain.training.worker import Job
 
 ANSWER_S = 3.0  # whoever has just typed the command shall learn at once that the storage does not answer
 BEREAVED_S = 15.0  # so long the other workers of a run whose first has died may take to die

@@ -6,16 +6,18 @@ import dataclasses
 from typing import Any
 
 from raytrain.config.load import config_diff
-from raytrain.engine.state import RunState, restore, restore_heritage
+from raytrain.engine.state import RunState, load_pretrained, restore, restore_heritage
 from raytrain.errors import CheckpointError, ResumeError
 from raytrain.journal.records import read_journal
+from raytrain.keeper.snapshots import Kept
 from raytrain.progress import Plan, Progress
 from raytrain.storage.checkpoint import MANIFEST, PAYLOAD, Manifest, verify_checkpoint
 from raytrain.storage.lock import JOURNAL
 from raytrain.storage.paths import expanded, parent_and_name
 from raytrain.storage.state_file import load_payload, load_weights_file
 from raytrain.storage.storage import Storage, open_storage
-from raytrain.storage.store import FOLDER, NAME, Saved, Store, newest_verified
+from raytrain.storage.store import FOLDER, NAME, Saved, Store, checkpoint_name, newest_verified
+from raytrain.training.job import Job
 
 # Going on with another value of these would feed wrong samples, or the same ones twice.
 FIXED = {
@@ -228,3 +230,54 @@ def is_complete(origin: Origin | None, num_epochs: int) -> bool:
     """True if nothing is left to do: all epochs trained, and the last one evaluated."""
     manifest = origin.manifest if origin else None
     return manifest is not None and manifest.progress.epoch >= num_epochs and manifest.metrics is not None
+
+
+def bring_to_start(run: RunState, store: Store, job: Job, kept: Kept | None) -> tuple[Origin | None, list[str]]:
+    """Collective. Bring `run` to where it goes on; rank 0 chooses. Returns the origin, and what a user should know."""
+    origin = None
+    if run.world.is_first:
+        origin = choose(store, job.start)
+    origin = run.world.broadcast_object(origin)
+    remembered = bring_from_memory(run, kept, origin)
+    if remembered is not None:
+        if run.progress.cursor == 0 and run.progress.epoch > 0:  # its checkpoint may be there any moment, by the keeper
+            run.unevaluated = checkpoint_name(run.progress)
+        return remembered, []
+    if origin is None:
+        if job.pretrained is None:
+            return None, []
+        taken, left = load_pretrained(run.model, job.pretrained)
+        rest = f"; left as built: {', '.join(left[:5])}{', ...' if len(left) > 5 else ''}" if left else ""
+        return None, [f"took {taken} of {taken + len(left)} tensors from {job.pretrained}{rest}"]
+    notes = [*origin.notes]
+    if origin.manifest is not None:
+        notes += compare(origin.manifest, run.config, job.allow_config_change, origin.path)
+    notes += bring(run, origin, job.allow_config_change)
+    if job.pretrained is not None:
+        notes.append(f"--pretrained_model {job.pretrained} is not used: the run resumes from {origin.path}")
+    if origin.manifest is not None and origin.manifest.metrics:
+        run.metrics = origin.manifest.found
+        if store.is_better(run.metrics, run.best):
+            run.best = {"epoch": run.progress.epoch, "step": run.progress.step, "metrics": run.metrics}
+    elif origin.name is not None and run.progress.cursor == 0 and run.progress.epoch > 0:
+        run.unevaluated = origin.name
+    if run.world.is_first and job.start not in ("auto", "fresh"):
+        moved = store.supersede(run.progress)
+        if moved:
+            notes.append(f"newer checkpoints of this run folder are now in ckpt/superseded: {', '.join(moved)}")
+    return origin, notes
+
+
+def bring_from_memory(run: RunState, kept: Kept | None, origin: Origin | None) -> Origin | None:
+    """Collective. Bring `run` to the newest state that is kept in memory, if that is newer than `origin`; else None."""
+    offers = run.world.all_objects(kept.newest if kept else None)
+    newest = max((offer for offer in offers if offer is not None), default=None)
+    stored = origin.manifest.progress if origin and origin.manifest else None
+    if newest is None or (stored is not None and (newest.epoch, newest.cursor) <= (stored.epoch, stored.cursor)):
+        return None
+    payload: Any = kept.load() if kept and offers[run.world.rank] == newest else None
+    if any(offer != newest for offer in offers):  # some are on a host that has it not
+        payload = run.world.broadcast_object(payload, offers.index(newest))
+    path = f"the memory of its host, step {newest.step}"
+    restore(run, payload, path)
+    return Origin(path, None, None, [], is_memory=True)

@@ -10,12 +10,9 @@ import contextlib
 import dataclasses
 import logging
 import multiprocessing.util
-import os
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -24,7 +21,7 @@ from raytrain.config.sections import Config
 from raytrain.data.feed import Feed
 from raytrain.engine.determinism import prepare_torch
 from raytrain.engine.randomness import seed_all
-from raytrain.engine.state import RunState, build_run, load_pretrained, restore
+from raytrain.engine.state import RunState, build_run
 from raytrain.engine.world import World
 from raytrain.failure import failure_of
 from raytrain.journal.heritage_log import header_lines, model_lines
@@ -35,41 +32,15 @@ from raytrain.keeper.client import is_possible
 from raytrain.keeper.heartbeat import Stacks, Stragglers, watched
 from raytrain.keeper.snapshots import Kept, join_keeper, keeper_begun
 from raytrain.progress import Plan, Progress
-from raytrain.storage.retry import as_storage_error
 from raytrain.storage.store import Store, checkpoint_name
 from raytrain.sweep.datasets import unpacked
 from raytrain.task import Task, make_task
 from raytrain.training import loop
 from raytrain.training.contract import check_dataset
 from raytrain.training.control import Control, RayControl
-from raytrain.training.pictures import pictures_of, why_not_drawn, write_pictures
-from raytrain.training.resume import Origin, bring, choose, compare
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What a launch asks of every worker.
-
-    start: "auto" (newest verified checkpoint of the run folder, else step 0), "fresh", or the path
-           of a checkpoint. The latter two hold until this launch has saved: when Ray starts the
-           workers again, they go on from there.
-    driver: host, process and its start, of what keeps the run going: once it is dead nobody starts workers again
-    cwd, search_path: of the driver (sys.path); workers take them over, so that a task file and
-           relative paths mean the same there, on a cluster that was started elsewhere too
-    """
-
-    cfg: Config
-    run_uri: str
-    launch: str
-    use_gpu: bool
-    virtual_workers: int
-    start: str = "auto"
-    allow_config_change: bool = False
-    pretrained: str | None = None
-    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
-    cwd: str = ""
-    search_path: tuple[str, ...] = ()
-    driver: tuple[Any, ...] = ()
+from raytrain.training.job import Job, redirect_output, stand_where_the_driver_stands
+from raytrain.training.pictures import draw_pictures
+from raytrain.training.resume import Origin, bring_to_start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,57 +158,6 @@ def evaluation_epochs(cfg: Config, datasets: dict[str, Any]) -> Callable[[int], 
     return lambda epoch: "val" in datasets and (epoch == last or (every is not None and epoch % every == 0))
 
 
-def bring_to_start(run: RunState, store: Store, job: Job, kept: Kept | None) -> tuple[Origin | None, list[str]]:
-    """Collective. Bring `run` to where it goes on; rank 0 chooses. Returns the origin, and what a user should know."""
-    origin = None
-    if run.world.is_first:
-        origin = choose(store, job.start)
-    origin = run.world.broadcast_object(origin)
-    remembered = bring_from_memory(run, kept, origin)
-    if remembered is not None:
-        if run.progress.cursor == 0 and run.progress.epoch > 0:  # its checkpoint may be there any moment, by the keeper
-            run.unevaluated = checkpoint_name(run.progress)
-        return remembered, []
-    if origin is None:
-        if job.pretrained is None:
-            return None, []
-        taken, left = load_pretrained(run.model, job.pretrained)
-        rest = f"; left as built: {', '.join(left[:5])}{', ...' if len(left) > 5 else ''}" if left else ""
-        return None, [f"took {taken} of {taken + len(left)} tensors from {job.pretrained}{rest}"]
-    notes = [*origin.notes]
-    if origin.manifest is not None:
-        notes += compare(origin.manifest, run.config, job.allow_config_change, origin.path)
-    notes += bring(run, origin, job.allow_config_change)
-    if job.pretrained is not None:
-        notes.append(f"--pretrained_model {job.pretrained} is not used: the run resumes from {origin.path}")
-    if origin.manifest is not None and origin.manifest.metrics:
-        run.metrics = origin.manifest.found
-        if store.is_better(run.metrics, run.best):
-            run.best = {"epoch": run.progress.epoch, "step": run.progress.step, "metrics": run.metrics}
-    elif origin.name is not None and run.progress.cursor == 0 and run.progress.epoch > 0:
-        run.unevaluated = origin.name
-    if run.world.is_first and job.start not in ("auto", "fresh"):
-        moved = store.supersede(run.progress)
-        if moved:
-            notes.append(f"newer checkpoints of this run folder are now in ckpt/superseded: {', '.join(moved)}")
-    return origin, notes
-
-
-def bring_from_memory(run: RunState, kept: Kept | None, origin: Origin | None) -> Origin | None:
-    """Collective. Bring `run` to the newest state that is kept in memory, if that is newer than `origin`; else None."""
-    offers = run.world.all_objects(kept.newest if kept else None)
-    newest = max((offer for offer in offers if offer is not None), default=None)
-    stored = origin.manifest.progress if origin and origin.manifest else None
-    if newest is None or (stored is not None and (newest.epoch, newest.cursor) <= (stored.epoch, stored.cursor)):
-        return None
-    payload: Any = kept.load() if kept and offers[run.world.rank] == newest else None
-    if any(offer != newest for offer in offers):  # some are on a host that has it not
-        payload = run.world.broadcast_object(payload, offers.index(newest))
-    path = f"the memory of its host, step {newest.step}"
-    restore(run, payload, path)
-    return Origin(path, None, None, [], is_memory=True)
-
-
 def owes_checkpoint(run: RunState, store: Store, origin: Origin | None) -> bool:
     """True if the run starts at the end of an epoch whose checkpoint its own folder does not hold yet.
 
@@ -282,23 +202,6 @@ def open_journal(
     for note in notes:
         journal.write("event", event="note", message=note)
     return journal
-
-
-def draw_pictures(folder: RunFolder, run: RunState, task: Task, dataset: Any, journal: Journal) -> str | None:
-    """Draw what the last evaluation predicted; where the pictures lie, None if something went wrong.
-
-    That is told and left at that, whatever it is: the run is trained, saved and evaluated, and must not end as failed.
-    """
-    name, epoch = f"eval/epoch_{run.progress.epoch}/val/pictures", run.progress.epoch
-    try:
-        pictures = pictures_of(task, run.predictions, dataset, run.config["EVAL"]["PICTURES"], run.seed, epoch)
-        names = write_pictures(pictures, folder.here, name)
-    except Exception as error:
-        told = why_not_drawn(error, task, folder.storage.path_of(""))
-        journal.write("event", event="warning", message=told)
-        return None
-    journal.write("pictures", step=run.progress.step, epoch=epoch, folder=name, names=names)
-    return folder.storage.path_of(name) if names else None
 
 
 def write_end(journal: Journal, run: RunState, store: Store, status: str, seconds: float, pictures: str | None) -> None:
@@ -351,37 +254,6 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         run_exit_functions()
 
 
-class Standpoint(Protocol):
-    """Where a driver stands: its folder, and where it imports from."""
-
-    @property
-    def cwd(self) -> str: ...
-    @property
-    def search_path(self) -> tuple[str, ...]: ...
-
-
-def stand_where_the_driver_stands(job: Standpoint) -> None:
-    """Relative paths and imports mean what they mean in the driver, where this node has its folder."""
-    with contextlib.suppress(OSError):
-        os.chdir(job.cwd)
-    sys.path[:] = [*job.search_path, *(path for path in sys.path if path not in job.search_path)]
-
-
 def run_exit_functions() -> None:
     """Ray kills this process, so nothing else would run what is to run at its exit: /tmp/pymp-* would stay."""
     multiprocessing.util._exit_function()  # type: ignore[attr-defined]
-
-
-def redirect_output(run_uri: str, rank: int) -> str:
-    """All that this process prints goes to a file of its own, whose path is returned; to Ray's behind a URI."""
-    if "://" in run_uri:
-        return "the Ray session's logs"
-    path = Path(run_uri) / "logs" / f"rank_{rank}.log"
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with as_storage_error("write this log", str(path)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab", buffering=0) as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-    return str(path)

@@ -32,7 +32,8 @@ from raytrain.storage.state_file import loads
 from raytrain.storage.store import Store
 from raytrain.task import make_task
 from raytrain.training.preflight import driver
-from raytrain.training.worker import bring_from_memory, build_datasets, plan_of
+from raytrain.training.resume import bring_from_memory
+from raytrain.training.worker import build_datasets, plan_of
 
 DEVICES = [
     "cpu",

@@ -21,7 +21,7 @@ from raytrain.errors import TaskError, TrainingError
 from raytrain.journal.records import read_journal
 from raytrain.storage.state_file import load_weights_file
 from raytrain.task import load_task_class
-from raytrain.training import loop
+from raytrain.training import contract, loop, validate
 from raytrain.training.worker import build_datasets, plan_of
 
 # The heritage's numbers
@@ -68,7 +68,7 @@ def evaluated(rank: int, size: int, task_name: str) -> tuple[dict[str, float], i
     feed = Feed(task, datasets, run.plan, world, cfg.LOADER, cfg.SEED, lambda epoch: False)
     feed.start(run.progress, evaluate_first=True)
     # The stream goes on with training; only its evaluation is read here.
-    metrics, predictions = loop.evaluate(run, task, feed)
+    metrics, predictions = validate.evaluate(run, task, feed)
     feed.close()
     return metrics, len(predictions)
 
@@ -242,11 +242,11 @@ def test_weights_that_are_not_finite_are_not_saved_and_the_last_good_ones_stay(t
 def test_what_a_task_gives_instead_of_a_loss_is_named() -> None:
     task = load_task_class("tasks_for_units:PointsTask")(None)  # type: ignore[arg-type]
     with pytest.raises(TaskError, match=r"PointsTask.model_func gave dict with loss NoneType"):
-        loop.loss_of({"loss": torch.ones(())}, task)  # type: ignore[arg-type]
+        contract.loss_of({"loss": torch.ones(())}, task)  # type: ignore[arg-type]
     with pytest.raises(TaskError, match=r"loss float"):
-        loop.loss_of(raytrain.ModelReturn(1.0), task)  # type: ignore[arg-type]
+        contract.loss_of(raytrain.ModelReturn(1.0), task)  # type: ignore[arg-type]
     several = torch.tensor([1.0, 3.0], requires_grad=True)
-    assert loop.loss_of(raytrain.ModelReturn(several), task).item() == 2.0
+    assert contract.loss_of(raytrain.ModelReturn(several), task).item() == 2.0
 
 
 @pytest.mark.parametrize(
@@ -255,8 +255,8 @@ def test_what_a_task_gives_instead_of_a_loss_is_named() -> None:
 def test_a_score_that_is_no_dict_of_numbers_is_refused(metrics: Any) -> None:
     task = load_task_class("tasks_for_units:PointsTask")(None)  # type: ignore[arg-type]
     with pytest.raises(TaskError, match=r"PointsTask.score gave"):
-        loop.checked_metrics(metrics, task)
-    assert loop.checked_metrics({"a": np.float32(0.5), "b": torch.tensor(2)}, task) == {"a": 0.5, "b": 2.0}
+        contract.checked_metrics(metrics, task)
+    assert contract.checked_metrics({"a": np.float32(0.5), "b": torch.tensor(2)}, task) == {"a": 0.5, "b": 2.0}
 
 
 # A step waits for nothing

@@ -18,8 +18,9 @@ from raytrain.config.sections import Config
 from raytrain.errors import TaskError, TrainingError
 from raytrain.journal.records import read_journal
 from raytrain.storage.storage import open_storage
+from raytrain.training.contract import pictures_of
 from raytrain.training.evaluate import view
-from raytrain.training.pictures import pictures_of, why_not_drawn
+from raytrain.training.pictures import why_not_drawn
 
 
 def config(output: Path | str, task: str, **sections: Any) -> Config:

@@ -1,0 +1,74 @@
+"""A pass over the validation split: predictions, metrics, and a rehearsal of what is computed."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from raytrain.data.feed import Feed
+from raytrain.data.loader import BatchKey
+from raytrain.engine.randomness import seed_all
+from raytrain.engine.state import RunState
+from raytrain.keeper.heartbeat import EVAL, REDUCE
+from raytrain.task import Task
+from raytrain.training.contract import checked_metrics, loss_of, predictions_of
+
+
+def rehearse(run: RunState, task: Task, batch: Any) -> None:
+    """What a step or an evaluation computes of a batch, thrown away: no gradient is added to any."""
+    with run.engine.precision.autocast():
+        if not run.model.training and task.has_predict():
+            task.predict(run.model, batch)
+            return
+        loss = loss_of(task.model_func(run.model, batch), task)
+    if run.model.training:
+        torch.autograd.grad(loss, run.engine.trainable, allow_unused=True)
+
+
+@torch.no_grad()
+def predict_split(run: RunState, task: Task, feed: Feed) -> list[tuple[int, Any]]:
+    """(position in the data set, prediction) of each sample of this process's part of the validation split.
+
+    Where the task has no predict: (position, (loss, samples)) of each batch.
+    """
+    run.model.eval()
+    found: list[tuple[int, Any]] = []
+    for key in feed.validation_keys(run.progress.epoch):
+        run.pulse.phase(EVAL)
+        batch = feed.fetch(key)
+        if run.compilation is not None:
+            run.compilation.try_out(batch, partial(rehearse, run, task))
+        seed_all(run.seed, "evaluate", key.epoch, key.ids[0])
+        with run.engine.precision.autocast():
+            if task.has_predict():
+                found.extend(zip(key.ids, predictions_of(task, run.model, batch, len(key.ids)), strict=True))
+            else:
+                loss = loss_of(task.model_func(run.model, batch), task)
+                found.append((key.ids[0], (float(loss), len(key.ids))))
+    return found
+
+
+@torch.no_grad()
+def evaluate(run: RunState, task: Task, feed: Feed) -> tuple[dict[str, float], list[Any]]:
+    """Collective. The metrics of the validation split, the same on every rank and for any number of them.
+
+    On rank 0 also the predictions in the data set's order: (loss, samples) of each batch where
+    the task has no predict.
+    """
+    found = predict_split(run, task, feed)
+    feed.current = BatchKey("val", run.progress.epoch, ())  # what fails from here on is no batch's fault
+    metrics: dict[str, float] = {}
+    in_order: list[Any] = []
+    run.pulse.phase(REDUCE)
+    gathered = run.world.gather_objects(found)
+    if run.world.is_first:
+        run.pulse.phase(EVAL)
+        in_order = [value for _, value in sorted((pair for part in gathered for pair in part), key=lambda p: p[0])]
+        if task.has_predict():
+            metrics = checked_metrics(task.score(in_order, feed.datasets["val"]), task)
+        else:
+            metrics = {"loss": sum(loss * n for loss, n in in_order) / sum(n for _, n in in_order)}
+    run.pulse.phase(REDUCE)
+    return run.world.broadcast_object(metrics), in_order
