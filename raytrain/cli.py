@@ -353,7 +353,7 @@ def train_with_torchrun(cfg: Any, args: argparse.Namespace, options: dict[str, A
         raise ConfigError(
             f"--num_workers {args.num_workers}, but torchrun has started {size} processes; leave the flag out"
         )
-    from raytrain.torchrun import launch_here
+    from raytrain.launch import launch_here
     from raytrain.training.preflight import Options
 
     return launch_here(with_overrides(cfg, ["SCALE.NUM_WORKERS", size]), Options(**options))

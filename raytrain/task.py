@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from raytrain.errors import TaskError
-from raytrain.failure import users_traceback
+from raytrain.errors import TaskError, users_traceback
 
 if TYPE_CHECKING:
     import torch

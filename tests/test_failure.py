@@ -13,9 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain.errors import CheckpointError, ConfigError, DataError, TrainingError
-from raytrain.failure import failure_of, keep_traceback, users_traceback
-from raytrain.journal.display import failure_screen
+from raytrain.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    TrainingError,
+    failure_of,
+    failure_screen,
+    keep_traceback,
+    users_traceback,
+)
 from raytrain.task import Task, load_task_class
 from raytrain.training import contract
 
@@ -69,7 +76,7 @@ def test_a_traceback_ends_at_the_users_last_line_where_it_is_ours_that_complains
 
 def test_where_no_frame_is_the_users_the_traceback_is_whole() -> None:
     code = (
-        "from raytrain.failure import users_traceback\nfrom raytrain.task import load_task_class\n"
+        "from raytrain.errors import users_traceback\nfrom raytrain.task import load_task_class\n"
         "try: load_task_class('no_such_module_here:X')\nexcept Exception as error: print(users_traceback(error))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -148,7 +155,7 @@ def test_a_failure_fits_a_screen_with_rank_step_and_the_users_line() -> None:
 def test_the_whole_traceback_is_kept_in_a_file(tmp_path: Path) -> None:
     error = failed_prediction()
     kept = keep_traceback(error, str(tmp_path))
-    assert "raytrain/training/loop.py" in Path(kept).read_text() and "users_forward()" in Path(kept).read_text()
+    assert "raytrain/training/contract.py" in Path(kept).read_text() and "users_forward()" in Path(kept).read_text()
     assert keep_traceback(error, "s3://bucket/run") == ""
     (tmp_path / "file").write_text("")
     assert keep_traceback(error, str(tmp_path / "file")) == ""

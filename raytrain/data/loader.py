@@ -17,8 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_convert
 
 from raytrain.engine.randomness import random_state, seed_all
-from raytrain.errors import DataError, PreflightError
-from raytrain.failure import users_traceback
+from raytrain.errors import DataError, PreflightError, users_traceback
 from raytrain.storage.processes import write_stacks_to
 from raytrain.task import Task
 

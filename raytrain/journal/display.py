@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 REDRAW_S = 0.1
-SCREEN_LINES = 40
-LINE_LENGTH = 240  # a message that prints a whole tensor must not fill the screen by itself
-SAMPLES_SHOWN = 12
 IN_A_LINE, IN_A_LIST = 4, 9  # metrics that are shown
 LOCATIONS = {
     "checkpoint": "checkpoint",
@@ -190,40 +187,6 @@ def end_text(end: Record) -> str:
     if end.get("run_dir"):
         lines.append(f"  {'curves':<12} tensorboard --logdir {joined(str(end['run_dir']), 'tensorboard')}")
     return "\n".join(lines)
-
-
-def failure_screen(failure: Mapping[str, Any]) -> str:
-    """One screen on a failed worker: who, when, the user's own traceback, where the logs are.
-
-    failure: any of what (failed: "Training" if not said), rank, step, epoch (from 0), sample_ids, error (one
-    line), traceback (cleaned text), logs (path); what is not known is left out or None.
-    """
-    head = f"{failure.get('what') or 'Training'} failed" + "".join(
-        [
-            f" on rank {failure['rank']}" if failure.get("rank") is not None else "",
-            f" at step {failure['step']}" if failure.get("step") is not None else "",
-            f" (epoch {failure['epoch'] + 1})" if failure.get("epoch") is not None else "",
-        ]
-    )
-    lines = [head]
-    if failure.get("sample_ids"):
-        ids = list(failure["sample_ids"])
-        more = f" and {len(ids) - SAMPLES_SHOWN} more" if len(ids) > SAMPLES_SHOWN else ""
-        lines.append(f"samples: {', '.join(map(str, ids[:SAMPLES_SHOWN]))}{more}")
-    trace = str(failure.get("traceback") or failure.get("error") or "no traceback arrived: the process died").strip()
-    logs = ["", f"Full logs: {failure['logs']}"] if failure.get("logs") else []
-    room = SCREEN_LINES - len(lines) - len(logs) - 1
-    return "\n".join([*lines, "", *(f"  {line}".rstrip() for line in _trimmed(trace.splitlines(), room)), *logs])
-
-
-def _trimmed(lines: list[str], room: int) -> list[str]:
-    """At most `room` lines: the start and, more of it, the end, where the reason stands."""
-    lines = [line if len(line) <= LINE_LENGTH else line[: LINE_LENGTH - 3] + "..." for line in lines]
-    if len(lines) <= room:
-        return lines
-    start = room // 3
-    end = room - start - 1
-    return [*lines[:start], f"... {len(lines) - start - end} lines left out ...", *lines[-end:]]
 
 
 def _absent(record: Record, name: str) -> bool:

@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from raytrain.errors import EXIT_FAILED
-from raytrain.failure import is_ours, is_users
+from raytrain.errors import EXIT_FAILED, is_ours, is_users
 from raytrain.keeper.client import asked
 from raytrain.keeper.heartbeat import BEAT_NS, PHASES, REDUCE, REST, STEP
 from raytrain.keeper.heartbeat import PHASE as PHASE_WORD

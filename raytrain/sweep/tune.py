@@ -24,9 +24,8 @@ from raytrain.cluster.cluster import Mailbox
 from raytrain.cluster.local_cluster import is_tested
 from raytrain.config.load import dump_config, with_values
 from raytrain.config.sections import Config
-from raytrain.errors import ConfigError, PreflightError, ResumeError, TrainingError, masked
+from raytrain.errors import ConfigError, PreflightError, ResumeError, TrainingError, explained, masked
 from raytrain.journal.run_folder import RunFolder, check_writable, run_dir_of
-from raytrain.launch import explained
 from raytrain.storage.lock import refuse_links
 from raytrain.storage.paths import joined
 from raytrain.storage.storage import open_storage

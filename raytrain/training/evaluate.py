@@ -20,10 +20,9 @@ from raytrain.engine.determinism import device_here, prepare_torch, torch_put_ba
 from raytrain.engine.randomness import seed_all
 from raytrain.engine.state import RunState, build_run, load_model_state
 from raytrain.engine.world import World
-from raytrain.errors import CheckpointError, ConfigError, TaskError
+from raytrain.errors import CheckpointError, ConfigError, TaskError, explained
 from raytrain.journal.records import strict
 from raytrain.journal.run_folder import run_dir_of
-from raytrain.launch import explained
 from raytrain.progress import Progress
 from raytrain.storage.lock import refuse_links
 from raytrain.storage.storage import Storage, open_storage

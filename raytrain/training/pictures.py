@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from raytrain.engine.state import RunState
-from raytrain.failure import explains_itself, keep_traceback
+from raytrain.errors import explains_itself, keep_traceback
 from raytrain.journal.journal import Journal
 from raytrain.journal.run_folder import RunFolder
 from raytrain.storage.storage import Storage

@@ -23,7 +23,7 @@ from raytrain.engine.determinism import prepare_torch
 from raytrain.engine.randomness import seed_all
 from raytrain.engine.state import RunState, build_run
 from raytrain.engine.world import World
-from raytrain.failure import failure_of
+from raytrain.errors import failure_of
 from raytrain.journal.heritage_log import header_lines, model_lines
 from raytrain.journal.journal import Journal
 from raytrain.journal.run_folder import RunFolder

@@ -39,7 +39,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cli": ("sweep", "launch", "cluster", "training", *TRAINING),
     "__main__": ("cli",),
 }
-MAY_IMPORT |= {"failure": GROUND, "torchrun": MAY_IMPORT["cli"]}  # on their way into errors and launch
 NOT_YET = {  # what still stands in the wrong wing
     *(("cli", "torchrun"), ("data", "failure"), ("data", "keeper"), ("engine", "data"), ("engine", "keeper")),
     *(("journal", "keeper"), ("keeper", "failure"), ("launch", "failure"), ("storage", "keeper"), ("task", "failure")),

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from raytrain.errors import failure_screen
 from raytrain.journal import display
-from raytrain.journal.display import Display, failure_screen
+from raytrain.journal.display import Display
 
 RUN = {
     "kind": "run",
