@@ -7,18 +7,14 @@ import dataclasses
 import os
 import sys
 import threading
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from raytrain.cluster import cluster
-from raytrain.cluster.budget import Budget
-from raytrain.cluster.cluster import Cluster, Mailbox
-from raytrain.cluster.driver import Fit, Inbox, Show, say
-from raytrain.cluster.local_cluster import is_tested
+from raytrain.cluster.cluster import Cluster
+from raytrain.cluster.driver import Show
+from raytrain.cluster.on_ray import run_on_ray
 from raytrain.config.load import load_config, with_overrides
 from raytrain.config.sections import Config
 from raytrain.engine.determinism import device_here, torch_put_back
@@ -38,15 +34,12 @@ from raytrain.journal.display import Display
 from raytrain.journal.records import Record
 from raytrain.keeper import client
 from raytrain.keeper.watchdog import failure_by, hangs_here
-from raytrain.storage.lock import locked
-from raytrain.storage.paths import parent_and_name
-from raytrain.storage.storage import open_storage
 from raytrain.task import load_task_class
 from raytrain.training.control import Judge, LocalControl, never_ends, signals_wish_stop
 from raytrain.training.job import Job, redirect_output
 from raytrain.training.preflight import Options, Start, find_start
 from raytrain.training.resume import is_complete
-from raytrain.training.worker import run_job, train_loop_per_worker
+from raytrain.training.worker import run_job
 
 BEREAVED_S = 15.0  # so long workers of a run that has failed may take to die
 
@@ -161,110 +154,6 @@ def run_here(start: Start, stop: threading.Event, show: Show, judge: Judge) -> s
         if explains_itself(error):
             raise
         raise as_seen(failure_of(error, 0, control.place(), keep_traceback(error, start.run_dir))) from error
-
-
-def run_on_ray(start: Start, stop: threading.Event, show: Show, ahead: Cluster | None, judge: Judge) -> str:
-    """The run on a Ray cluster, joined or started for it; how it ended."""
-    with locked(open_storage(start.run_dir)):  # or Ray would stumble over what another run is writing there
-        pass
-    with contextlib.ExitStack() as stack:
-        options = start.options
-        used = ahead or stack.enter_context(
-            cluster.starting(options.address, dashboard=options.dashboard, scale=start.cfg.SCALE)
-        )
-        try:
-            used.connect()
-        except SystemExit:  # Ray's own answer to a SIGTERM while it starts
-            return "stopped"
-        if used.dashboard_url:
-            say(show, "dashboard", f"http://{used.dashboard_url}")
-        num_workers, use_gpu = cluster.resolve_workers(start.cfg.SCALE)
-        job = start.job(num_workers, use_gpu)
-        per_worker = cluster.resources_per_worker(job.cfg.SCALE, use_gpu)
-        cluster.check_resources(num_workers, per_worker)
-        cluster.check_reachable(start.run_dir)
-        used.wait_for_workers()
-        return "stopped" if stop.is_set() else train_on_ray(job, used, per_worker, stop, show, judge)
-
-
-def train_on_ray(
-    job: Job, used: Cluster, per_worker: dict[str, float], stop: threading.Event, show: Show, judge: Judge
-) -> str:
-    """The run in worker processes of a cluster, on others when their nodes are taken away; how it ended."""
-    mailbox, budget = Mailbox(job.launch), Budget(job.cfg.SCALE.MAX_FAILURES)
-    inbox = Inbox(mailbox, show, judge)
-    try:
-        while True:
-            # Ray would take up from its own list, which may name checkpoints that retention has removed (RAY.md F6).
-            open_storage(job.run_uri).remove_tree("checkpoint_manager_snapshot.json")
-            trainer = ray_trainer(job, per_worker, used.is_ours, budget, mailbox)
-            fit = Fit(job, trainer, used, per_worker, inbox)
-            status = fit.follow(stop)
-            if fit.failure is not None:
-                raise as_seen(fit.failure) from fit.raised
-            if status != "stopped" or stop.is_set() or not fit.was_moved:
-                return status
-            mailbox.remove("outcome")
-            inbox.expect()
-    finally:
-        mailbox.clear()
-
-
-def ray_trainer(job: Job, per_worker: dict[str, float], alone: bool, budget: Budget, mailbox: Mailbox) -> Any:
-    """Ray Train's TorchTrainer for `job`; its results lie in the run folder, under the run's own name.
-
-    alone:   on a cluster that no one else uses
-    budget, mailbox: see lean.LeanTrainer; where Ray's own trainer has to do, it counts all failures alike
-    """
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    trainer_class: Callable[..., Any] = TorchTrainer
-    config_class: Callable[..., Any] = TorchConfig
-    if is_tested():
-        from raytrain.cluster.controller import LeanTrainer
-
-        trainer_class = partial(LeanTrainer, alone=alone, budget=budget, mailbox=mailbox)
-        if alone:
-            from raytrain.cluster.rendezvous import MeetingByFile
-
-            config_class = MeetingByFile
-
-    parent, name = parent_and_name(job.run_uri)
-    scale = job.cfg.SCALE
-    # Two workers that share a GPU cannot use NCCL (RAY.md F26).
-    backend = "nccl" if job.use_gpu and scale.GPUS_PER_WORKER >= 1 else "gloo"
-    return trainer_class(
-        train_loop_per_worker,
-        train_loop_config={"job": job},
-        torch_config=config_class(backend=backend),
-        scaling_config=ScalingConfig(
-            num_workers=scale.NUM_WORKERS or 1, use_gpu=job.use_gpu, resources_per_worker=per_worker
-        ),
-        run_config=RunConfig(
-            name=name,
-            storage_path=parent,
-            failure_config=FailureConfig(max_failures=scale.MAX_FAILURES or 0),
-            callbacks=worker_callbacks(job.launch),
-            logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]
-        ),
-    )
-
-
-def worker_callbacks(launch_id: str) -> list[Any]:
-    """Lets a SIGTERM to a worker process stop the run with its state saved; nothing where Ray has moved the hook."""
-    try:
-        from ray.train.v2._internal.execution.callback import WorkerCallback
-    except ImportError:
-        return []
-
-    class StopOnSignal(WorkerCallback):
-        def after_init_train_context(self) -> None:
-            from raytrain.training.control import stop_on_signal
-
-            stop_on_signal(launch_id)
-
-    return [StopOnSignal()]
 
 
 def launch_here(cfg: Config, options: Options) -> Result:

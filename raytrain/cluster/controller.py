@@ -10,6 +10,7 @@ versions in own_cluster.TESTED.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import queue
 import threading
@@ -36,11 +37,12 @@ from ray.train.v2._internal.util import ObjectRefWrapper, time_monotonic
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from raytrain.cluster.budget import Budget
-from raytrain.cluster.cluster import Mailbox, named_attempt
+from raytrain.cluster.mailbox import Mailbox, named_attempt
 
 SETTLED_S = 0.1  # until what killed workers had is free; Ray, asked before, looks again only after 0.3 to 0.5 s
 LOOK_S = 1  # how often one that waits for room sees whether it still shall; Ray counts in whole seconds here
+
+DEATHS = 2  # restarts without a new step, unless SCALE.MAX_FAILURES says otherwise: the third death there is the last
 
 
 class Inside:
@@ -340,3 +342,40 @@ class OrderOfReports:
         box = [data]
         dist.broadcast_object_list(box, src=0)
         return ray.put(box[0])
+
+
+@dataclasses.dataclass
+class Budget:
+    """Counts failures in a row that came without a new step between them.
+
+    max_failures: SCALE.MAX_FAILURES: restarts without a new step, -1 for any number. None: DEATHS of them where a
+                  process has died, none where the task's own code has raised: it would again
+    furthest:     the last step in which any attempt has failed, from 1; 0 before the first
+    """
+
+    max_failures: int | None
+    furthest: int = -1
+    in_a_row: int = 0
+
+    def allows(self, step: int, raised: bool) -> bool:
+        """Whether the workers are to be started again after this failure, in `step`; `raised` by the task's code."""
+        self.in_a_row = self.in_a_row + 1 if step <= self.furthest else 1
+        self.furthest = max(step, self.furthest)
+        limit = self.limit(raised)
+        return limit == -1 or self.in_a_row <= limit
+
+    def limit(self, raised: bool) -> int:
+        if self.max_failures is not None:
+            return self.max_failures
+        return 0 if raised else DEATHS
+
+    def why_not(self, raised: bool) -> str:
+        """For the user, after `allows` has said no: why the workers are not started again, and what to do."""
+        if self.limit(raised) == 0:
+            return ""
+        place = f"step {self.furthest}" if self.furthest > 0 else "the start"
+        return (
+            f"It failed {self.in_a_row} times in a row without getting beyond {place}, so it was given up:\n"
+            "what fails again and again is no accident. Once it is mended the same command goes on from the newest\n"
+            "checkpoint. SCALE.MAX_FAILURES sets how often a run does so by itself (-1: without end)."
+        )

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from raytrain.cluster import cluster
-from raytrain.cluster.cluster import Cluster, Mailbox
+from raytrain.cluster.cluster import Cluster
+from raytrain.cluster.mailbox import Mailbox
 from raytrain.journal.records import Record
 from raytrain.keeper.watchdog import failure_by, hangs_here
 from raytrain.progress import Progress
@@ -40,7 +41,7 @@ def say(show: Show, event: str, message: str) -> None:
 class Inbox:
     """What the workers post, shown once each in the order it was written.
 
-    attempt: which start of the workers has posted last, as cluster.attempt tells them; "" before the first
+    attempt: which start of the workers has posted last, as mailbox.attempt tells them; "" before the first
     begun:   whether the workers that were asked for last have
     """
 

@@ -6,6 +6,6 @@ import ray.train.torch
 import ray.train.v2._internal.execution.worker_group.worker  # noqa: F401
 
 import raytrain.training.worker  # noqa: F401
-from raytrain.cluster.cluster import Mailbox
+from raytrain.cluster.mailbox import Mailbox
 
 Mailbox("ahead").put(f"process-{os.getpid()}", True)

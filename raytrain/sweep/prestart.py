@@ -3,6 +3,6 @@
 import os
 
 import raytrain.sweep.trial  # noqa: F401
-from raytrain.cluster.cluster import Mailbox
+from raytrain.cluster.mailbox import Mailbox
 
 Mailbox("ahead").put(f"process-{os.getpid()}", True)

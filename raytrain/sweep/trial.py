@@ -20,7 +20,8 @@ from typing import Any
 import ray
 from ray.tune import Trainable
 
-from raytrain.cluster.cluster import Mailbox
+from raytrain.cluster import ray_worker
+from raytrain.cluster.mailbox import Mailbox
 from raytrain.config.schema import at
 from raytrain.config.sections import Config
 from raytrain.errors import DivergedError, RaytrainError, TaskError, masked
@@ -34,7 +35,7 @@ from raytrain.storage.lock import JOURNAL
 from raytrain.storage.storage import Storage, open_storage
 from raytrain.storage.store import FOLDER, Saved, Store, newest_verified, verified
 from raytrain.sweep.lineage import STANDING, Lineage, Params, Standing
-from raytrain.training import job, worker
+from raytrain.training import job
 from raytrain.training.preflight import BEREAVED_S, Options
 
 DIVERGED = "diverged"  # why a trial failed whose losses, gradients or weights did not stay finite
@@ -279,7 +280,7 @@ class TrialActor(Trainable):
 
     def stop(self) -> None:
         super().stop()
-        worker.run_exit_functions()
+        ray_worker.run_exit_functions()
 
     def cleanup(self) -> None:
         training, self.training = self.training, None

@@ -20,8 +20,8 @@ from ray.tune.experiment import Trial
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
 from raytrain.cluster import cluster
-from raytrain.cluster.cluster import Mailbox
 from raytrain.cluster.local_cluster import is_tested
+from raytrain.cluster.mailbox import Mailbox
 from raytrain.config.load import dump_config, with_values
 from raytrain.config.sections import Config
 from raytrain.errors import ConfigError, PreflightError, ResumeError, TrainingError, explained, masked

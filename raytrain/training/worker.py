@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
-import multiprocessing.util
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +21,6 @@ from raytrain.engine.determinism import prepare_torch
 from raytrain.engine.randomness import seed_all
 from raytrain.engine.state import RunState, build_run
 from raytrain.engine.world import World
-from raytrain.errors import failure_of
 from raytrain.journal.heritage_log import header_lines, model_lines
 from raytrain.journal.journal import Journal
 from raytrain.journal.run_folder import RunFolder
@@ -37,8 +34,8 @@ from raytrain.sweep.datasets import unpacked
 from raytrain.task import Task, make_task
 from raytrain.training import loop
 from raytrain.training.contract import check_dataset
-from raytrain.training.control import Control, RayControl
-from raytrain.training.job import Job, redirect_output, stand_where_the_driver_stands
+from raytrain.training.control import Control
+from raytrain.training.job import Job
 from raytrain.training.pictures import draw_pictures
 from raytrain.training.resume import Origin, bring_to_start
 
@@ -195,7 +192,7 @@ def open_journal(
         batch_size=run.plan.batch_size,
         accumulate=run.plan.accumulate,
         virtual_workers=run.plan.virtual_workers,
-        num_workers=run.world.size if run.world.size > 1 or isinstance(control, RayControl) else 0,
+        num_workers=run.world.size if run.world.size > 1 or control.in_a_worker else 0,
         device=run.world.device.type,
         param_count=sum(p.numel() for p in run.model.parameters()),
     )
@@ -228,32 +225,3 @@ def place_of(run: RunState, feed: Feed) -> dict[str, Any]:
     if feed.current and feed.current.split == "val":
         return {"what": f"The evaluation after epoch {feed.current.epoch}", **samples}
     return {"epoch": run.progress.epoch, "step": run.progress.step + 1, **samples}
-
-
-def train_loop_per_worker(config: dict[str, Any]) -> None:
-    """What Ray Train runs in every worker process; `config` holds the Job."""
-    import ray.train
-    import ray.train.torch
-
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
-    job: Job = config["job"]
-    rank = ray.train.get_context().get_world_rank()
-    control, logs = RayControl(job.launch, job.run_uri, rank), ""
-    try:
-        logs = redirect_output(job.run_uri, rank)
-        stand_where_the_driver_stands(job)
-        device = ray.train.torch.get_device() if job.use_gpu else torch.device("cpu")
-        world = World.joined(job.virtual_workers, device)
-        outcome = run_job(job, world, control)
-    except BaseException as error:
-        control.failed(failure_of(error, rank, control.place(), logs))
-        raise
-    else:
-        control.finished(dataclasses.asdict(outcome))
-    finally:
-        run_exit_functions()
-
-
-def run_exit_functions() -> None:
-    """Ray kills this process, so nothing else would run what is to run at its exit: /tmp/pymp-* would stay."""
-    multiprocessing.util._exit_function()  # type: ignore[attr-defined]

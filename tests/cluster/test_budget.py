@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from raytrain.cluster.budget import Budget
+from raytrain.cluster.controller import Budget
 
 
 def test_a_run_that_gets_on_is_never_given_up() -> None:

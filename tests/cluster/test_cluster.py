@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from raytrain.cluster import cluster, local_cluster
-from raytrain.cluster.cluster import Mailbox
+from raytrain.cluster.address import check_address
+from raytrain.cluster.mailbox import Mailbox
 from raytrain.errors import PreflightError
 
 
@@ -76,33 +77,33 @@ def test_what_killed_drivers_left_is_removed_and_what_living_ones_use_is_not() -
 
 def test_ray_client_is_refused_with_the_command_that_works() -> None:
     with pytest.raises(PreflightError, match=r"--address ray://head:10001: .*ray job submit .*HEAD:6379"):
-        cluster.check_address("ray://head:10001")
+        check_address("ray://head:10001")
 
 
 @pytest.mark.parametrize("address", ["cluster", "head:", ":6379", "head:0", "head:65536", "head:ssh", ""])
 def test_what_is_no_address_is_refused_with_the_form_of_one(address: str) -> None:
     with pytest.raises(PreflightError, match=r"this is no address of a Ray head; write HOST:PORT, or auto"):
-        cluster.check_address(address)
+        check_address(address)
 
 
 def test_an_address_at_which_nothing_listens_is_refused_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     with pytest.raises(PreflightError, match=rf"127.0.0.1:{port}: no Ray cluster answers there .*`ray start --head`"):
-        cluster.check_address(f"127.0.0.1:{port}")
+        check_address(f"127.0.0.1:{port}")
 
 
 def test_an_address_that_is_silent_is_refused_when_patience_ends() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(PreflightError, match=r"no Ray cluster answers there \(timed out\)"):
-            cluster.check_address(address, patience_s=0.1)
+            check_address(address, patience_s=0.1)
 
 
 def test_another_programs_address_is_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        checked = pool.submit(cluster.check_address, address)
+        checked = pool.submit(check_address, address)
         connection, _ = server.accept()
         with connection:
             connection.recv(100)
@@ -116,7 +117,7 @@ def test_another_programs_address_is_refused() -> None:
 
 @pytest.mark.ray
 def test_the_address_of_a_cluster_is_accepted(ray_address: str) -> None:
-    cluster.check_address(ray_address)
+    check_address(ray_address)
 
 
 @pytest.mark.ray
@@ -128,10 +129,10 @@ def test_a_cluster_that_wants_a_token_gets_this_users_or_says_where_to_put_one(
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(PreflightError, match=r"that cluster wants a token, and there is none here. Copy the head's"):
-        cluster.check_address(ray_address)
+        check_address(ray_address)
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("not looked at here")
-    cluster.check_address(ray_address)
+    check_address(ray_address)
     assert os.environ["RAY_AUTH_MODE"] == "token"
 
 

@@ -13,7 +13,7 @@ import pytest
 from commands import ROOT, SUPPORT, family
 from runs import Run
 
-from raytrain.cluster.cluster import ask_head
+from raytrain.cluster.address import ask_head
 
 pytestmark = pytest.mark.ray
 

@@ -12,7 +12,7 @@ from commands import Launched, family, gone, wait_for
 from runs import Run, assert_curves_are_whole, assert_same_bits, loader_workers_of
 
 from raytrain.cli import main
-from raytrain.cluster.cluster import Mailbox
+from raytrain.cluster.mailbox import Mailbox
 
 pytestmark = pytest.mark.ray
 

@@ -1,0 +1,128 @@
+"""The address of a cluster that stands: whether a Ray head answers there, and how to join it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from pathlib import Path
+
+from raytrain.cluster.local_cluster import hush_raylets, is_tested, on_loopback
+from raytrain.errors import PreflightError
+
+ANSWER_S = 5.0  # a Ray head that has not answered by then is not there
+
+
+def join(address: str) -> None:
+    """Connect to the cluster at `address`, or a PreflightError that says why not."""
+    import ray
+
+    if is_tested():
+        hush_raylets()
+    try:
+        with on_loopback() if is_on_loopback_only(address) else contextlib.nullcontext():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PreflightError(
+            f"--address {address}: no Ray cluster answers there ({first_line}). Start one with "
+            "`ray start --head`, or leave --address out to use this machine alone"
+        ) from error
+
+
+def is_on_loopback_only(address: str) -> bool:
+    """Whether a head answers at 127.0.0.1 alone: Ray would try this machine's other address in its place."""
+    import ray
+
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "localhost") or not port.isdecimal():
+        return False
+    try:
+        socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=ANSWER_S).close()
+    except OSError:
+        return True
+    return False
+
+
+def check_address(address: str, patience_s: float = ANSWER_S) -> None:
+    """PreflightError unless a Ray head answers at `address`: ray.init would try for minutes, and print of it."""
+    if address.startswith("ray://"):
+        raise PreflightError(
+            f"--address {address}: training does not run through Ray Client; start it on the cluster with "
+            f"`ray job submit --address http://HEAD:8265 -- raytrain train ...`, or give HEAD:6379"
+        )
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", address)
+    if address == "auto":
+        return  # Ray looks for one on this machine, and says at once if there is none
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise PreflightError(f"--address {address}: this is no address of a Ray head; write HOST:PORT, or auto")
+    fix = "Start one with `ray start --head`, or leave --address out to use this machine alone"
+    if os.environ.get("RAY_USE_TLS", "0") in ("1", "true"):
+        return
+    try:
+        answer = ask_head(host.strip("[]"), int(port), patience_s)
+    except OSError as error:
+        raise PreflightError(
+            f"--address {address}: no Ray cluster answers there ({error.strerror or error}). {fix}"
+        ) from error
+    if answer is None:
+        raise PreflightError(f"--address {address}: what answers there is no Ray head. {fix}")
+    if answer == "refused" and os.environ.get("RAY_AUTH_MODE") is None:
+        take_token(address)
+
+
+def take_token(address: str) -> None:
+    """The cluster wants a token: Ray sends this user's if it is told to, before it is imported."""
+    places = [os.environ.get("RAY_AUTH_TOKEN_PATH"), str(Path.home() / ".ray" / "auth_token")]
+    if not os.environ.get("RAY_AUTH_TOKEN") and not any(place and Path(place).is_file() for place in places):
+        raise PreflightError(
+            f"--address {address}: that cluster wants a token, and there is none here. Copy the head's "
+            "~/.ray/auth_token to the same place on this machine, or set RAY_AUTH_TOKEN"
+        )
+    os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def ask_head(host: str, port: int, patience_s: float) -> str | None:
+    """What a Ray head answers to one call without a token: "open" or "refused"; None from what is no Ray head.
+
+    A call of gRPC by hand (RFC 9113, RFC 7541): Ray's own client prints a line a second while it is refused.
+    """
+
+    def text(value: str) -> bytes:
+        return bytes([len(value)]) + value.encode()
+
+    def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+        return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+    call = {
+        ":method": "POST",
+        ":scheme": "http",
+        ":path": "/ray.rpc.NodeInfoGcsService/GetClusterId",
+        ":authority": "head",
+        "te": "trailers",
+        "content-type": "application/grpc",
+    }
+    headers = b"".join(b"\0" + text(name) + text(value) for name, value in call.items())
+    data, headers_kind, settings = 0, 1, 4
+    end_stream, end_headers = 1, 4
+    with socket.create_connection((host, port), timeout=patience_s) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(settings, 0, 0))
+        connection.sendall(frame(headers_kind, end_headers, 1, headers) + frame(data, end_stream, 1, bytes(5)))
+        stream = connection.makefile("rb")
+        first = True
+        while len(head := stream.read(9)) == 9:
+            size, kind, flags = int.from_bytes(head[:3], "big"), head[3], head[4]
+            if first and kind != settings:
+                return None
+            first = False
+            stream.read(size)
+            if kind == settings and not flags:
+                connection.sendall(frame(settings, 1, 0))
+            if kind == data and size:
+                return "open"
+            if kind == headers_kind and flags & end_stream:  # an error comes without data
+                return "refused"
+    return None

@@ -1,0 +1,59 @@
+"""What workers and driver leave for each other in Ray's key-value store."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def attempt(launch: str) -> str:
+    """Which start of a run's workers this worker belongs to: Ray makes a placement group for each.
+
+    Except for the workers of a sweep's trial, who all have the trial's: `starts` counts those.
+    """
+    import ray
+
+    group = ray.get_runtime_context().get_placement_group_id() or ""
+    return named_attempt(group, Mailbox(launch).get("starts"))
+
+
+def named_attempt(group: str, starts: int | None) -> str:
+    return group if starts is None else f"{group}.{starts}"
+
+
+class Mailbox:
+    """A few small values between the driver and the workers of one launch, kept in the cluster's own store.
+
+    It costs no process and no port. Workers put what the live line shows, and how they failed; the
+    driver puts the wish to stop.
+    """
+
+    def __init__(self, launch: str) -> None:
+        self.namespace = f"raytrain-{launch}"
+
+    def put(self, key: str, value: Any) -> None:
+        from ray.experimental.internal_kv import _internal_kv_put
+
+        _internal_kv_put(key, json.dumps(value), overwrite=True, namespace=self.namespace)
+
+    def get(self, key: str) -> Any:
+        """The value of `key`; None if it was never put."""
+        from ray.experimental.internal_kv import _internal_kv_get
+
+        found = _internal_kv_get(key, namespace=self.namespace)
+        return None if found is None else json.loads(found)
+
+    def keys(self, prefix: str) -> list[str]:
+        from ray.experimental.internal_kv import _internal_kv_list
+
+        return sorted(k.decode() for k in _internal_kv_list(prefix, namespace=self.namespace))
+
+    def remove(self, prefix: str) -> None:
+        """Remove what was put under keys that begin so."""
+        from ray.experimental.internal_kv import _internal_kv_del
+
+        _internal_kv_del(prefix, del_by_prefix=True, namespace=self.namespace)
+
+    def clear(self) -> None:
+        """Remove all that this launch has put."""
+        self.remove("")

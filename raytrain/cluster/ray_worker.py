@@ -1,0 +1,172 @@
+"""What runs in a worker process of Ray Train, and how it talks to the driver."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import multiprocessing.util
+import queue
+import signal
+import threading
+import time
+from typing import Any
+
+import torch
+
+from raytrain.cluster.mailbox import Mailbox, attempt
+from raytrain.engine.world import World
+from raytrain.errors import failure_of
+from raytrain.journal.records import Record
+from raytrain.keeper.checkpointer import Pending
+from raytrain.progress import Progress
+from raytrain.storage.paths import joined
+from raytrain.training.control import Control
+from raytrain.training.job import Job, redirect_output, stand_where_the_driver_stands
+from raytrain.training.worker import run_job
+
+POST_S = 0.2  # how often rank 0 posts to the driver and asks whether it shall stop
+
+
+ASK_S = 0.02  # how often the answer is looked for whether a trial shall go on
+
+
+RECENT = 50
+
+
+class RayControl(Control):
+    """In a Ray Train worker. Two threads keep Ray's latency out of the loop.
+
+    One posts records to the driver and reads its wish to stop (rank 0); one hands checkpoints to
+    ray.train.report, which is a barrier of all ranks and takes one report a poll (RAY.md F1).
+    """
+
+    in_a_worker = True
+
+    def __init__(self, launch: str, run_uri: str, rank: int) -> None:
+        super().__init__()
+        self._mailbox, self._run_uri, self._rank, self._attempt = Mailbox(launch), run_uri, rank, attempt(launch)
+        self._lock = threading.Lock()
+        self._posted: list[Record] = []
+        self._step: Record | None = None
+        self._number, self._sent, self._step_sent = 0, 0, None
+        self._stop = threading.Event()
+        self._ending = threading.Event()
+        self._reports: queue.Queue[tuple[Pending | None, dict[str, float]] | None] = queue.Queue()
+        self._threads = [threading.Thread(target=self._report, name="raytrain-report", daemon=True)]
+        if rank == 0:
+            self._threads.append(threading.Thread(target=self._post, name="raytrain-post", daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def stop_wished(self) -> bool:
+        return self._stop.is_set()
+
+    def goes_on(self, progress: Progress, metrics: dict[str, float]) -> bool:
+        if self._mailbox.get("judged") is None:
+            return True
+        number = f"{self._attempt}-{progress.step}"
+        self._mailbox.put("question", {"number": number, "progress": dataclasses.asdict(progress), "metrics": metrics})
+        while not self._stop.wait(ASK_S):
+            answer = self._mailbox.get("answer")
+            if answer is not None and answer["number"] == number:
+                return bool(answer["goes_on"])
+        return False
+
+    def write(self, record: Record) -> None:
+        with self._lock:
+            self._number += 1
+            numbered = {**record, "number": self._number}
+            if record["kind"] == "step":
+                self._step = numbered
+            else:
+                self._posted = [*self._posted, numbered][-RECENT:]
+
+    def saved(self, save: Pending | None, metrics: dict[str, float]) -> None:
+        self._reports.put((save, metrics))
+
+    def failed(self, failure: dict[str, Any]) -> None:
+        """Tell the driver why this rank ends."""
+        told = {**failure, "time": time.time(), "attempt": self._attempt}
+        self._mailbox.put(f"failure-{self._attempt}-{self._rank}", told)
+        self._send()
+
+    def finished(self, outcome: dict[str, Any]) -> None:
+        """Hand over what is left, and rank 0's outcome."""
+        self._reports.put(None)
+        self._ending.set()
+        for thread in self._threads:
+            thread.join()
+        if self._rank == 0:
+            self._mailbox.put("outcome", outcome)
+
+    def _post(self) -> None:
+        while not self._ending.wait(POST_S):
+            self._send()
+            if any(self._mailbox.get(key) is not None for key in ("stop", f"stop-{self._attempt}")):
+                self._stop.set()
+        self._send()
+
+    def _send(self) -> None:
+        with self._lock:
+            number = self._number
+            records = [*self._posted, *([self._step] if self._step else [])]
+        if number != self._sent:
+            self._mailbox.put("records", {"attempt": self._attempt, "records": records})
+            self._sent = number
+        step = self.place().get("step")
+        if step != self._step_sent:  # records of steps are few; whether a run gets on is not to depend on LOG.EVERY
+            self._mailbox.put("step", step)
+            self._step_sent = step
+
+    def _report(self) -> None:
+        import ray.train
+        from ray.train import Checkpoint, CheckpointUploadMode
+
+        while (report := self._reports.get()) is not None:
+            save, metrics = report
+            checkpoint, name = None, save.wait() if save is not None else None
+            if name is not None:
+                path = joined(self._run_uri, "ckpt", name)
+                checkpoint = Checkpoint(path) if "://" in path else Checkpoint.from_directory(path)
+            # Anything but a finite float would end the run from within Ray's controller (RAY.md F4).
+            clean = {k: float(v) for k, v in metrics.items() if math.isfinite(v)}
+            ray.train.report(clean, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
+
+
+def stop_on_signal(launch: str) -> None:
+    """From now on SIGTERM to this process (a node that goes) wishes a stop of the whole run.
+
+    Not of the workers that are started after these: when one of these dies, Ray ends the others by SIGTERM.
+    """
+    key = f"stop-{attempt(launch)}"
+    signal.signal(signal.SIGTERM, lambda *_: Mailbox(launch).put(key, "SIGTERM to a worker"))
+
+
+def train_loop_per_worker(config: dict[str, Any]) -> None:
+    """What Ray Train runs in every worker process; `config` holds the Job."""
+    import ray.train
+    import ray.train.torch
+
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    job: Job = config["job"]
+    rank = ray.train.get_context().get_world_rank()
+    control, logs = RayControl(job.launch, job.run_uri, rank), ""
+    try:
+        logs = redirect_output(job.run_uri, rank)
+        stand_where_the_driver_stands(job)
+        device = ray.train.torch.get_device() if job.use_gpu else torch.device("cpu")
+        world = World.joined(job.virtual_workers, device)
+        outcome = run_job(job, world, control)
+    except BaseException as error:
+        control.failed(failure_of(error, rank, control.place(), logs))
+        raise
+    else:
+        control.finished(dataclasses.asdict(outcome))
+    finally:
+        run_exit_functions()
+
+
+def run_exit_functions() -> None:
+    """Ray kills this process, so nothing else would run what is to run at its exit: /tmp/pymp-* would stay."""
+    multiprocessing.util._exit_function()  # type: ignore[attr-defined]
