@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from raytrain.storage.checkpoint import PAYLOAD, write_checkpoint
 from raytrain.storage.lock import JOURNAL
 from raytrain.storage.storage import Storage, open_storage
 from raytrain.storage.store import FOLDER, Saved, Store, newest_verified, verified
+from raytrain.sweep.datasets import unpacked
 from raytrain.sweep.lineage import STANDING, Lineage, Params, Standing
 from raytrain.training import job
 from raytrain.training.preflight import BEREAVED_S, Options
@@ -178,7 +180,8 @@ class TrialActor(Trainable):
         job.redirect_output(run_dir, 0)
         if self.wished.is_set():
             raise InterruptedError
-        self.training = Training(cfg, Options(datasets=self.orders.datasets))
+        packed = self.orders.datasets
+        self.training = Training(cfg, Options(datasets=partial(unpacked, packed) if packed else None))
         if self.wished.is_set():
             self.training.stop.set()
         return None

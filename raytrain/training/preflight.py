@@ -9,7 +9,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Options:
 
     batch_size: of a step over all virtual workers, in place of BATCH_SIZE_PER_GPU
     dashboard:  whether a cluster that is started for the run serves Ray's
-    datasets:   packed, in place of those that would be built; for a run in this process
+    datasets:   gives the data sets, in place of the task; for a run in this process
     """
 
     address: str | None = None
@@ -49,7 +49,7 @@ class Options:
     pretrained: str | None = None
     batch_size: int | None = None
     dashboard: bool = False
-    datasets: bytes | None = None
+    datasets: Callable[[], dict[str, Any]] | None = None
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 

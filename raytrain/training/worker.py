@@ -30,7 +30,6 @@ from raytrain.keeper.heartbeat import Stacks, Stragglers, watched
 from raytrain.keeper.snapshots import Kept, join_keeper, keeper_begun
 from raytrain.progress import Plan, Progress
 from raytrain.storage.store import Store, checkpoint_name
-from raytrain.sweep.datasets import unpacked
 from raytrain.task import Task, make_task
 from raytrain.training import loop
 from raytrain.training.contract import check_dataset
@@ -50,10 +49,12 @@ class Outcome:
     best: dict[str, Any] | None
 
 
-def run_job(job: Job, world: World, control: Control, packed: bytes | None = None) -> Outcome:
+def run_job(
+    job: Job, world: World, control: Control, datasets_of: Callable[[], dict[str, Any]] | None = None
+) -> Outcome:
     """Collective. Build the run, bring it to where it stands, and train it.
 
-    packed: the data sets, where they are built already
+    datasets_of: gives the data sets, in place of the task
     """
     cfg = job.cfg
     prepare_torch(cfg, world.device)
@@ -62,7 +63,7 @@ def run_job(job: Job, world: World, control: Control, packed: bytes | None = Non
     seed_all(cfg.SEED, "task")
     task = make_task(cfg)
     control.begin("Building the data sets")
-    datasets = build_datasets(task, cfg.SEED) if packed is None else unpacked(packed)
+    datasets = datasets_of() if datasets_of else build_datasets(task, cfg.SEED)
     control.begin("Building the model")
     run = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), world), world)
     planned, channels_last = evaluation_epochs(cfg, datasets), cfg.OPTIMIZATION.CHANNELS_LAST

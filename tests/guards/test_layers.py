@@ -39,12 +39,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cli": ("sweep", "launch", "cluster", "training", *TRAINING),
     "__main__": ("cli",),
 }
-NOT_YET = {  # what still stands in the wrong wing
-    *(("cli", "torchrun"), ("data", "failure"), ("data", "keeper"), ("engine", "data"), ("engine", "keeper")),
-    *(("journal", "keeper"), ("keeper", "failure"), ("launch", "failure"), ("storage", "keeper"), ("task", "failure")),
-    *(("torchrun", "failure"), ("training", "cluster"), ("training", "launch"), ("training", "failure")),
-    *(("training", "sweep"), ("training", "ray"), ("launch", "ray"), ("engine", "training"), ("journal", "training")),
-}
+NOT_YET = {("engine", "keeper")}
 RAY_AT = ("cluster", "sweep")
 # Without torch and numpy: what a command reads before it starts anything, and the keeper, which is small and quick.
 WITHOUT_TORCH = (
