@@ -50,12 +50,21 @@ class Step:
     micro_batches: dict[int, list[BatchKey]]
     consumed: int
 
+    @functools.cached_property
+    def last(self) -> tuple[int, int]:
+        """Virtual worker and number of the last micro-batch."""
+        last = max(self.micro_batches)
+        return last, len(self.micro_batches[last]) - 1
+
 
 class Feed:
     """The batches of a run from a given progress on, for the virtual workers of this process.
 
     evaluate_after(epoch) says whether the validation split is read once that many epochs are
     finished; it must answer as the loop does, since the loader reads ahead.
+
+    beat:        told what this rank is at, by the names of keeper.heartbeat.PHASES
+    stacks_path: where loader workers write their stacks when they are asked
     """
 
     def __init__(
@@ -76,12 +85,12 @@ class Feed:
         self._reader: KeyedBatches | None = None
         self._wait_s = 0.0
         self.current: BatchKey | None = None
-        self.stacks_path: str | None = (
-            None  # where loader workers write their stacks when they are asked (keeper/heartbeat.py)
-        )
+        self.beat: Callable[[str], None] = lambda phase: None
+        self.stacks_path: str | None = None
 
     def start(self, progress: Progress, evaluate_first: bool = False) -> None:
         """Begin to read ahead from `progress`; loader workers start here."""
+        self.beat("data")
         keys = self._keys(progress, evaluate_first)
         workers = self.loader_cfg.WORKERS
         check_loader_workers(workers, len(os.sched_getaffinity(0)))
@@ -135,6 +144,7 @@ class Feed:
     def fetch(self, key: BatchKey) -> Any:
         """The batch of `key`, the next one of the stream, on the device."""
         self.current = key
+        self.beat("data" if key.split == "train" else "eval")
         began = time.perf_counter()
         if self._reader is not None:
             got, batch = self._reader[key]
@@ -146,6 +156,7 @@ class Feed:
         assert got == key, f"the loop asked for {key}, the stream holds {got}"
         batch = self._delivery.bring(batch)
         self._wait_s += time.perf_counter() - began
+        self.beat("forward" if key.split == "train" else "eval")
         return batch
 
     def _next(self, batches: Iterator[tuple[BatchKey, Any]]) -> tuple[BatchKey, Any]:

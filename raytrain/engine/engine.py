@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -56,6 +56,7 @@ class Engine:
     spike, changes nothing: no weight, moment, step count or buffer (engine/guard.py).
 
     why_ddp: if OPTIMIZATION.ENGINE is auto and flat buffers cannot hold the model, what keeps it out
+    beat:    told what this rank is at, by the names of keeper.heartbeat.PHASES
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Engine:
     ) -> None:
         """Collective. `reduction` is SCALE.REDUCTION; larger gradients than segment_bytes are summed in parts."""
         self.model, self.world = model, world
+        self.beat: Callable[[str], None] = lambda phase: None
         self.precision = Precision(optim_cfg, world.device)
         groups, options = stepped_groups(model, optim_cfg), options_of(optim_cfg)
         self.params = [p for group in groups for p in group]
@@ -125,6 +127,13 @@ class Engine:
             torch.cuda.current_stream().wait_event(self.fence)
             self.fence = None
 
+    def begin_step(self, at: int) -> None:
+        """No gradient is left; what a rollback returns to is kept, where that is due after `at` steps."""
+        if self.guard.anchor_due(at):
+            self.wait_for_readers()
+            self.guard.drop_anchor(at, self.living())
+        self.zero_grad()
+
     def zero_grad(self) -> None:
         """Forget the gradients of every parameter, stepped or not (the heritage forgets some not, D6)."""
         for param in self.trainable:
@@ -160,6 +169,7 @@ class Engine:
 
         is_last: no other follows before `step`, so gradients may travel as they arrive
         """
+        self.beat("backward")
         weighted = loss if share == 1.0 else loss * share
         part = weighted.detach()
         self.loss_sum = part if self.loss_sum is None else self.loss_sum + part
@@ -172,6 +182,7 @@ class Engine:
     def step(self, settings: StepSettings, wishes: Sequence[bool]) -> Stepped:
         """Collective. Combine, clip and step; `wishes` are this rank's."""
         assert self.loss_sum is not None, "backward() comes first"
+        self.beat("reduce")
         granted, used, loss = tuple(wishes), [True], self.loss_sum
         if self.exchange is not None:
             if self.overlap is not None and self.overlap.armed:

@@ -15,7 +15,6 @@ from raytrain.engine.randomness import seed_all
 from raytrain.engine.schedule import Schedule, build_schedule
 from raytrain.engine.world import World
 from raytrain.errors import CheckpointError, TaskError
-from raytrain.keeper.heartbeat import Pulse, Stragglers
 from raytrain.progress import Plan, Progress
 from raytrain.storage.checkpoint import Manifest
 from raytrain.storage.state_file import load_weights_file
@@ -30,12 +29,8 @@ class RunState:
 
     best:        {"epoch", "step", "metrics"} of the best evaluation so far, by CHECKPOINT.METRIC
     metrics:     of the newest evaluation
-    predictions: of the last epoch's evaluation, on rank 0: pictures are drawn of them
     unevaluated: the checkpoint that the run stands at, if its evaluation is still owed
     compilation: where OPTIMIZATION.COMPILE asks for it
-    notes:       what a user should know and no journal has yet, a line each
-    pulse:       where this process says what it is at
-    stragglers:  on rank 0 of a run that is watched
     """
 
     model: torch.nn.Module
@@ -47,24 +42,12 @@ class RunState:
     progress: Progress = dataclasses.field(default_factory=Progress)
     best: dict[str, Any] | None = None
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    predictions: list[Any] = dataclasses.field(default_factory=list)
     unevaluated: str | None = None
     compilation: Compilation | None = None
-    notes: list[str] = dataclasses.field(default_factory=list)
-    pulse: Pulse = dataclasses.field(default_factory=Pulse)
-    stragglers: Stragglers | None = None
 
     @property
     def seed(self) -> int:
         return int(self.config["SEED"])
-
-    def take_notes(self) -> list[str]:
-        """What became known since this was last asked."""
-        sources = [self.notes, self.compilation.notes if self.compilation else []]
-        taken = [note for source in sources for note in source]
-        for source in sources:
-            source.clear()
-        return taken
 
 
 def build_run(cfg: Any, task: Task, train_set: Any, plan: Plan, world: World) -> RunState:
@@ -90,11 +73,16 @@ def build_run(cfg: Any, task: Task, train_set: Any, plan: Plan, world: World) ->
     engine = Engine(model, cfg.OPTIMIZATION, world, cfg.SCALE.REDUCTION)
     engine.guard.limit = min(engine.guard.limit, plan.total_steps)  # a run without one good step has failed
     schedule = build_schedule(cfg.OPTIMIZATION, plan.steps_per_epoch, plan.num_epochs)
-    run = RunState(model, engine, schedule, plan, world, cfg.to_tree())
-    if cfg.OPTIMIZATION.COMPILE:
-        micro_batches = len(world.block) * plan.accumulate
-        run.compilation, run.notes = open_compilation(model, cfg.OPTIMIZATION, world, micro_batches)
-    return run
+    return RunState(model, engine, schedule, plan, world, cfg.to_tree())
+
+
+def compile_model(run: RunState, optim_cfg: Any) -> list[str]:
+    """Have the model compiled if OPTIMIZATION.COMPILE asks for it; a line for each thing that cannot be."""
+    if not optim_cfg.COMPILE:
+        return []
+    micro_batches = len(run.world.block) * run.plan.accumulate
+    run.compilation, notes = open_compilation(run.model, optim_cfg, run.world, micro_batches)
+    return notes
 
 
 def synchronised_batchnorm(model: torch.nn.Module, world: World) -> torch.nn.Module:

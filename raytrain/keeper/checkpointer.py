@@ -106,13 +106,17 @@ class Order:
 
 
 class Saves:
-    """The states of one run on their way to memory and storage."""
+    """The states of one run on their way to memory and storage.
+
+    notes: lines for the journal, to be taken out
+    """
 
     def __init__(self, store: Store, kept: Kept | None) -> None:
         """kept: None where nothing is copied to memory. Then a save is written before it returns."""
         self.store, self.policy = store, store.policy
         self._kept = kept if kept is not None and kept.keeps else None
         self._memory = Memory(self._kept) if self._kept else None
+        self.notes: list[str] = []
         self._about: dict[str, Any] = {}
         self._orders: dict[int, Order] = {}
         self._number = 0
@@ -136,7 +140,7 @@ class Saves:
             try:
                 self._memory.prepare(run)
             except OSError as error:
-                self._do_without(run, error)
+                self._do_without(error)
 
     def after_step(self, run: RunState) -> bool:
         """Keep the state in memory if that is due; whether it was. What failed in the background is raised here."""
@@ -165,7 +169,7 @@ class Saves:
         try:
             first = self._put(run, slot, run.engine.stepper.are_finite())
         except OSError as error:
-            self._do_without(run, error)
+            self._do_without(error)
             return False
         self._memory.settle(wait=False)
         self._pace.took(time.perf_counter() - began, first)
@@ -226,17 +230,17 @@ class Saves:
         try:
             self._put(run, slot, torch.tensor(True))
         except OSError as error:
-            self._do_without(run, error)
+            self._do_without(error)
             return None
         self._memory.settle(wait=True)
         self._pace.begin_anew()
         return slot
 
-    def _do_without(self, run: RunState, error: OSError) -> None:
+    def _do_without(self, error: OSError) -> None:
         """No state is kept in memory from here on: the system gives none."""
         self.settle()
         self._kept = self._memory = None
-        run.notes.append(f"{WITHOUT}: {error.strerror or error}")
+        self.notes.append(f"{WITHOUT}: {error.strerror or error}")
 
     def _put(self, run: RunState, slot: int, finite: torch.Tensor) -> bool:
         """Copies the run's state; whether it was the first of its shape there."""

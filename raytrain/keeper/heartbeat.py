@@ -15,6 +15,7 @@ from raytrain.storage.processes import started_at, write_stacks_to
 
 PHASES = ("rest", "data", "forward", "backward", "reduce", "checkpoint", "eval")
 REST, DATA, FORWARD, BACKWARD, REDUCE, CHECKPOINT, EVAL = range(len(PHASES))
+NUMBER = {phase: number for number, phase in enumerate(PHASES)}
 OWN_WORK = (DATA, FORWARD, BACKWARD)  # what every rank does by itself, for its virtual workers
 # Words of a pulse: when it last beat, then what it says of its rank, which counts from 1 (0: nobody).
 BEAT_NS, STEP, PHASE, RANK, PID, SHARE = range(6)
@@ -28,8 +29,12 @@ SLOW_FACTOR, SLOW_S = 1.5, 0.002  # against the middle one of all ranks: times a
 class Pulse:
     """Tells which step this rank is at, in which phase, and since its start how long it was in each.
 
-    The keeper kills a rank whose pulse stands still, except at REST: call `phase` again within a long one.
+    The keeper kills a rank whose pulse stands still, except at rest: call `phase` again within a long one.
+
+    stragglers: on rank 0 of a run that is watched
     """
+
+    stragglers: Stragglers | None = None
 
     def __init__(self, words: memoryview | None = None) -> None:
         """words: PULSE_WORDS int64 of the board; None where nobody looks."""
@@ -40,13 +45,13 @@ class Pulse:
         """The step under way from now on, counted from 1."""
         self._words[STEP] = step
 
-    def phase(self, phase: int) -> None:
-        """What this rank does from now on."""
-        now_ns, words = time.perf_counter_ns(), self._words
+    def phase(self, phase: str) -> None:
+        """What this rank does from now on: one of PHASES."""
+        now_ns, words, number = time.perf_counter_ns(), self._words, NUMBER[phase]
         words[self._busy] += now_ns - self._since_ns
-        words[PHASE] = phase
+        words[PHASE] = number
         words[BEAT_NS] = self._since_ns = now_ns
-        self._busy = BUSY_NS + phase
+        self._busy = BUSY_NS + number
 
 
 class Stacks:

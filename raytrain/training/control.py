@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from raytrain.data.feed import Feed
+from raytrain.engine.state import RunState
 from raytrain.journal.records import Record
 from raytrain.keeper.checkpointer import Pending
 from raytrain.progress import Progress
@@ -25,18 +27,35 @@ def never_ends(progress: Progress, metrics: dict[str, float]) -> bool:
 class Control:
     """What the loop asks of the outside; a Journal sink too, since records are what the outside is shown.
 
-    `place` says where the run stands, for whoever has to explain a failure.
+    It also knows where the run stands, for whoever has to explain a failure.
+
     in_a_worker: whether this process was started for the run, by Ray
     """
 
     in_a_worker = False
 
     def __init__(self) -> None:
-        self.place: Callable[[], dict[str, Any]] = dict
+        self._stage: str | None = ""
+        self._run: RunState | None = None
+        self._feed: Feed | None = None
 
-    def begin(self, what: str) -> None:
-        """From now on it is `what` that fails, if something does."""
-        self.place = lambda: {"what": what}
+    def begin(self, stage: str) -> None:
+        """From now on it is `stage` that fails, if something does."""
+        self._stage = stage
+
+    def follow(self, run: RunState, feed: Feed) -> None:
+        """From now on it is the step that `run` takes, or the evaluation whose batches `feed` gives."""
+        self._stage, self._run, self._feed = None, run, feed
+
+    def place(self) -> dict[str, Any]:
+        """What is under way, for the failure screen."""
+        if self._stage is not None or self._run is None or self._feed is None:
+            return {"what": self._stage} if self._stage else {}
+        batch = self._feed.current
+        samples = {"sample_ids": list(batch.ids) if batch else None}
+        if batch and batch.split == "val":
+            return {"what": f"The evaluation after epoch {batch.epoch}", **samples}
+        return {"epoch": self._run.progress.epoch, "step": self._run.progress.step + 1, **samples}
 
     def now(self) -> float:
         return time.time()

@@ -18,7 +18,7 @@ from raytrain.config.sections import Config, Eval, stays_below
 from raytrain.data.feed import Feed
 from raytrain.engine.determinism import device_here, prepare_torch, torch_put_back
 from raytrain.engine.randomness import seed_all
-from raytrain.engine.state import RunState, build_run, load_model_state
+from raytrain.engine.state import RunState, build_run, compile_model, load_model_state
 from raytrain.engine.world import World
 from raytrain.errors import CheckpointError, ConfigError, TaskError, explained
 from raytrain.journal.records import strict
@@ -118,7 +118,8 @@ def _evaluated(cfg: Config, run_dir: str, checkpoint: str | None, eval_tag: str,
     datasets = validated_datasets(cfg, task)
     run = restored(cfg, task, datasets, checkpoint)
     with contextlib.closing(validation_feed(cfg, task, run, datasets)) as feed:
-        metrics, predictions = validate.evaluate(run, task, feed)
+        validation = validate.evaluate(run, task, feed)
+    metrics, predictions = validation.metrics, validation.predictions
     name = f"eval/epoch_{run.progress.epoch}/val/{eval_tag}"
     storage.write_bytes(f"{name}/metrics.json", json.dumps(strict(metrics), indent=1).encode() + b"\n")
     if save_predictions:
@@ -178,6 +179,7 @@ def restored(cfg: Config, task: Task, datasets: dict[str, Any], checkpoint: str)
     world = World(device=device_here(cfg))
     prepare_torch(cfg, world.device)
     run = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), world), world)
+    compile_model(run, cfg.OPTIMIZATION)
     payload = load_origin(origin_at(checkpoint))
     load_model_state(run.model, payload["model_state"], checkpoint)
     run.progress = Progress(int(payload.get("epoch", 0)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from raytrain.data.feed import Feed
 from raytrain.engine.state import RunState
 from raytrain.errors import explains_itself, keep_traceback
 from raytrain.journal.journal import Journal
@@ -33,14 +34,15 @@ def why_not_drawn(error: Exception, task: Task, run_uri: str) -> str:
     return f"{told} (traceback in {path})" if path else told
 
 
-def draw_pictures(folder: RunFolder, run: RunState, task: Task, dataset: Any, journal: Journal) -> str | None:
+def draw_pictures(folder: RunFolder, run: RunState, feed: Feed, predictions: list[Any], journal: Journal) -> str | None:
     """Draw what the last evaluation predicted; where the pictures lie, None if something went wrong.
 
     That is told and left at that, whatever it is: the run is trained, saved and evaluated, and must not end as failed.
     """
+    task, dataset = feed.task, feed.datasets["val"]
     name, epoch = f"eval/epoch_{run.progress.epoch}/val/pictures", run.progress.epoch
     try:
-        pictures = pictures_of(task, run.predictions, dataset, run.config["EVAL"]["PICTURES"], run.seed, epoch)
+        pictures = pictures_of(task, predictions, dataset, run.config["EVAL"]["PICTURES"], run.seed, epoch)
         names = write_pictures(pictures, folder.here, name)
     except Exception as error:
         told = why_not_drawn(error, task, folder.storage.path_of(""))

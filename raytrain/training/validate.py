@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from functools import partial
 from typing import Any
 
@@ -11,7 +13,6 @@ from raytrain.data.feed import Feed
 from raytrain.data.loader import BatchKey
 from raytrain.engine.randomness import seed_all
 from raytrain.engine.state import RunState
-from raytrain.keeper.heartbeat import EVAL, REDUCE
 from raytrain.task import Task
 from raytrain.training.contract import checked_metrics, loss_of, predictions_of
 
@@ -36,7 +37,6 @@ def predict_split(run: RunState, task: Task, feed: Feed) -> list[tuple[int, Any]
     run.model.eval()
     found: list[tuple[int, Any]] = []
     for key in feed.validation_keys(run.progress.epoch):
-        run.pulse.phase(EVAL)
         batch = feed.fetch(key)
         if run.compilation is not None:
             run.compilation.try_out(batch, partial(rehearse, run, task))
@@ -50,25 +50,36 @@ def predict_split(run: RunState, task: Task, feed: Feed) -> list[tuple[int, Any]
     return found
 
 
-@torch.no_grad()
-def evaluate(run: RunState, task: Task, feed: Feed) -> tuple[dict[str, float], list[Any]]:
-    """Collective. The metrics of the validation split, the same on every rank and for any number of them.
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """What a pass over the validation split came to.
 
-    On rank 0 also the predictions in the data set's order: (loss, samples) of each batch where
-    the task has no predict.
+    metrics:     the same on every rank and for any number of them
+    predictions: on rank 0, in the data set's order; (loss, samples) of each batch where the task has no predict
     """
+
+    metrics: dict[str, float]
+    predictions: list[Any]
+    seconds: float
+
+
+@torch.no_grad()
+def evaluate(run: RunState, task: Task, feed: Feed) -> Validation:
+    """Collective. A pass over the validation split."""
+    began_s = time.perf_counter()
     found = predict_split(run, task, feed)
     feed.current = BatchKey("val", run.progress.epoch, ())  # what fails from here on is no batch's fault
     metrics: dict[str, float] = {}
     in_order: list[Any] = []
-    run.pulse.phase(REDUCE)
+    run.engine.beat("reduce")
     gathered = run.world.gather_objects(found)
     if run.world.is_first:
-        run.pulse.phase(EVAL)
+        run.engine.beat("eval")
         in_order = [value for _, value in sorted((pair for part in gathered for pair in part), key=lambda p: p[0])]
         if task.has_predict():
             metrics = checked_metrics(task.score(in_order, feed.datasets["val"]), task)
         else:
             metrics = {"loss": sum(loss * n for loss, n in in_order) / sum(n for _, n in in_order)}
-    run.pulse.phase(REDUCE)
-    return run.world.broadcast_object(metrics), in_order
+    run.engine.beat("reduce")
+    metrics = run.world.broadcast_object(metrics)
+    return Validation(metrics, in_order, time.perf_counter() - began_s)

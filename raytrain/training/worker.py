@@ -1,41 +1,39 @@
 """One worker process of a run: the one place where its parts are put together.
 
-`run_job` is the same in-process and under Ray Train; a Control tells it what the outside wants.
-`train_loop_per_worker` is what Ray Train calls.
+`run_job` is the same in this process, under Ray and under torchrun; a Control tells it what the outside wants.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from raytrain.config.load import dump_config
 from raytrain.config.sections import Config
 from raytrain.data.feed import Feed
 from raytrain.engine.determinism import prepare_torch
 from raytrain.engine.randomness import seed_all
-from raytrain.engine.state import RunState, build_run
+from raytrain.engine.state import RunState, build_run, compile_model
 from raytrain.engine.world import World
-from raytrain.journal.heritage_log import header_lines, model_lines
-from raytrain.journal.journal import Journal
 from raytrain.journal.run_folder import RunFolder
 from raytrain.keeper.checkpointer import Saves
 from raytrain.keeper.client import is_possible
-from raytrain.keeper.heartbeat import Stacks, Stragglers, watched
+from raytrain.keeper.heartbeat import Pulse, Stacks, Stragglers, watched
 from raytrain.keeper.snapshots import Kept, join_keeper, keeper_begun
 from raytrain.progress import Plan, Progress
 from raytrain.storage.store import Store, checkpoint_name
 from raytrain.task import Task, make_task
-from raytrain.training import loop
 from raytrain.training.contract import check_dataset
 from raytrain.training.control import Control
 from raytrain.training.job import Job
+from raytrain.training.loop import train_model
 from raytrain.training.pictures import draw_pictures
+from raytrain.training.recorder import Recorder, open_journal, write_end
 from raytrain.training.resume import Origin, bring_to_start
 
 
@@ -49,6 +47,22 @@ class Outcome:
     best: dict[str, Any] | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Home:
+    """Where a run lives: its folder, what keeps its states, and what it goes on from.
+
+    keeper: this process's side of it; None where the system has none
+    notes:  what a user should know of the origin, a line each
+    """
+
+    folder: RunFolder
+    checkpointer: Saves
+    keeper: Kept | None
+    heartbeat: Pulse
+    origin: Origin | None
+    notes: list[str]
+
+
 def run_job(
     job: Job, world: World, control: Control, datasets_of: Callable[[], dict[str, Any]] | None = None
 ) -> Outcome:
@@ -56,9 +70,26 @@ def run_job(
 
     datasets_of: gives the data sets, in place of the task
     """
+    with contextlib.ExitStack() as stack:
+        keeper_starts = prepare(job, world)
+        run, feed, notes = build(job, world, control, datasets_of)
+        home = restore(job, run, feed, control, keeper_starts, stack)
+        recorder = open_recorder(job, run, feed, control, home, stack)
+        recorder.notes += notes
+        return train(recorder, home)
+
+
+def prepare(job: Job, world: World) -> threading.Thread | None:
+    """What comes before the user's code: torch's settings, and the keeper, which starts meanwhile."""
+    prepare_torch(job.cfg, world.device)
+    return keeper_begun(job.run_uri, job.launch) if world.is_first and is_possible() else None
+
+
+def build(
+    job: Job, world: World, control: Control, datasets_of: Callable[[], dict[str, Any]] | None
+) -> tuple[RunState, Feed, list[str]]:
+    """Collective. The run at step 0 and its batches, of what the task gives; and what a user should know of them."""
     cfg = job.cfg
-    prepare_torch(cfg, world.device)
-    begun = keeper_begun(job.run_uri, job.launch) if world.is_first and is_possible() else None
     control.begin("Making the task")
     seed_all(cfg.SEED, "task")
     task = make_task(cfg)
@@ -66,63 +97,91 @@ def run_job(
     datasets = datasets_of() if datasets_of else build_datasets(task, cfg.SEED)
     control.begin("Building the model")
     run = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), world), world)
-    planned, channels_last = evaluation_epochs(cfg, datasets), cfg.OPTIMIZATION.CHANNELS_LAST
-    feed = Feed(task, datasets, run.plan, world, cfg.LOADER, cfg.SEED, planned, channels_last)
-    control.place = lambda: place_of(run, feed)
-    with contextlib.ExitStack() as stack:
-        folder = RunFolder(job.run_uri)
-        stack.callback(folder.close)
-        store = Store(folder.storage, cfg.CHECKPOINT, job.launch)
-        control.begin("Joining the process that keeps the run's state")
-        if begun is not None:
-            begun.join()
-        kept, told = join_keeper(job.run_uri, job.launch, world)
-        run.notes.extend(told)
-        if kept is not None:
-            stack.callback(kept.close)
-            if torch.distributed.is_initialized():  # else nothing would start this process again, or a debugger has it
-                watch(run, feed, kept)
-        control.place = lambda: place_of(run, feed)
-        if world.is_first:
-            stack.enter_context(folder.locked())
-            store.clean_leftovers()
-        saves = Saves(store, kept)
-        origin, notes = bring_to_start(run, store, job, kept)
-        saves.describe(run, job.driver)
-        saves.prepare(run)
-        if run.engine.why_ddp is not None:
-            notes.append(f"ENGINE ddp, parameter by parameter, instead of flat buffers: {run.engine.why_ddp}")
-        if run.unevaluated is not None and not feed.evaluate_after(run.progress.epoch):
-            run.unevaluated = None
-        journal = open_journal(folder, run, job, control, origin, notes)
-        for hang in kept.hangs if kept else ():
-            journal.write("event", event="hang", **hang)
-        stack.callback(journal.close)
-        stack.callback(feed.close)
-        if world.broadcast_object(owes_checkpoint(run, store, origin)):
-            evaluates = feed.evaluate_after(run.progress.epoch)
-            loop.save_checkpoint(run, saves, journal, control, metrics=None if evaluates else {})
-            run.unevaluated = checkpoint_name(run.progress) if evaluates else None
-        began = time.monotonic()
-        done = loop.train_model(run, task, feed, saves, journal, control)
-        status, seconds = "finished" if done else "stopped", time.monotonic() - began
-        if world.is_first:
-            draws = task.has_pictures() and cfg.EVAL.PICTURES > 0 and done and run.predictions
-            pictures = draw_pictures(folder, run, task, feed.datasets["val"], journal) if draws else None
-            write_end(journal, run, store, status, seconds, pictures)
-        if kept is not None and kept.leads:
-            kept.end()
-        return Outcome(status, run.progress, run.metrics, run.best)
+    notes = compile_model(run, cfg.OPTIMIZATION)
+    evaluate_after, channels_last = evaluation_epochs(cfg, datasets), cfg.OPTIMIZATION.CHANNELS_LAST
+    feed = Feed(task, datasets, run.plan, world, cfg.LOADER, cfg.SEED, evaluate_after, channels_last)
+    return run, feed, notes
 
 
-def watch(run: RunState, feed: Feed, kept: Kept) -> None:
+def restore(
+    job: Job,
+    run: RunState,
+    feed: Feed,
+    control: Control,
+    keeper_starts: threading.Thread | None,
+    stack: contextlib.ExitStack,
+) -> Home:
+    """Collective. Join the keeper, take the run folder, and bring the run to where it goes on."""
+    folder = RunFolder(job.run_uri)
+    stack.callback(folder.close)
+    store = Store(folder.storage, job.cfg.CHECKPOINT, job.launch)
+    control.begin("Joining the process that keeps the run's state")
+    if keeper_starts is not None:
+        keeper_starts.join()
+    keeper, no_keeper = join_keeper(job.run_uri, job.launch, run.world)
+    heartbeat = Pulse()
+    if keeper is not None:
+        stack.callback(keeper.close)
+        if torch.distributed.is_initialized():  # else nothing would start this process again, or a debugger has it
+            heartbeat = watch(run, feed, keeper)
+    control.follow(run, feed)
+    if run.world.is_first:
+        stack.enter_context(folder.locked())
+        store.clean_leftovers()
+    checkpointer = Saves(store, keeper)
+    checkpointer.notes += no_keeper
+    origin, notes = bring_to_start(run, store, job, keeper)
+    return Home(folder, checkpointer, keeper, heartbeat, origin, notes)
+
+
+def open_recorder(
+    job: Job, run: RunState, feed: Feed, control: Control, home: Home, stack: contextlib.ExitStack
+) -> Recorder:
+    """Collective. The run's journal with what starts written down, and its first checkpoint where one is owed."""
+    checkpointer, notes = home.checkpointer, home.notes
+    checkpointer.describe(run, job.driver)
+    checkpointer.prepare(run)
+    if run.engine.why_ddp is not None:
+        notes.append(f"ENGINE ddp, parameter by parameter, instead of flat buffers: {run.engine.why_ddp}")
+    evaluates = feed.evaluate_after(run.progress.epoch)
+    run.unevaluated = run.unevaluated if evaluates else None
+    journal = open_journal(home.folder, run, job, control, home.origin, notes)
+    for hang in home.keeper.hangs if home.keeper else ():
+        journal.write("event", event="hang", **hang)
+    stack.callback(journal.close)
+    stack.callback(feed.close)
+    recorder = Recorder(run, feed, checkpointer, journal, control, home.heartbeat)
+    if run.world.broadcast_object(owes_checkpoint(run, checkpointer.store, home.origin)):
+        recorder.save(metrics=None if evaluates else {})
+        run.unevaluated = checkpoint_name(run.progress) if evaluates else None
+    return recorder
+
+
+def train(recorder: Recorder, home: Home) -> Outcome:
+    """Collective. Train what is left; then pictures, the journal's last record, and the end of the keeper."""
+    run, feed, began_s = recorder.run, recorder.feed, time.monotonic()
+    feed.start(run.progress, evaluate_first=run.unevaluated is not None)
+    is_done = train_model(run, feed.task, feed, recorder)
+    status, seconds = "finished" if is_done else "stopped", time.monotonic() - began_s
+    if run.world.is_first:
+        predictions = recorder.validation.predictions if is_done and recorder.validation else []
+        draws = predictions and feed.task.has_pictures() and run.config["EVAL"]["PICTURES"] > 0
+        pictures = draw_pictures(home.folder, run, feed, predictions, recorder.journal) if draws else None
+        write_end(recorder, status, seconds, pictures)
+    if home.keeper is not None and home.keeper.leads:
+        home.keeper.end()
+    return Outcome(status, run.progress, run.metrics, run.best)
+
+
+def watch(run: RunState, feed: Feed, keeper: Kept) -> Pulse:
     """From now on the keeper kills this process if it stops making progress, and rank 0 looks for stragglers."""
     stacks = Stacks()
-    feed.stacks_path = stacks.path
     timeout_s = run.config["SCALE"]["HANG_TIMEOUT"]
-    run.pulse = watched(kept.line, kept.board, stacks, run.world.rank, len(run.world.block), timeout_s)
+    heartbeat = watched(keeper.line, keeper.board, stacks, run.world.rank, len(run.world.block), timeout_s)
     if run.world.is_first:
-        run.stragglers = Stragglers(kept.board, time.monotonic())
+        heartbeat.stragglers = Stragglers(keeper.board, time.monotonic())
+    feed.stacks_path, feed.beat, run.engine.beat = stacks.path, heartbeat.phase, heartbeat.phase
+    return heartbeat
 
 
 def build_datasets(task: Task, seed: int) -> dict[str, Any]:
@@ -166,63 +225,3 @@ def owes_checkpoint(run: RunState, store: Store, origin: Origin | None) -> bool:
     if not origin.is_memory and not run.plan.finished(run.progress):
         return False
     return checkpoint_name(run.progress) not in [entry.name for entry in store.listed()]
-
-
-def open_journal(
-    folder: RunFolder, run: RunState, job: Job, control: Control, origin: Origin | None, notes: list[str]
-) -> Journal:
-    """The run's journal, with what starts written down; on ranks other than 0 it goes nowhere."""
-    if not run.world.is_first:
-        return Journal([], job.cfg.LOG)
-    tag = "/".join(filter(None, [job.cfg.EXP_GROUP_PATH, f"{job.cfg.TAG}({job.cfg.EXTRA_TAG})"]))
-    log = folder.log_sink(time.time())
-    total_batch = run.plan.batch_size * run.plan.virtual_workers if run.plan.virtual_workers > 1 else None
-    for text in [*header_lines(job.arguments, run.config, total_batch), *model_lines(run.model), *notes]:
-        log.text(text)
-    folder.describe(dump_config(job.cfg), job.arguments)
-    journal = Journal([*folder.sinks(), log, control], job.cfg.LOG)
-    journal.run(
-        tag=tag,
-        launch=job.launch,
-        step=run.progress.step,
-        epoch=run.progress.epoch,
-        resumed_from=origin.path if origin else None,
-        steps_per_epoch=run.plan.steps_per_epoch,
-        num_epochs=run.plan.num_epochs,
-        num_samples=run.plan.num_samples,
-        batch_size=run.plan.batch_size,
-        accumulate=run.plan.accumulate,
-        virtual_workers=run.plan.virtual_workers,
-        num_workers=run.world.size if run.world.size > 1 or control.in_a_worker else 0,
-        device=run.world.device.type,
-        param_count=sum(p.numel() for p in run.model.parameters()),
-    )
-    for note in notes:
-        journal.write("event", event="note", message=note)
-    return journal
-
-
-def write_end(journal: Journal, run: RunState, store: Store, status: str, seconds: float, pictures: str | None) -> None:
-    """The last record of a launch: how it ended, and where everything is."""
-    newest, best = store.listed(), store.best()
-    journal.write(
-        "end",
-        status=status,
-        epoch=run.progress.epoch,
-        step=run.progress.step,
-        metrics=run.metrics,
-        best=run.best["metrics"] if run.best else None,
-        checkpoint=newest[0].name if newest else None,
-        best_checkpoint=best.name if best else None,
-        pictures=pictures,
-        run_dir=store.storage.path_of(""),
-        seconds=seconds,
-    )
-
-
-def place_of(run: RunState, feed: Feed) -> dict[str, Any]:
-    """Where the run stands, for the failure screen: the step under way counts."""
-    samples = {"sample_ids": list(feed.current.ids) if feed.current else None}
-    if feed.current and feed.current.split == "val":
-        return {"what": f"The evaluation after epoch {feed.current.epoch}", **samples}
-    return {"epoch": run.progress.epoch, "step": run.progress.step + 1, **samples}

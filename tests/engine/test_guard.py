@@ -27,11 +27,13 @@ from raytrain.engine.world import World
 from raytrain.journal.journal import Journal
 from raytrain.journal.run_folder import RunFolder
 from raytrain.keeper.checkpointer import Saves
+from raytrain.keeper.heartbeat import Pulse
 from raytrain.storage.store import Store
 from raytrain.task import load_task_class
 from raytrain.training import loop
 from raytrain.training.bad_steps import culprits, described
 from raytrain.training.control import Control
+from raytrain.training.recorder import Recorder
 from raytrain.training.worker import build_datasets, plan_of
 
 OPTIM = {**OPTIMIZATION, "LR": 0.02, "OPTIMIZER": "adamw"}
@@ -369,7 +371,8 @@ def spoilt_run(folder: Path, late: bool) -> tuple[RunState, list[dict[str, Any]]
     kept = Kept()
     with contextlib.closing(Journal([kept], cfg.LOG)) as journal:
         saves = Saves(Store(RunFolder(str(folder)).storage, cfg.CHECKPOINT, "launch"), None)
-        assert loop.train_model(run, task, feed, saves, journal, Control())
+        feed.start(run.progress)
+        assert loop.train_model(run, task, feed, Recorder(run, feed, saves, journal, Control(), Pulse()))
     return run, [record for record in kept.records if record["kind"] == "event"]
 
 

@@ -68,9 +68,9 @@ def evaluated(rank: int, size: int, task_name: str) -> tuple[dict[str, float], i
     feed = Feed(task, datasets, run.plan, world, cfg.LOADER, cfg.SEED, lambda epoch: False)
     feed.start(run.progress, evaluate_first=True)
     # The stream goes on with training; only its evaluation is read here.
-    metrics, predictions = validate.evaluate(run, task, feed)
+    validation = validate.evaluate(run, task, feed)
     feed.close()
-    return metrics, len(predictions)
+    return validation.metrics, len(validation.predictions)
 
 
 @pytest.mark.parametrize("task_name", ["PredictingTask", "PointsTask"])

@@ -1,0 +1,326 @@
+"""What follows a step besides weights: notes, journal, bad steps, memory, checkpoints, stops; read it from the top."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple, NoReturn
+
+from raytrain.config.load import dump_config
+from raytrain.data.feed import Feed, Step
+from raytrain.engine.engine import Stepped
+from raytrain.engine.guard import LATE_STEPS, Trouble
+from raytrain.engine.state import RunState
+from raytrain.errors import DivergedError, RaytrainError
+from raytrain.journal.heritage_log import header_lines, model_lines
+from raytrain.journal.journal import Journal
+from raytrain.journal.run_folder import RunFolder
+from raytrain.keeper.checkpointer import Pending, Saves
+from raytrain.keeper.heartbeat import Pulse
+from raytrain.progress import Progress
+from raytrain.storage.store import checkpoint_name
+from raytrain.task import ModelReturn
+from raytrain.training.bad_steps import answer, suspects
+from raytrain.training.contract import mean_of
+from raytrain.training.control import Control
+from raytrain.training.job import Job
+from raytrain.training.resume import Origin
+from raytrain.training.validate import Validation
+
+
+class Taken(NamedTuple):
+    """A step that was taken. returns: of each of this process's micro-batches, in order."""
+
+    stepped: Stepped
+    returns: list[ModelReturn]
+
+
+class Recorder:
+    """All that the loop tells, and what it is told: one object for the life of a run.
+
+    validation: of the last epoch, with rank 0's predictions, of which pictures are drawn; None before
+    notes:      lines for the journal, to be taken out
+    """
+
+    def __init__(
+        self, run: RunState, feed: Feed, saves: Saves, journal: Journal, control: Control, heartbeat: Pulse
+    ) -> None:
+        self.run, self.feed, self.task = run, feed, feed.task
+        self.saves, self.journal, self.control, self.heartbeat = saves, journal, control, heartbeat
+        self.validation: Validation | None = None
+        self.notes: list[str] = []
+        self._save: Pending | None = Pending.of_old(run.progress)  # what an evaluation at the very start belongs to
+        self._save_wished = False
+        self._steps: deque[Step] = deque(maxlen=LATE_STEPS + 1)
+        self._next_step_begins()
+
+    # What the loop calls
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """Collective. All that was begun to be saved is saved, and told, when the block ends, however it ends."""
+        self._next_step_begins()
+        try:
+            yield
+        except BaseException:
+            self.heartbeat.phase("checkpoint")
+            with contextlib.suppress(RaytrainError):  # the failure above is the one to tell
+                self._tell_saved(wait=True)
+            self.heartbeat.phase("rest")
+            raise
+        self._tell_saved(wait=True)
+        self.heartbeat.phase("rest")
+
+    def wishes(self) -> tuple[bool, bool]:
+        """Whether this rank wants the run to stop after the step under way, and to be saved."""
+        return self.control.stop_wished(), self.run.world.is_first and self.saves.time_due(self.control.now())
+
+    def stepped(self, step: Step, taken: Taken) -> bool:
+        """Collective. All that follows a step; False if the run is to stop here."""
+        self.heartbeat.phase("checkpoint")
+        if not self._steps:
+            self.notes += untrained(self.run)
+        self._steps.append(step)
+        self._write_notes()
+        self._write_step(step, taken)
+        if taken.stepped.trouble is not None:
+            self._answer(taken.stepped.trouble, taken.returns)
+        if self.saves.after_step(self.run):
+            self.journal.hand_over()  # what a run that goes on from that memory would not measure again
+        self._tell_saved()
+        self._tell_stragglers()
+        stop_granted, self._save_wished = taken.stepped.wishes
+        is_same_epoch = self.run.progress.epoch == self._began.epoch
+        due = self._save_wished or self.saves.store.progress_due(self.run.progress, epoch_done=False)
+        if due and is_same_epoch and not stop_granted:
+            self.control.saved(self.save(may_be_replaced=True), {})
+            self._save_wished, self._clock_s = False, time.perf_counter()
+        self._next_step_begins(self._clock_s)
+        return not stop_granted
+
+    def epoch_done(self, is_whole: bool, evaluates: bool) -> None:
+        """Collective. Save what is due when an epoch is over, or a stop was granted in it (not is_whole).
+
+        Before the evaluation: whatever happens in there, the epoch is not trained again.
+        """
+        run = self.run
+        due = not is_whole or self._save_wished or evaluates or run.plan.finished(run.progress)
+        due = due or self.saves.store.progress_due(run.progress, epoch_done=True)
+        self._steps.clear()
+        self.heartbeat.step(run.progress.step)
+        if due:
+            self._save = self.save(metrics=None if evaluates else {})
+            if evaluates and is_whole:
+                run.unevaluated = checkpoint_name(run.progress)
+            else:
+                self.control.saved(self._save, {})
+        elif self.saves.after_epoch(run):
+            self.journal.hand_over()
+        self._save_wished = False
+        self._next_step_begins()
+
+    def evaluated(self, validation: Validation) -> bool:
+        """Collective. Write the metrics to the journal and to the epoch's checkpoint; whether the run is to go on."""
+        run, metrics = self.run, validation.metrics
+        self.heartbeat.phase("checkpoint")
+        is_last = run.plan.finished(run.progress)
+        if is_last:  # predictions of earlier epochs would take up memory while training goes on
+            self.validation = validation
+        self._write_notes()
+        better = self.saves.store.is_better(metrics, run.best)
+        if better:
+            run.best = {"epoch": run.progress.epoch, "step": run.progress.step, "metrics": metrics}
+        name, run.metrics, run.unevaluated = run.unevaluated, metrics, None
+        self._write_evaluation(validation, better)
+        if run.world.is_first and name is not None:
+            self.saves.add_metrics(name, metrics)
+        self.control.saved(self._save, metrics)
+        self.heartbeat.phase("rest")  # the answer may take its time
+        goes_on = run.world.broadcast_object(run.world.is_first and self.control.goes_on(run.progress, metrics))
+        self._next_step_begins()
+        return bool(goes_on) or is_last
+
+    # What the run's start calls besides
+
+    def save(self, metrics: dict[str, float | None] | None = None, may_be_replaced: bool = False) -> Pending | None:
+        """Rank 0 begins to save the run's state; one with NaN in it is refused, so the last good one stays the newest.
+
+        metrics: none, {}, where no evaluation is to follow;  None where it is owed, or the epoch is not over
+        may_be_replaced: by a newer one, should it still wait to be written then
+        """
+        run = self.run
+        if not run.world.is_first:
+            return None
+        if not bool(run.engine.stepper.are_finite()):
+            bad = [name for name, param in run.model.named_parameters() if not bool(param.isfinite().all())]
+            raise DivergedError(
+                f"after step {run.progress.step} the weights are no longer finite ({', '.join(bad[:3])}"
+                f"{', ...' if len(bad) > 3 else ''}); they were not saved and the last good checkpoint is untouched. "
+                "Lower OPTIMIZATION.LR or GRAD_NORM_CLIP, or look at the loss in journal.jsonl"
+            )
+        self.journal.flush()  # the steps that no resume from this checkpoint takes again
+        return self.saves.save(run, metrics, self.control.now(), may_be_replaced)
+
+    # Each record
+
+    def _next_step_begins(self, clock_s: float | None = None) -> None:
+        """From now on (or since clock_s) it is the next step that takes time."""
+        self._began: Progress = self.run.progress
+        self._clock_s = time.perf_counter() if clock_s is None else clock_s
+        self.heartbeat.step(self.run.progress.step + 1)
+
+    def _write_step(self, step: Step, taken: Taken) -> None:
+        """The record of a step, where one is due. Its numbers stay on the device."""
+        run, began, now_s = self.run, self._began, time.perf_counter()
+        data_s, step_s, self._clock_s = self.feed.take_wait_s(), now_s - self._clock_s, now_s
+        iteration = began.step % run.plan.steps_per_epoch
+        if not self.journal.wants(run.progress.step, iteration, run.plan.steps_per_epoch):
+            return
+        settings = run.schedule.at(began.step)
+        self.journal.step(
+            step=run.progress.step,
+            epoch=began.epoch,
+            iteration=iteration,
+            loss=taken.stepped.loss,
+            grad_norm=taken.stepped.grad_norm,
+            lr=settings.lr,
+            momentum=settings.momentum,
+            terms=mean_of(taken.returns, "tb_dict", self.task),
+            disp=mean_of(taken.returns, "disp_dict", self.task),
+            samples=step.consumed,
+            data_s=data_s,
+            step_s=step_s,
+        )
+
+    def _write_evaluation(self, validation: Validation, better: bool) -> None:
+        epoch, metrics, metric = self.run.progress.epoch, validation.metrics, self.saves.policy.METRIC
+        self.journal.write(
+            "eval",
+            epoch=epoch,
+            step=self.run.progress.step,
+            metrics=metrics,
+            best=better,
+            samples=len(self.feed.datasets["val"]),
+            seconds=validation.seconds,
+        )
+        if metric is not None and not math.isfinite(metrics[metric]):
+            message = f"{metric} is {metrics[metric]} after epoch {epoch}, so that epoch is none of the best ones"
+            self.journal.write("event", event="warning", message=f"{message} (CHECKPOINT.METRIC)")
+
+    def _write_notes(self) -> None:
+        compilation = self.run.compilation
+        for notes in (self.notes, self.saves.notes, compilation.notes if compilation else []):
+            while notes:
+                self.journal.write("event", event="note", message=notes.pop(0))
+        for note in self.task.take_notes():
+            self.journal.write("event", event="note", message=note)
+
+    def _tell_stragglers(self) -> None:
+        if self.heartbeat.stragglers is not None:
+            for message in self.heartbeat.stragglers.found(time.monotonic()):
+                self.journal.write("event", event="straggler", message=message)
+
+    def _tell_saved(self, wait: bool = False) -> None:
+        """The journal tells of each checkpoint once it is on the storage; with `wait`, of all that are on their way."""
+        if wait:
+            self.saves.settle()
+        for save in self.saves.finished():
+            self.journal.write(
+                "checkpoint",
+                name=save.name,
+                epoch=save.progress.epoch,
+                step=save.progress.step,
+                stall_s=save.stall_s,
+                save_s=save.save_s,
+            )
+
+    def _answer(self, trouble: Trouble, returns: list[ModelReturn]) -> None:
+        """Collective. Tell of a bad step, which has changed nothing, and end the run where that is asked for."""
+        why_end = answer(self.run, self.journal, trouble, suspects(trouble, self._steps, returns))
+        if why_end is not None:
+            if self.run.engine.guard.takes_again(trouble):
+                self.run.progress = self._began
+            self._end_badly(why_end)
+
+    def _end_badly(self, why_end: str) -> NoReturn:
+        """Collective. Save the state, in which no bad step has left anything, and raise what ends the run."""
+        run, name = self.run, checkpoint_name(self.run.progress)
+        trained = run.progress.step > 0 and int(run.engine.guard.in_a_row) < run.plan.total_steps
+        missing = trained and run.world.is_first and name not in [entry.name for entry in self.saves.store.listed()]
+        if run.world.broadcast_object(missing):
+            self.control.saved(self.save(), {})
+            self._tell_saved(wait=True)
+        self.heartbeat.phase("reduce")
+        run.world.all_objects(None)  # whoever ends first takes the others along, and rank 0 has to save
+        kept = f"{name} holds the state, which is good" if trained else "not one step was good, so nothing is lost"
+        raise DivergedError(
+            f"{why_end}; {kept}. Look at these samples and at the loss in journal.jsonl; lower OPTIMIZATION.LR or "
+            "GRAD_NORM_CLIP, or leave out USE_AMP. The same command goes on"
+        )
+
+
+def untrained(run: RunState) -> list[str]:
+    """A line for the user if the model has got trainable parameters that no step changes."""
+    names = run.engine.strangers()
+    if not names:
+        return []
+    return [
+        f"not trained, since they came or were unfrozen after training began: {', '.join(names[:5])}"
+        f"{', ...' if names[5:] else ''}. Make them, trainable, in build_model"
+    ]
+
+
+def open_journal(
+    folder: RunFolder, run: RunState, job: Job, control: Control, origin: Origin | None, notes: list[str]
+) -> Journal:
+    """The run's journal, with what starts written down; on ranks other than 0 it goes nowhere."""
+    if not run.world.is_first:
+        return Journal([], job.cfg.LOG)
+    tag = "/".join(filter(None, [job.cfg.EXP_GROUP_PATH, f"{job.cfg.TAG}({job.cfg.EXTRA_TAG})"]))
+    log = folder.log_sink(time.time())
+    total_batch = run.plan.batch_size * run.plan.virtual_workers if run.plan.virtual_workers > 1 else None
+    for text in [*header_lines(job.arguments, run.config, total_batch), *model_lines(run.model), *notes]:
+        log.text(text)
+    folder.describe(dump_config(job.cfg), job.arguments)
+    journal = Journal([*folder.sinks(), log, control], job.cfg.LOG)
+    journal.run(
+        tag=tag,
+        launch=job.launch,
+        step=run.progress.step,
+        epoch=run.progress.epoch,
+        resumed_from=origin.path if origin else None,
+        steps_per_epoch=run.plan.steps_per_epoch,
+        num_epochs=run.plan.num_epochs,
+        num_samples=run.plan.num_samples,
+        batch_size=run.plan.batch_size,
+        accumulate=run.plan.accumulate,
+        virtual_workers=run.plan.virtual_workers,
+        num_workers=run.world.size if run.world.size > 1 or control.in_a_worker else 0,
+        device=run.world.device.type,
+        param_count=sum(p.numel() for p in run.model.parameters()),
+    )
+    for note in notes:
+        journal.write("event", event="note", message=note)
+    return journal
+
+
+def write_end(recorder: Recorder, status: str, seconds: float, pictures: str | None) -> None:
+    """The last record of a launch: how it ended, and where everything is."""
+    run, store = recorder.run, recorder.saves.store
+    newest, best = store.listed(), store.best()
+    recorder.journal.write(
+        "end",
+        status=status,
+        epoch=run.progress.epoch,
+        step=run.progress.step,
+        metrics=run.metrics,
+        best=run.best["metrics"] if run.best else None,
+        checkpoint=newest[0].name if newest else None,
+        best_checkpoint=best.name if best else None,
+        pictures=pictures,
+        run_dir=store.storage.path_of(""),
+        seconds=seconds,
+    )
