@@ -326,9 +326,9 @@ def train_as_asked(cfg: Any, options: dict[str, Any]) -> Any:
 
             ahead = stack.enter_context(starting(None, dashboard=options["dashboard"], scale=cfg.SCALE))
         from raytrain.launch import launch
-        from raytrain.training.preflight import Options
+        from raytrain.training.preflight import LaunchOptions
 
-        return launch(cfg, Options(**options), stop=stop, ahead=ahead)
+        return launch(cfg, LaunchOptions(**options), stop=stop, ahead=ahead)
 
 
 def seems_complete(cfg: Any, options: dict[str, Any]) -> bool:
@@ -354,9 +354,9 @@ def train_with_torchrun(cfg: Any, args: argparse.Namespace, options: dict[str, A
             f"--num_workers {args.num_workers}, but torchrun has started {size} processes; leave the flag out"
         )
     from raytrain.launch import launch_here
-    from raytrain.training.preflight import Options
+    from raytrain.training.preflight import LaunchOptions
 
-    return launch_here(with_overrides(cfg, ["SCALE.NUM_WORKERS", size]), Options(**options))
+    return launch_here(with_overrides(cfg, ["SCALE.NUM_WORKERS", size]), LaunchOptions(**options))
 
 
 def run_tune(args: argparse.Namespace) -> int:

@@ -37,11 +37,9 @@ from raytrain.keeper.watchdog import failure_by, hangs_here
 from raytrain.task import load_task_class
 from raytrain.training.control import Judge, LocalControl, never_ends, signals_wish_stop
 from raytrain.training.job import Job, redirect_output
-from raytrain.training.preflight import Options, Start, find_start
+from raytrain.training.preflight import BEREAVED_S, LaunchOptions, Start, find_start
 from raytrain.training.resume import is_complete
 from raytrain.training.worker import run_job
-
-BEREAVED_S = 15.0  # so long workers of a run that has failed may take to die
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +82,7 @@ def train(
     if num_workers is not None:
         cfg = with_overrides(cfg, ["SCALE.NUM_WORKERS", str(num_workers)])
     weights = None if pretrained is None else os.fspath(pretrained)
-    options = Options(address, os.fspath(resume), overwrite, allow_config_change, weights)
+    options = LaunchOptions(address, os.fspath(resume), overwrite, allow_config_change, weights)
     return launch(cfg, options, silent if quiet else None)
 
 
@@ -94,7 +92,7 @@ def silent(record: Record) -> None:
 
 def launch(
     cfg: Config,
-    options: Options,
+    options: LaunchOptions,
     show: Show | None = None,
     stop: threading.Event | None = None,
     ahead: Cluster | None = None,
@@ -156,7 +154,7 @@ def run_here(start: Start, stop: threading.Event, show: Show, judge: Judge) -> s
         raise as_seen(failure_of(error, 0, control.place(), keep_traceback(error, start.run_dir))) from error
 
 
-def launch_here(cfg: Config, options: Options) -> Result:
+def launch_here(cfg: Config, options: LaunchOptions) -> Result:
     """Collective. The run, with this process as one of its workers; signals wish its end with the state saved.
 
     Rank 0 shows records on the console; what the others print goes to logs/rank_<r>.log.
@@ -205,24 +203,24 @@ def local_device(cfg: Config) -> torch.device:
     return torch.device("cuda", number)
 
 
-def begun(cfg: Config, options: Options, world: World) -> tuple[Start, Job | None]:
+def begun(cfg: Config, options: LaunchOptions, world: World) -> tuple[Start, Job | None]:
     """Collective. Where the run begins and what is to be done, as rank 0 finds it; no job if the run is complete.
 
     What rank 0 finds wrong is raised on every rank.
     """
-    found: tuple[Start, Job | None] | RaytrainError | None = None
+    beginning: tuple[Start, Job | None] | RaytrainError | None = None
     if world.is_first:
         try:
             start = find_start(cfg, options)
             complete = options.resume == "auto" and is_complete(start.origin, cfg.OPTIMIZATION.NUM_EPOCHS)
-            found = start, None if complete else start.job(world.size, world.device.type == "cuda")
+            beginning = start, None if complete else start.job(world.size, world.device.type == "cuda")
         except RaytrainError as error:
-            found = error
-    found = world.broadcast_object(found)
-    if isinstance(found, RaytrainError):
-        raise found
-    assert found is not None  # rank 0 has found one of these
-    return found
+            beginning = error
+    beginning = world.broadcast_object(beginning)
+    if isinstance(beginning, RaytrainError):
+        raise beginning
+    assert beginning is not None  # rank 0 has found one of these
+    return beginning
 
 
 def run_as_worker(job: Job, world: World, store: Any, stop: threading.Event) -> str:

@@ -100,16 +100,16 @@ class Task:
 
     def note(self, text: str) -> None:
         """Tell the user something, once, in the journal and on the screen: a score with little behind it, say."""
-        told = vars(self).setdefault("_told", {})  # made here: a task need not call our __init__
-        told.setdefault(str(text), False)  # whatever print() would take
+        notes = vars(self).setdefault("_notes", {})  # made here: a task need not call our __init__
+        notes.setdefault(str(text), False)  # whatever print() would take
 
     def take_notes(self) -> list[str]:
         """What `note` was given since this was last asked."""
-        told = vars(self).get("_told")
-        if not told:
+        notes = vars(self).get("_notes")
+        if not notes:
             return []
-        taken = [text for text, was_taken in told.items() if not was_taken]
-        told.update(dict.fromkeys(taken, True))
+        taken = [text for text, was_taken in notes.items() if not was_taken]
+        notes.update(dict.fromkeys(taken, True))
         return taken
 
     def has_predict(self) -> bool:
@@ -175,8 +175,8 @@ def load_task_class(path: str) -> type[Task]:
                 f"TASK {path!r}: there is no module {error.name!r}; searched: the current folder {here}, PYTHONPATH "
                 "and the installed packages"
             ) from error
-        told = f"TASK {path!r}: importing {module_name!r} failed: {type(error).__name__}: {error}"
-        raise TaskError(f"{told}\n\n{users_traceback(error)}") from error
+        message = f"TASK {path!r}: importing {module_name!r} failed: {type(error).__name__}: {error}"
+        raise TaskError(f"{message}\n\n{users_traceback(error)}") from error
     task_class = getattr(module, class_name, None)
     if task_class is None:
         known = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, Task) and v is not Task]
@@ -191,14 +191,14 @@ def load_task_class(path: str) -> type[Task]:
 
 
 def tensors_of(batch: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
+    tensors: list[torch.Tensor] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        found.append(tensor)
+        tensors.append(tensor)
         return tensor
 
     map_tensors(keep, batch)
-    return found
+    return tensors
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

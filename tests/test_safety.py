@@ -28,7 +28,7 @@ from raytrain.storage.store import Store
 from raytrain.sweep.tune import tune
 from raytrain.training.checkpoints import survey
 from raytrain.training.contract import pictures_of
-from raytrain.training.preflight import Options, find_start
+from raytrain.training.preflight import LaunchOptions, find_start
 from raytrain.training.resume import choose
 
 LINES = "TASK: bad_tasks:Good\nOPTIMIZATION: {BATCH_SIZE_PER_GPU: 4, NUM_EPOCHS: 2}\nSCALE: {NUM_WORKERS: 0}\n"
@@ -177,7 +177,7 @@ def test_what_is_removed_is_a_link_and_not_what_it_leads_to(run: Store) -> None:
     (root / "tensorboard").symlink_to(root.parent / "outside")
     assert [entry.name for entry in with_checkpoint(run, 2).listed()] == ["checkpoint_epoch_2"]
     cfg = load_config(written(root.parent), ["OUTPUT", str(root.parent), "TAG", "run", "EXTRA_TAG", "."])
-    find_start(cfg, Options(resume="never", overwrite=True))
+    find_start(cfg, LaunchOptions(resume="never", overwrite=True))
     assert not (root / "tensorboard").is_symlink()
     assert outside(run) == before
 
@@ -197,7 +197,7 @@ def test_a_run_does_not_write_through_a_link(run: Store, name: str) -> None:
     (root / name).symlink_to(root.parent / "outside" / "precious.txt")
     cfg = load_config(written(root.parent), ["OUTPUT", str(root.parent), "TAG", "run", "EXTRA_TAG", "."])
     with pytest.raises(RaytrainError, match=r"this is a link to .*precious.txt, and would be written through"):
-        find_start(cfg, Options())
+        find_start(cfg, LaunchOptions())
     assert outside(run) == {"precious.txt": "mine"}
 
 
@@ -240,7 +240,7 @@ def test_a_name_that_would_leave_the_output_folder_is_refused(tmp_path: Path, ke
 )
 def test_an_odd_name_is_a_folder_below_the_output_folder(tmp_path: Path, key: str, name: str) -> None:
     cfg = load_config(written(tmp_path), ["OUTPUT", str(tmp_path / "output"), key, json.dumps(name)])
-    found = find_start(cfg, Options()).run_dir
+    found = find_start(cfg, LaunchOptions()).run_dir
     assert Path(found).resolve().is_relative_to(tmp_path / "output")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["configs", "output"]
 
@@ -255,7 +255,7 @@ def test_a_name_cannot_say_where_the_storage_of_a_uri_is(tmp_path: Path, name: s
 def test_a_very_long_name_is_an_error_that_says_so(tmp_path: Path) -> None:
     cfg = load_config(written(tmp_path), ["OUTPUT", str(tmp_path / "output"), "EXTRA_TAG", "x" * 5000])
     with pytest.raises(RaytrainError, match="File name too long"):
-        find_start(cfg, Options())
+        find_start(cfg, LaunchOptions())
 
 
 @pytest.mark.parametrize("name", ["..", "../x", "/x", "a/b", "a\0b", "a\n", ".hidden", "", "-rf"])

@@ -55,8 +55,8 @@ def build_run(cfg: Any, task: Task, train_set: Any, plan: Plan, world: World) ->
     seed_all(cfg.SEED, "model")
     model = task.build_model(train_set)
     if not isinstance(model, torch.nn.Module):
-        found = f"the class {model.__name__} itself" if isinstance(model, type) else type(model).__name__
-        raise TaskError(f"{type(task).__name__}.build_model(dataset) gave {found}; it must give a torch.nn.Module")
+        given = f"the class {model.__name__} itself" if isinstance(model, type) else type(model).__name__
+        raise TaskError(f"{type(task).__name__}.build_model(dataset) gave {given}; it must give a torch.nn.Module")
     tensors = [*model.named_parameters(), *model.named_buffers()]
     lazy = [name for name, tensor in tensors if is_lazy(tensor)]
     if lazy:

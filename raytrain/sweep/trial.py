@@ -38,7 +38,7 @@ from raytrain.storage.store import FOLDER, Saved, Store, newest_verified, verifi
 from raytrain.sweep.datasets import unpacked
 from raytrain.sweep.lineage import STANDING, Lineage, Params, Standing
 from raytrain.training import job
-from raytrain.training.preflight import BEREAVED_S, Options
+from raytrain.training.preflight import BEREAVED_S, LaunchOptions
 
 DIVERGED = "diverged"  # why a trial failed whose losses, gradients or weights did not stay finite
 POLL_S = 0.2  # how often it is looked whether the sweep shall stop
@@ -72,14 +72,14 @@ class Orders:
 class Training:
     """A run in a thread, which after each evaluation waits until `go_on` or `end`."""
 
-    def __init__(self, cfg: Config, options: Options) -> None:
+    def __init__(self, cfg: Config, options: LaunchOptions) -> None:
         self.stop = threading.Event()
         self._told: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._train, args=(cfg, options), name="raytrain-trial", daemon=True)
         self._thread.start()
 
-    def _train(self, cfg: Config, options: Options) -> None:
+    def _train(self, cfg: Config, options: LaunchOptions) -> None:
         try:
             result = launch(cfg, options, show=silent, stop=self.stop, judge=self._judge)
             self._told.put(("ended", result.status))
@@ -181,7 +181,7 @@ class TrialActor(Trainable):
         if self.wished.is_set():
             raise InterruptedError
         packed = self.orders.datasets
-        self.training = Training(cfg, Options(datasets=partial(unpacked, packed) if packed else None))
+        self.training = Training(cfg, LaunchOptions(datasets=partial(unpacked, packed) if packed else None))
         if self.wished.is_set():
             self.training.stop.set()
         return None

@@ -42,11 +42,11 @@ def answer(run: RunState, journal: Journal, trouble: Trouble, samples: list[int]
     ranks = culprits([each for each, _ in everyone])
     parameters = list(dict.fromkeys(name for rank in ranks for name in everyone[rank][0].parameters))
     ids = [sample for rank in ranks for sample in everyone[rank][1]]
-    told = f"{described(step, trouble, ranks, parameters, ids)}: it changed nothing"
+    message = f"{described(step, trouble, ranks, parameters, ids)}: it changed nothing"
     if guard.actions[trouble.kind] == "rollback":
-        told += f", and the run went back to the weights of step {run.engine.roll_back()}"
+        message += f", and the run went back to the weights of step {run.engine.roll_back()}"
     if trouble.in_a_row > 1:
-        told += f"; {trouble.in_a_row} such steps in a row"
+        message += f"; {trouble.in_a_row} such steps in a row"
     journal.write(
         "event",
         event=trouble.kind,
@@ -58,17 +58,17 @@ def answer(run: RunState, journal: Journal, trouble: Trouble, samples: list[int]
         in_a_row=trouble.in_a_row,
         loss=trouble.loss,
         grad_norm=trouble.grad_norm,
-        message=told,
+        message=message,
     )
     reason = guard.why_end(trouble)
-    return None if reason is None else f"{told}. {reason}"
+    return None if reason is None else f"{message}. {reason}"
 
 
-def culprits(told: Sequence[Trouble]) -> list[int]:
+def culprits(troubles: Sequence[Trouble]) -> list[int]:
     """The ranks that a bad step comes from, by what each rank tells of it; all, where it shows in the sum alone."""
-    if told[0].kind == "spike":
-        return [max(range(len(told)), key=lambda rank: told[rank].loss_here)]
-    return [rank for rank, trouble in enumerate(told) if trouble.here] or list(range(len(told)))
+    if troubles[0].kind == "spike":
+        return [max(range(len(troubles)), key=lambda rank: troubles[rank].loss_here)]
+    return [rank for rank, trouble in enumerate(troubles) if trouble.here] or list(range(len(troubles)))
 
 
 def described(step: int, trouble: Trouble, ranks: Sequence[int], parameters: Sequence[str], ids: Sequence[int]) -> str:

@@ -87,10 +87,10 @@ def survey(storage: Storage, cfg: Any = None, every_byte: bool = False, watch: W
         if every_byte:
             unread = [entry for entry in entries if entry.manifest is not None and entry.name not in states]
             states |= {entry.name: state_of(storage, entry) for entry in watch(unread)}
-        found = _survey(store, entries, states, cfg)
-        if all(storage.exists(f"{FOLDER}/{row.name}") for row in (found.damaged if found.usable else found.rows)):
+        result = _survey(store, entries, states, cfg)
+        if all(storage.exists(f"{FOLDER}/{row.name}") for row in (result.damaged if result.usable else result.rows)):
             break
-    return found
+    return result
 
 
 def policy_of(entries: list[Listed]) -> Checkpoint:
@@ -154,14 +154,14 @@ def in_memory(storage: Storage, entries: list[Listed]) -> list[str]:
 
 def rows_of(store: Store, entries: list[Listed], states: dict[str, str], taken: str | None) -> list[Row]:
     rows = []
-    told = {e.name: damaged(store.storage, e.name, e.damage) for e in entries if e.manifest is None}
-    told = {**{entry.name: "not checked" for entry in entries}, **states, **told}
-    best = [entry.name for entry in store.ranked(entries) if not told[entry.name].startswith("damaged")][:1]
-    newest = [entry.name for entry in entries if not told[entry.name].startswith("damaged")][:1]
+    conditions = {e.name: damaged(store.storage, e.name, e.damage) for e in entries if e.manifest is None}
+    conditions = {**{entry.name: "not checked" for entry in entries}, **states, **conditions}
+    best = [entry.name for entry in store.ranked(entries) if not conditions[entry.name].startswith("damaged")][:1]
+    newest = [entry.name for entry in entries if not conditions[entry.name].startswith("damaged")][:1]
     for entry in entries:
         marks = {"newest": newest, "best": best, TAKEN: [taken] if taken else []}
         here = [mark for mark, names in marks.items() if entry.name in names]
-        rows.append(Row(entry.name, entry.manifest, told[entry.name], here))
+        rows.append(Row(entry.name, entry.manifest, conditions[entry.name], here))
     return rows
 
 
@@ -205,15 +205,15 @@ def leftovers(storage: Storage) -> tuple[list[str], tuple[str, Any] | None]:
         if left.writer_lives:
             lines.append(f"{left.name} is being saved now ({name})")
             continue
-        found = None
+        verified = None
         with contextlib.suppress(CheckpointError):
             if left.name.startswith("checkpoint_"):
-                found = (left.name, verify_checkpoint(storage, path).progress)
-        if found is None or is_verified(storage, f"{FOLDER}/{left.name}"):
+                verified = (left.name, verify_checkpoint(storage, path).progress)
+        if verified is None or is_verified(storage, f"{FOLDER}/{left.name}"):
             lines.append(f"leftover: {name}, of a save that no process here is at; the next start removes it")
         else:
             lines.append(f"leftover: {name} holds the whole of {left.name}; the next start puts it in its place")
-            recovered = max(recovered or found, found, key=lambda pair: pair[1])
+            recovered = max(recovered or verified, verified, key=lambda pair: pair[1])
     return lines, recovered
 
 
@@ -230,21 +230,21 @@ def superseded(storage: Storage) -> list[str]:
     return lines
 
 
-def report(found: Survey, now: float) -> list[RenderableType]:
+def report(shown: Survey, now: float) -> list[RenderableType]:
     """The table and the sentences, to be printed. now: unix seconds."""
     from rich.table import Table
     from rich.text import Text
 
-    sentences: list[RenderableType] = [Text(clean(line)) for line in found.says]
-    if not found.rows:
+    sentences: list[RenderableType] = [Text(clean(line)) for line in shown.says]
+    if not shown.rows:
         return sentences
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("checkpoint", "epoch", "step", "samples", "saved", "size", "metrics", "launch", "state", ""):
         right = title in ("epoch", "step", "samples", "size")
         table.add_column(title, justify="right" if right else "left", overflow="fold", no_wrap=title == "checkpoint")
-    for row in found.rows:
-        style = "red" if row in found.damaged else "green" if TAKEN in row.marks else ""
-        table.add_row(*(Text(clean(cell)) for cell in cells(row, found.metric, now)), style=style)
+    for row in shown.rows:
+        style = "red" if row in shown.damaged else "green" if TAKEN in row.marks else ""
+        table.add_row(*(Text(clean(cell)) for cell in cells(row, shown.metric, now)), style=style)
     return [table, Text(), *sentences]
 
 
@@ -295,10 +295,10 @@ def size(size_bytes: float) -> str:
     return f"{size_bytes:,.3g} TB"
 
 
-def rendered(found: Survey, console: Console, now: float) -> str:
+def rendered(shown: Survey, console: Console, now: float) -> str:
     """The survey as text, in colours where the console has them. now: unix seconds."""
     with console.capture() as captured:
-        for part in report(found, now):
+        for part in report(shown, now):
             console.print(part, soft_wrap=not console.is_terminal)
     return captured.get().rstrip("\n")
 

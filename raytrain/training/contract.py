@@ -51,9 +51,9 @@ def loss_of(returned: ModelReturn, task: Task) -> torch.Tensor:
     """The scalar loss of a ModelReturn, or a TaskError saying what came instead."""
     loss = getattr(returned, "loss", None)
     if not isinstance(loss, torch.Tensor):
-        found = "None" if returned is None else f"{type(returned).__name__} with loss {type(loss).__name__}"
+        given = "None" if returned is None else f"{type(returned).__name__} with loss {type(loss).__name__}"
         raise TaskError(
-            f"{type(task).__name__}.model_func gave {found}; "
+            f"{type(task).__name__}.model_func gave {given}; "
             "return raytrain.ModelReturn(loss, tb_dict, disp_dict) with a tensor as its loss"
         )
     if not loss.is_floating_point() or loss.numel() == 0:
@@ -104,7 +104,7 @@ def checked_metrics(metrics: Any, task: Task) -> dict[str, float]:
 
 def mean_of(returns: list[ModelReturn], field: str, task: Task) -> dict[str, Any]:
     """Mean of each name in that field over the micro-batches; values are numbers or device tensors of one."""
-    found: dict[str, list[Any]] = {}
+    values: dict[str, list[Any]] = {}
     for terms in (getattr(returned, field) for returned in returns):
         if not isinstance(terms, dict):
             raise TaskError(f"{type(task).__name__}.model_func gave {terms!r:.60} as {field}; give name -> number")
@@ -114,8 +114,8 @@ def mean_of(returns: list[ModelReturn], field: str, task: Task) -> dict[str, Any
                     f"{type(task).__name__}.model_func gave {field}[{name!r}] = {value!r:.60}; "
                     "give one number or a tensor of one number"
                 )
-            found.setdefault(name, []).append(value.detach().reshape(()) if isinstance(value, torch.Tensor) else value)
-    return {name: sum(each) / len(each) for name, each in found.items()}
+            values.setdefault(name, []).append(value.detach().reshape(()) if isinstance(value, torch.Tensor) else value)
+    return {name: sum(each) / len(each) for name, each in values.items()}
 
 
 def pictures_of(

@@ -162,8 +162,8 @@ def _viewed(cfg: Config, run_dir: str, checkpoint: str | None, count: int) -> Vi
 def chosen_checkpoint(cfg: Config, storage: Storage) -> str | None:
     """Where a run folder's best checkpoint lies, else its newest that can be trusted."""
     store = Store(storage, cfg.CHECKPOINT, "")
-    found = store.best() or store.latest_verified()[0]
-    return found.path if found else None
+    saved = store.best() or store.latest_verified()[0]
+    return saved.path if saved else None
 
 
 def validated_datasets(cfg: Config, task: Task) -> dict[str, Any]:

@@ -29,9 +29,9 @@ def why_not_drawn(error: Exception, task: Task, run_uri: str) -> str:
     if explains_itself(error):
         return f"no pictures: {error}"
     said = " ".join(str(error).split())  # one line; all of it is in the traceback
-    told = f"no pictures: {type(task).__name__}.pictures failed: {type(error).__name__}: {said:.200}"
+    message = f"no pictures: {type(task).__name__}.pictures failed: {type(error).__name__}: {said:.200}"
     path = keep_traceback(error, run_uri)
-    return f"{told} (traceback in {path})" if path else told
+    return f"{message} (traceback in {path})" if path else message
 
 
 def draw_pictures(folder: RunFolder, run: RunState, feed: Feed, predictions: list[Any], journal: Journal) -> str | None:
@@ -45,8 +45,8 @@ def draw_pictures(folder: RunFolder, run: RunState, feed: Feed, predictions: lis
         pictures = pictures_of(task, predictions, dataset, run.config["EVAL"]["PICTURES"], run.seed, epoch)
         names = write_pictures(pictures, folder.here, name)
     except Exception as error:
-        told = why_not_drawn(error, task, folder.storage.path_of(""))
-        journal.write("event", event="warning", message=told)
+        message = why_not_drawn(error, task, folder.storage.path_of(""))
+        journal.write("event", event="warning", message=message)
         return None
     journal.write("pictures", step=run.progress.step, epoch=epoch, folder=name, names=names)
     return folder.storage.path_of(name) if names else None

@@ -34,7 +34,7 @@ LEFTOVERS = ("journal.jsonl", "tensorboard", "eval", "logs", "config.yaml", "env
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class LaunchOptions:
     """What a launch is told beside the config: see `raytrain train --help`.
 
     batch_size: of a step over all virtual workers, in place of BATCH_SIZE_PER_GPU
@@ -58,7 +58,7 @@ class Start:
     """Where a launch begins: its run folder, and the checkpoint that it goes on from."""
 
     cfg: Config
-    options: Options
+    options: LaunchOptions
     run_dir: str
     store: Store
     origin: Origin | None
@@ -134,7 +134,7 @@ def launch_after(before: Iterable[str]) -> str:
     return f"{second // 10**6:08d}-{second % 10**6:06d}-{token}"
 
 
-def find_start(cfg: Config, options: Options) -> Start:
+def find_start(cfg: Config, options: LaunchOptions) -> Start:
     """Where a launch begins; errors of the run folder, of --resume and of its checkpoints come here, in seconds."""
     if options.overwrite and options.resume != "never":
         raise ConfigError("--overwrite starts over in a run folder that is not empty: it goes with --resume never")

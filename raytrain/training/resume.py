@@ -65,15 +65,15 @@ def choose(store: Store, start: str) -> Origin | None:
 
 def newest_to_trust(store: Store) -> tuple[Saved | None, list[tuple[str, str]]]:
     """The newest checkpoint that verifies, and (name, what is wrong) of each newer one, also of one that is gone."""
-    found, passed_over = store.latest_verified()
-    return found, [*vanished(store, found), *passed_over]
+    newest, passed_over = store.latest_verified()
+    return newest, [*vanished(store, newest), *passed_over]
 
 
-def origin_of(found: Saved | None, passed_over: list[tuple[str, str]]) -> Origin | None:
+def origin_of(newest: Saved | None, passed_over: list[tuple[str, str]]) -> Origin | None:
     """The origin of a run in whose store `newest_to_trust` found this; a CheckpointError where it must not start."""
     notes = [f"passed over {name}: {reason}" for name, reason in passed_over]
-    if found is not None:
-        return Origin(found.path, found.name, found.manifest, notes)
+    if newest is not None:
+        return Origin(newest.path, newest.name, newest.manifest, notes)
     if passed_over:
         raise CheckpointError(
             "none of the checkpoints of this run can be trusted, and training never starts over silently:\n"
@@ -116,11 +116,11 @@ def origin_at(path: str) -> Origin:
             path = str(location.absolute().parent)
     storage = open_storage(path)
     if storage.exists("ckpt"):
-        found, passed_over = newest_verified(storage)
+        newest, passed_over = newest_verified(storage)
         notes = [f"passed over {name}: {reason}" for name, reason in passed_over]
-        if found is None:
+        if newest is None:
             raise CheckpointError("\n".join([f"--resume {path}: this run folder holds no checkpoint to trust", *notes]))
-        return Origin(found.path, None, found.manifest, notes)
+        return Origin(newest.path, None, newest.manifest, notes)
     if not storage.exists(MANIFEST):
         wrong = "this is no checkpoint" if storage.exists("") else "there is no such file or folder"
         raise ResumeError(

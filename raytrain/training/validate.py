@@ -35,7 +35,7 @@ def predict_split(run: RunState, task: Task, feed: Feed) -> list[tuple[int, Any]
     Where the task has no predict: (position, (loss, samples)) of each batch.
     """
     run.model.eval()
-    found: list[tuple[int, Any]] = []
+    predictions: list[tuple[int, Any]] = []
     for key in feed.validation_keys(run.progress.epoch):
         batch = feed.fetch(key)
         if run.compilation is not None:
@@ -43,11 +43,11 @@ def predict_split(run: RunState, task: Task, feed: Feed) -> list[tuple[int, Any]
         seed_all(run.seed, "evaluate", key.epoch, key.ids[0])
         with run.engine.precision.autocast():
             if task.has_predict():
-                found.extend(zip(key.ids, predictions_of(task, run.model, batch, len(key.ids)), strict=True))
+                predictions.extend(zip(key.ids, predictions_of(task, run.model, batch, len(key.ids)), strict=True))
             else:
                 loss = loss_of(task.model_func(run.model, batch), task)
-                found.append((key.ids[0], (float(loss), len(key.ids))))
-    return found
+                predictions.append((key.ids[0], (float(loss), len(key.ids))))
+    return predictions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +67,12 @@ class Validation:
 def evaluate(run: RunState, task: Task, feed: Feed) -> Validation:
     """Collective. A pass over the validation split."""
     began_s = time.perf_counter()
-    found = predict_split(run, task, feed)
+    predictions = predict_split(run, task, feed)
     feed.current = BatchKey("val", run.progress.epoch, ())  # what fails from here on is no batch's fault
     metrics: dict[str, float] = {}
     in_order: list[Any] = []
     run.engine.beat("reduce")
-    gathered = run.world.gather_objects(found)
+    gathered = run.world.gather_objects(predictions)
     if run.world.is_first:
         run.engine.beat("eval")
         in_order = [value for _, value in sorted((pair for part in gathered for pair in part), key=lambda p: p[0])]

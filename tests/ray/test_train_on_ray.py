@@ -27,7 +27,7 @@ from raytrain.errors import TrainingError
 from raytrain.journal.records import Record, read_journal
 from raytrain.storage.state_file import load_weights_file
 from raytrain.storage.storage import open_storage
-from raytrain.training.preflight import Options
+from raytrain.training.preflight import LaunchOptions
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
@@ -150,7 +150,7 @@ def test_a_run_that_waits_for_room_on_a_busy_cluster_says_so_and_ends_soon_after
         stop.set()
 
     try:
-        result = launch.launch(config(tmp_path, "PredictingTask"), Options(), show, stop)
+        result = launch.launch(config(tmp_path, "PredictingTask"), LaunchOptions(), show, stop)
         took_s = time.monotonic() - wished_at
     finally:
         remove_placement_group(others)

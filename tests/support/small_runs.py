@@ -17,7 +17,7 @@ from raytrain.keeper.checkpointer import Pending
 from raytrain.launch import Result
 from raytrain.storage.state_file import load_weights_file
 from raytrain.training.control import Control
-from raytrain.training.preflight import Options, find_start
+from raytrain.training.preflight import LaunchOptions, find_start
 from raytrain.training.worker import Outcome, run_job
 
 INDEX = json.loads((TOY / "index.json").read_text())
@@ -55,7 +55,7 @@ def saved_state(checkpoint: str | None) -> dict[str, torch.Tensor]:
 def run_until(
     cfg: Config, stop_at: int | None = None, control: Watched | None = None, device: torch.device = CPU
 ) -> tuple[Outcome, Path]:
-    job = find_start(cfg, Options()).job(num_workers=0, use_gpu=device.type == "cuda")
+    job = find_start(cfg, LaunchOptions()).job(num_workers=0, use_gpu=device.type == "cuda")
     world = World(virtual_workers=job.virtual_workers, device=device)
     outcome = run_job(job, world, control or Watched(stop_at))
     return outcome, Path(job.run_uri)
