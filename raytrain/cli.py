@@ -353,10 +353,10 @@ def train_with_torchrun(cfg: Any, args: argparse.Namespace, options: dict[str, A
         raise ConfigError(
             f"--num_workers {args.num_workers}, but torchrun has started {size} processes; leave the flag out"
         )
-    from raytrain.launch import launch_here
+    from raytrain.launch import launch_under_torchrun
     from raytrain.training.preflight import LaunchOptions
 
-    return launch_here(with_overrides(cfg, ["SCALE.NUM_WORKERS", size]), LaunchOptions(**options))
+    return launch_under_torchrun(with_overrides(cfg, ["SCALE.NUM_WORKERS", size]), LaunchOptions(**options))
 
 
 def run_tune(args: argparse.Namespace) -> int:

@@ -114,7 +114,7 @@ def launch(
     try:
         with contextlib.nullcontext(stop) if stop else signals_wish_stop() as stop:
             here = cfg.SCALE.NUM_WORKERS == 0
-            status = run_here(start, stop, show, judge) if here else run_on_ray(start, stop, show, ahead, judge)
+            status = run_in_process(start, stop, show, judge) if here else run_on_ray(start, stop, show, ahead, judge)
     except BaseException:
         with contextlib.suppress(PreflightError):  # what failed is what to tell; the next launch says the rest
             client.take_over(start.run_dir, BEREAVED_S)  # the last state it had is saved
@@ -139,7 +139,7 @@ def result_of(start: Start, status: str) -> Result:
     )
 
 
-def run_here(start: Start, stop: threading.Event, show: Show, judge: Judge) -> str:
+def run_in_process(start: Start, stop: threading.Event, show: Show, judge: Judge) -> str:
     """The run in this process, without Ray; how it ended."""
     device = device_here(start.cfg)
     job = start.job(0, device.type == "cuda")
@@ -154,7 +154,7 @@ def run_here(start: Start, stop: threading.Event, show: Show, judge: Judge) -> s
         raise as_seen(failure_of(error, 0, control.place(), keep_traceback(error, start.run_dir))) from error
 
 
-def launch_here(cfg: Config, options: LaunchOptions) -> Result:
+def launch_under_torchrun(cfg: Config, options: LaunchOptions) -> Result:
     """Collective. The run, with this process as one of its workers; signals wish its end with the state saved.
 
     Rank 0 shows records on the console; what the others print goes to logs/rank_<r>.log.
