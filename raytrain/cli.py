@@ -230,7 +230,8 @@ def build_parser() -> Parser:
     look_up.set_defaults(run=run_checkpoints)
 
     show = commands.add_parser("show-config", help="print the resolved config", allow_abbrev=False)
-    add_config_arguments(show)
+    show.add_argument("--reference", action="store_true", help="print every key there is, with default and meaning")
+    add_config_arguments(show, required=False)
     add_set_argument(show)
     show.set_defaults(run=run_show_config)
     return parser
@@ -451,6 +452,14 @@ def run_checkpoints(args: argparse.Namespace) -> int:
 
 
 def run_show_config(args: argparse.Namespace) -> int:
+    if args.reference == (args.cfg_file is not None):
+        raise ConfigError("give either the config to show (--cfg_file YAML) or --reference, which is of no file")
+    if args.reference:
+        from raytrain.config.reference import reference
+        from raytrain.config.sections import Config
+
+        say(reference(Config))
+        return EXIT_FINISHED
     from raytrain.config.load import dump_config
 
     say(dump_config(load(args)).rstrip("\n"))

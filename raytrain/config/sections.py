@@ -1,4 +1,7 @@
-"""Every section and key of a config, with types, defaults and what is refused."""
+"""Every section and key of a config, with types, defaults and what is refused.
+
+A comment that begins with `#:` says what the key means; `raytrain show-config --reference` prints it.
+"""
 
 from __future__ import annotations
 
@@ -49,29 +52,14 @@ def _drawable(value: Any) -> Any:
 
 
 Flag = Annotated[bool, Field(strict=True)]
-
-
 Natural = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=0)]
-
-
 Count = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=1)]
-
-
 NonNegative = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
-
-
 Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0)]
-
-
 Decay = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, lt=1)]  # of a running mean
-
-
 Pair = Annotated[list[Decay], Field(min_length=2, max_length=2)]
-
-
+Seed = Annotated[Natural, Field(le=2**32 - 1)]  # numpy takes no larger one
 Folder = Annotated[str, AfterValidator(_folder)]
-
-
 FolderName = Annotated[str, Field(min_length=1), AfterValidator(_folder)]
 
 
@@ -84,9 +72,10 @@ class Section(BaseModel):
 class Spike(Section):
     """A loss or gradient norm above FACTOR x the median of the last WINDOW good steps is one."""
 
+    #: times the median; above it a step is a spike
     FACTOR: Annotated[float, Field(strict=True, allow_inf_nan=False, gt=1)] = 10.0
-    WINDOW: Annotated[Count, Field(le=65536)] = 100
-    ACTION: Literal["skip", "rollback", "stop"] = "skip"
+    WINDOW: Annotated[Count, Field(le=65536)] = 100  #: good steps that the median is taken of
+    ACTION: Literal["skip", "rollback", "stop"] = "skip"  #: as NONFINITE
 
 
 class Phase(Section):
@@ -95,10 +84,10 @@ class Phase(Section):
     Iterate over it, as dict() does: that gives only what was given. The defaults are never read.
     """
 
-    FROM_EPOCH: Count  # epochs finished when it begins
-    LR: Positive = 0.0
-    GRAD_NORM_CLIP: Positive | None = None
-    WEIGHT_DECAY: NonNegative = 0.0
+    FROM_EPOCH: Count  #: epochs finished when it begins
+    LR: Positive = 0.0  #: as OPTIMIZATION.LR
+    GRAD_NORM_CLIP: Positive | None = None  #: as OPTIMIZATION.GRAD_NORM_CLIP
+    WEIGHT_DECAY: NonNegative = 0.0  #: as OPTIMIZATION.WEIGHT_DECAY
 
     def __iter__(self) -> Generator[tuple[str, Any], None, None]:
         """The keys that were given, with their values."""
@@ -115,40 +104,43 @@ class Phase(Section):
 class Optimization(Section):
     """OpenPCDet's keys; those after AMP_DTYPE are raytrain's."""
 
+    #: what steps the weights; also chooses SCHEDULER
     OPTIMIZER: Literal["adam", "sgd", "adam_onecycle", "adam_cosineanneal", "adamw"] = "adam_onecycle"
-    BATCH_SIZE_PER_GPU: Count  # samples in a micro-batch of one virtual worker
-    NUM_EPOCHS: Count
-    LR: Positive = 0.003
-    WEIGHT_DECAY: NonNegative = 0.01
-    MOMENTUM: Decay = 0.9  # sgd
-    MOMS: Pair = [0.95, 0.85]  # beta1 of adam_onecycle and adam_cosineanneal: at the ends, at the peak
-    BETAS: Pair | None = None
-    PCT_START: Annotated[Positive, Field(lt=1)] = 0.4  # share of the run in which the learning rate rises
+    BATCH_SIZE_PER_GPU: Count  #: samples in a micro-batch of one virtual worker
+    NUM_EPOCHS: Count  #: epochs to train, also the length of the schedule
+    LR: Positive = 0.003  #: learning rate, where the schedule is at its highest
+    WEIGHT_DECAY: NonNegative = 0.01  #: beside the gradient; adam and sgd have it in the gradient
+    MOMENTUM: Decay = 0.9  #: of SGD
+    MOMS: Pair = [0.95, 0.85]  #: beta1 of adam_onecycle and adam_cosineanneal: at the ends, at the peak
+    BETAS: Pair | None = None  #: of adam and adamw; null: 0.9 and 0.999
+    PCT_START: Annotated[Positive, Field(lt=1)] = 0.4  #: share of the run in which onecycle rises
+    #: onecycle and LR_WARMUP begin at LR / DIV_FACTOR
     DIV_FACTOR: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=1)] = 10.0
-    DECAY_STEP_LIST: list[Natural] = []  # epochs at which the learning rate is multiplied by LR_DECAY
-    LR_DECAY: Annotated[Positive, Field(le=1)] = 0.1
-    LR_CLIP: NonNegative = 1e-7  # the step schedule stays above it
-    LR_WARMUP: Flag = False
-    WARMUP_EPOCH: Count = 1  # of LR_WARMUP
-    WARMUP_ITER: Natural = 500  # of adam_cosineanneal
-    GRAD_NORM_CLIP: Positive | None = 10.0
-    LOSS_SCALE_FP16: Positive | None = None  # first loss scale; None: 65536
-    USE_AMP: Flag = False
-    AMP_DTYPE: Literal["fp16", "bf16"] = "fp16"
-    SCHEDULER: Literal["step", "onecycle", "cosine", "constant"] | None = None  # None: by OPTIMIZER
-    ACCUMULATE: Count = 1  # micro-batches in a step
-    SYNC_BN: Flag = False
-    LEGACY_PARAM_GROUPS: Flag = False  # leave out the parameters that OpenPCDet leaves out
-    ENGINE: Literal["auto", "flat", "ddp"] = "auto"  # flat buffers, or parameter by parameter; auto: flat if it can
-    TF32: Flag = False  # f32 products rounded to 10 bits of mantissa, on GPUs that have it
-    CHANNELS_LAST: Flag = False  # memory format of the model and of a batch's images (B, C, H, W)
-    COMPILE: Flag = False  # torch.compile
-    CUDA_GRAPHS: Flag = False  # of what COMPILE makes
-    NONFINITE: Literal["skip", "rollback", "stop"] = "skip"  # what a loss or gradient that is not finite leads to
-    NONFINITE_LIMIT: Count = 10  # steps without effect in a row, for that or for a spike, that end the run
-    ROLLBACK_EVERY: Count = 100  # steps between the states that a rollback returns to; one is kept in memory
-    SPIKE: Spike | None = None
-    PHASES: list[Phase] = []  # other values from some epochs on
+    DECAY_STEP_LIST: list[Natural] = []  #: epochs at which the step schedule multiplies by LR_DECAY
+    LR_DECAY: Annotated[Positive, Field(le=1)] = 0.1  #: factor of each decay
+    LR_CLIP: NonNegative = 1e-7  #: the step schedule stays above it
+    LR_WARMUP: Flag = False  #: a rise before the step and the constant schedule
+    WARMUP_EPOCH: Count = 1  #: epochs that LR_WARMUP takes
+    WARMUP_ITER: Natural = 500  #: steps in which the cosine schedule rises
+    GRAD_NORM_CLIP: Positive | None = 10.0  #: largest L2 norm of the gradient; null: it is not clipped
+    LOSS_SCALE_FP16: Positive | None = None  #: first loss scale of fp16; null: 65536
+    USE_AMP: Flag = False  #: mixed precision
+    AMP_DTYPE: Literal["fp16", "bf16"] = "fp16"  #: in which type USE_AMP computes
+    #: how the learning rate moves; null: as fits OPTIMIZER
+    SCHEDULER: Literal["step", "onecycle", "cosine", "constant"] | None = None
+    ACCUMULATE: Count = 1  #: micro-batches in a step
+    SYNC_BN: Flag = False  #: BatchNorm over the samples of all workers
+    LEGACY_PARAM_GROUPS: Flag = False  #: leave out the parameters that OpenPCDet leaves out
+    ENGINE: Literal["auto", "flat", "ddp"] = "auto"  #: flat buffers, or parameter by parameter; auto: flat if it can
+    TF32: Flag = False  #: f32 products rounded to 10 bits of mantissa, on GPUs that have it
+    CHANNELS_LAST: Flag = False  #: memory format of the model and of a batch's images (B, C, H, W)
+    COMPILE: Flag = False  #: torch.compile
+    CUDA_GRAPHS: Flag = False  #: of what COMPILE makes
+    NONFINITE: Literal["skip", "rollback", "stop"] = "skip"  #: what a loss or gradient that is not finite leads to
+    NONFINITE_LIMIT: Count = 10  #: steps without effect in a row, for that or for a spike, that end the run
+    ROLLBACK_EVERY: Count = 100  #: steps between the states that a rollback returns to; one is kept in memory
+    SPIKE: Spike | None = None  #: what a loss or gradient far above the usual leads to; null: nothing
+    PHASES: list[Phase] = []  #: other values from some epochs on
 
     def in_force(self, epoch: int) -> Optimization:
         """A copy with the values that hold after `epoch` finished epochs."""
@@ -175,28 +167,30 @@ class Optimization(Section):
 
 
 class DisableAugmentation(Section):
-    DISABLE_AUG_LIST: list[str]
-    NUM_LAST_EPOCHS: Natural
+    DISABLE_AUG_LIST: list[str]  #: names of the augmentations that end
+    NUM_LAST_EPOCHS: Natural  #: so many epochs before the end
 
 
 class Hook(Section):
+    #: the last epochs go without some augmentations; for tasks that have them
     DisableAugmentationHook: DisableAugmentation | None = None
 
 
 class Scale(Section):
     """What the run takes of the cluster."""
 
-    NUM_WORKERS: Natural | None = None  # processes; 0: in this one, without Ray; None: what fits
-    VIRTUAL_WORKERS: Annotated[Count, Field(le=65536)] | None = None  # fixed for a run's life; None: its NUM_WORKERS
-    USE_GPU: Literal["auto"] | Flag = "auto"
-    CPUS_PER_WORKER: Positive = 1.0
-    GPUS_PER_WORKER: Positive = 1.0
-    RESOURCES: dict[str, NonNegative] = {}  # custom Ray resources of each worker
-    REDUCTION: Literal["auto", "shared_memory", "collective"] = "auto"  # how gradients are summed over processes
-    THREADS: Annotated[Count, Field(le=1024)] = 1  # torch's, in each worker
-    # Restarts in a row without a new step; -1: no limit; None: 2 where a process dies, 0 where the task's code raises.
+    NUM_WORKERS: Natural | None = None  #: worker processes; 0: this one, without Ray; null: what fits
+    #: shares of a batch, fixed for a run's life; null: as many as it first has workers
+    VIRTUAL_WORKERS: Annotated[Count, Field(le=65536)] | None = None
+    USE_GPU: Literal["auto"] | Flag = "auto"  #: one GPU for each worker; auto: where there are enough
+    CPUS_PER_WORKER: Positive = 1.0  #: that Ray sets aside for each worker
+    GPUS_PER_WORKER: Positive = 1.0  #: that Ray sets aside for each worker, where GPUs are used
+    RESOURCES: dict[str, NonNegative] = {}  #: custom Ray resources of each worker: {name: amount}
+    REDUCTION: Literal["auto", "shared_memory", "collective"] = "auto"  #: how gradients are summed over processes
+    THREADS: Annotated[Count, Field(le=1024)] = 1  #: torch's, in each worker
+    #: restarts in a row without a new step; -1: no limit; null: 2 where a process dies, 0 where the task's code raises
     MAX_FAILURES: Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=-1)] | None = None
-    HANG_TIMEOUT: Positive | None = 1200.0  # seconds without progress until a worker is killed; None: never
+    HANG_TIMEOUT: Positive | None = 1200.0  #: seconds without progress until a worker is killed; null: never
 
     @field_validator("VIRTUAL_WORKERS")
     @classmethod
@@ -216,25 +210,25 @@ class Scale(Section):
 
 
 class Loader(Section):
-    WORKERS: Natural = 2  # loader processes of each worker
-    PREFETCH: Annotated[Count, Field(le=1024)] = 2  # batches that each of them keeps ready
-    SHUFFLE: Flag = True
+    WORKERS: Natural = 2  #: loader processes of each worker; 0: it loads by itself
+    PREFETCH: Annotated[Count, Field(le=1024)] = 2  #: batches that each of them keeps ready
+    SHUFFLE: Flag = True  #: another order each epoch; false: that of the data set
 
 
 class Checkpoint(Section):
     """When to save and what to keep; the end of a run is always saved."""
 
-    EVERY_EPOCHS: Count | None = 1
-    EVERY_STEPS: Count | None = None
-    EVERY_SECONDS: Literal["auto"] | Positive | None = (
-        "auto"  # auto: as often as OVERHEAD allows, once a minute at most
-    )
-    OVERHEAD: Annotated[Positive, Field(lt=1)] = 0.01  # share of the time that saving may take
-    SNAPSHOT_EVERY: Literal["auto"] | Count | None = "auto"  # steps between states in memory; auto: as OVERHEAD allows
-    KEEP_LAST: Count = 5
-    METRIC: str | None = None  # of the task's score
-    MODE: Literal["max", "min"] = "max"
-    KEEP_BEST: Natural = 0
+    EVERY_EPOCHS: Count | None = 1  #: epochs between checkpoints; null: none for an epoch's sake
+    EVERY_STEPS: Count | None = None  #: steps between checkpoints
+    #: seconds between checkpoints; auto: as often as OVERHEAD allows, once a minute at most
+    EVERY_SECONDS: Literal["auto"] | Positive | None = "auto"
+    OVERHEAD: Annotated[Positive, Field(lt=1)] = 0.01  #: share of the time that saving may take
+    #: steps between states in memory; auto: as OVERHEAD allows
+    SNAPSHOT_EVERY: Literal["auto"] | Count | None = "auto"
+    KEEP_LAST: Count = 5  #: newest checkpoints that are kept
+    METRIC: str | None = None  #: metric of the task's score, by which checkpoints are best
+    MODE: Literal["max", "min"] = "max"  #: whether more of METRIC is better
+    KEEP_BEST: Natural = 0  #: best checkpoints that are kept besides
 
     @field_validator("KEEP_BEST")
     @classmethod
@@ -245,66 +239,68 @@ class Checkpoint(Section):
 
 
 class Eval(Section):
-    EVERY: Count | None = 1  # epochs; None: only at the end
-    PICTURES: Natural = 4  # that a task draws at the end of training and in `raytrain eval`
+    EVERY: Count | None = 1  #: epochs between evaluations; null: only at the end
+    PICTURES: Natural = 4  #: that a task draws at the end of training and in `raytrain eval`
 
 
 class Log(Section):
-    EVERY: Count = 10  # steps between journal records
-    LINE_EVERY: Count = 50  # steps between lines of the log file
+    EVERY: Count = 10  #: steps between journal records
+    LINE_EVERY: Count = 50  #: steps between lines of the log file
 
 
 class Budget(Section):
     """What a sweep may take before it ends; None: no limit."""
 
-    EPOCHS: Count | None = None  # of all trials together
-    SECONDS: Positive | None = None  # of the sweep's wall time
+    EPOCHS: Count | None = None  #: of all trials together
+    SECONDS: Positive | None = None  #: of the sweep's wall time
 
 
 class Tune(Section):
     """A sweep over this config: `raytrain tune`."""
 
-    SPACE: dict[str, Annotated[dict[str, Any], BeforeValidator(_drawable)]] = {}  # dotted key: {distribution: [...]}
-    METRIC: str | None = None  # None: CHECKPOINT.METRIC, else loss
-    MODE: Literal["max", "min"] | None = None  # None: CHECKPOINT.MODE for its metric, min for loss, else max
-    NUM_SAMPLES: Count = 10  # trials; times the combinations of the SPACE's grids
-    SCHEDULER: Literal["none", "asha", "hyperband", "median", "pbt", "pb2"] = "none"
-    SEARCH: Literal["random", "grid", "tpe", "gp", "bohb"] = "random"
-    BUDGET: Budget = Budget()
-    CONCURRENT: Count | None = None  # trials at a time; None: what the cluster holds
-    SEED: Annotated[Natural, Field(le=2**32 - 1)] | None = None  # None: the config's
-    CONSTANTS: dict[str, Any] = {}  # dotted key: what it is in every trial
-    MAX_FAILED: Natural = 3  # failed trials that the sweep bears
-    UNIT: Literal["epoch", "step"] = "epoch"  # of GRACE and PERTURB_EVERY
-    GRACE: Count = 1  # asha, median: a trial is not stopped before
-    REDUCTION: Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=2)] = (
-        3  # asha, hyperband: one trial of so many goes on
-    )
-    PERTURB_EVERY: Count = 2  # pbt, pb2
-    QUANTILE: Annotated[Positive, Field(le=0.5)] = 0.25  # pbt, pb2: the worst share goes on from the best
-    RESAMPLE: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.25  # pbt: chance of a new value over a near one
+    #: what to vary: dotted key: {range: [...]}
+    SPACE: dict[str, Annotated[dict[str, Any], BeforeValidator(_drawable)]] = {}
+    METRIC: str | None = None  #: what trials are compared by; null: CHECKPOINT.METRIC, else loss
+    #: whether more of it is better; null: CHECKPOINT.MODE for its metric, min for loss, else max
+    MODE: Literal["max", "min"] | None = None
+    NUM_SAMPLES: Count = 10  #: trials; times the combinations of the SPACE's grids
+    SCHEDULER: Literal["none", "asha", "hyperband", "median", "pbt", "pb2"] = "none"  #: what ends trials early
+    SEARCH: Literal["random", "grid", "tpe", "gp", "bohb"] = "random"  #: what chooses the next trial
+    BUDGET: Budget = Budget()  #: what the sweep may take before it ends
+    CONCURRENT: Count | None = None  #: trials at a time; null: what the cluster holds
+    SEED: Seed | None = None  #: seed of what the sweep draws; null: the config's
+    CONSTANTS: dict[str, Any] = {}  #: dotted key: what it is in every trial
+    MAX_FAILED: Natural = 3  #: failed trials that the sweep bears
+    UNIT: Literal["epoch", "step"] = "epoch"  #: of GRACE and PERTURB_EVERY
+    GRACE: Count = 1  #: asha, median: no trial is ended before
+    #: asha, hyperband: one trial of so many goes on
+    REDUCTION: Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=2)] = 3
+    PERTURB_EVERY: Count = 2  #: pbt, pb2: how long a generation is
+    QUANTILE: Annotated[Positive, Field(le=0.5)] = 0.25  #: pbt, pb2: the worst share goes on from the best
+    RESAMPLE: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.25  #: pbt: chance of a new value over a near one
 
 
 class Config(Section):
     """Everything that decides a run. MODEL, DATA_CONFIG and CLASS_NAMES belong to the task."""
 
-    TASK: Annotated[str, AfterValidator(_dotted_path)]  # pkg.module:Class
-    SEED: Annotated[Natural, Field(le=2**32 - 1)] = 0  # numpy takes no larger one
-    OUTPUT: Annotated[str, Field(min_length=1)] = "output"  # a folder or a pyarrow URI
-    TAG: FolderName = "run"  # load_config: the name of the YAML file
-    EXP_GROUP_PATH: Folder = ""  # load_config: its folders below cfgs/ or configs/
-    EXTRA_TAG: FolderName = "default"
-    CLASS_NAMES: list[str] = []
-    DATA_CONFIG: Tree = Tree()
-    MODEL: Tree = Tree()
-    OPTIMIZATION: Optimization
-    HOOK: Hook | None = None
-    SCALE: Scale = Scale()
-    LOADER: Loader = Loader()
-    CHECKPOINT: Checkpoint = Checkpoint()
-    EVAL: Eval = Eval()
-    LOG: Log = Log()
-    TUNE: Tune = Tune()
+    TASK: Annotated[str, AfterValidator(_dotted_path)]  #: what is trained: pkg.module:Class
+    SEED: Seed = 0  #: seed of all that is random
+    #: root of the run folders: a folder, or a URI such as s3://bucket/runs
+    OUTPUT: Annotated[str, Field(min_length=1)] = "output"
+    TAG: FolderName = "run"  #: part of the run folder; else the name of the YAML file
+    EXP_GROUP_PATH: Folder = ""  #: part of the run folder; else the folders of the YAML file below configs/ or cfgs/
+    EXTRA_TAG: FolderName = "default"  #: last part of the run folder
+    CLASS_NAMES: list[str] = []  #: the task's own
+    DATA_CONFIG: Tree = Tree()  #: the task's own
+    MODEL: Tree = Tree()  #: the task's own
+    OPTIMIZATION: Optimization  #: how it is trained
+    HOOK: Hook | None = None  #: OpenPCDet's
+    SCALE: Scale = Scale()  #: what the run takes of the machine or the cluster
+    LOADER: Loader = Loader()  #: how samples are loaded
+    CHECKPOINT: Checkpoint = Checkpoint()  #: when to save and what to keep; the end of a run is always saved
+    EVAL: Eval = Eval()  #: when to evaluate
+    LOG: Log = Log()  #: how often to record
+    TUNE: Tune = Tune()  #: a sweep over this config
 
     @model_validator(mode="before")
     @classmethod
