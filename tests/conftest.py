@@ -1,22 +1,16 @@
-"""What tests share: one Ray cluster a session (a process of `make test` is one), and commands as a user runs them."""
+"""What tests share: one Ray cluster a session (a process of `make test` is one), and a folder for what they leave."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from processes import Pair
-
-ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -83,15 +77,3 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """Two processes joined by gloo."""
     with contextlib.closing(Pair(tmp_path_factory.mktemp("pair") / "meeting")) as processes:
         yield processes
-
-
-@pytest.fixture
-def raytrain_command() -> list[str]:
-    """The command line as a user types it, of the environment under test."""
-    return [sys.executable, "-m", "raytrain"]
-
-
-def run_command(words: list[str], cwd: Path, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
-    """The finished process, with its output as text."""
-    env = {**os.environ, "PYTHONPATH": str(cwd), "COLUMNS": "200"}
-    return subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)

@@ -243,7 +243,7 @@ def test_the_norm_is_of_what_is_stepped_before_it_is_clipped(kind: str) -> None:
         found = engine.step(settings(clip=1e-3, weight_decay=0.0), ())
         norms.append((found.grad_norm.item(), expected.item()))
         left_out.append((model.precise.grad, plain.precise.grad))
-        if kind == "ddp":  # flat clips inside the kernel; tests/test_flat.py looks at the weights
+        if kind == "ddp":  # flat clips inside the kernel; tests/engine/test_flat.py looks at the weights
             clipped = clip_gradients([p for n, p in model.named_parameters() if n in stepped], None)
             assert clipped.item() == pytest.approx(1e-3, rel=1e-2)
     for found_norm, expected_norm in norms:

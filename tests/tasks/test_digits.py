@@ -16,7 +16,7 @@ from raytrain.errors import ConfigError, TaskError
 from raytrain.task import load_task_class
 from raytrain.tasks.digits import DataOptions, Digits, DigitsTask, load_digits, moved_at_random
 
-CONFIG = Path(__file__).parents[1] / "configs" / "digits.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "digits.yaml"
 
 
 def digits_task(*overrides: str) -> DigitsTask:

@@ -58,7 +58,7 @@ def failed_prediction() -> BaseException:
 def test_a_traceback_begins_at_the_users_first_line() -> None:
     lines = users_traceback(failed_prediction()).split("\n")
     assert lines[0] == "Traceback (most recent call last):"
-    assert "test_failure.py" in lines[1] and lines[1].endswith("in predict")
+    assert "test_errors.py" in lines[1] and lines[1].endswith("in predict")
     assert not any("raytrain/training/loop.py" in line or "concurrent" in line for line in lines)
     text = "\n".join(lines)
     assert text.index("in predict") < text.index("_call_impl") < text.index("users_forward()")

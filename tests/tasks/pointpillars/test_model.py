@@ -16,7 +16,7 @@ from raytrain.tasks.pointpillars.anchors import encode
 from raytrain.tasks.pointpillars.model import PointPillar
 from raytrain.tasks.pointpillars.pillars import PillarLayer, scattered
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "pointpillar"
+GOLDEN = Path(__file__).parents[2] / "golden" / "pointpillar"
 INFO = json.loads((GOLDEN / "info.json").read_text())
 CLASS_NAMES = ["Car", "Pedestrian", "Cyclist"]
 TOLERANCE = {"atol": 2e-5, "rtol": 0}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.ray
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import pytest
 
 from raytrain.tasks.pointpillars.voxels import Voxels
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "pointpillar" / "batch.npz"
+GOLDEN = Path(__file__).parents[2] / "golden" / "pointpillar" / "batch.npz"
 RANGE = [0, -10.24, -3, 20.48, 10.24, 1]
 
 

@@ -13,7 +13,7 @@ from raytrain.tasks.pointpillars import geometry
 from raytrain.tasks.pointpillars.frames import Annotations
 from raytrain.tasks.pointpillars.kitti_eval import DIFFICULTIES, LOOSE, STRICT, evaluate, warnings_of
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "kitti_eval"
+GOLDEN = Path(__file__).parents[2] / "golden" / "kitti_eval"
 CLASSES = ["Car", "Pedestrian", "Cyclist"]
 
 

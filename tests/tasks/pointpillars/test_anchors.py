@@ -12,7 +12,7 @@ from raytrain.tasks.pointpillars.anchors import Anchors, decode, encode
 from raytrain.tasks.pointpillars.geometry import iou_axis_aligned, nearest_bev
 from raytrain.tasks.pointpillars.model_options import AnchorClass
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "pointpillar"
+GOLDEN = Path(__file__).parents[2] / "golden" / "pointpillar"
 INFO = json.loads((GOLDEN / "info.json").read_text())
 CLASS_NAMES = ["Car", "Pedestrian", "Cyclist"]
 CLASSES = [AnchorClass(**entry) for entry in INFO["cfg_model"]["DENSE_HEAD"]["ANCHOR_GENERATOR_CONFIG"]]
