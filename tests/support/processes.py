@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 DEADLINE_S = 60.0
+# What calls need that these processes answer: each is a fork of one that has imported it.
+IMPORTED = ["torch", "pytest", "raytrain.data.feed", "raytrain.engine.engine"]
 
 
 def keepers_of(run_uri: str) -> list[int]:
@@ -32,7 +34,8 @@ class Pair:
     """Two processes, or `count`, of one gloo process group. `run` gives what each returned."""
 
     def __init__(self, meeting_file: Path, count: int = 2) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)  # unless loader workers came first, whose server has torch too
         self._pipes: list[Connection] = []
         self.pids: list[int] = []
         self._processes = []
