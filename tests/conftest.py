@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import tempfile
@@ -11,6 +12,10 @@ from pathlib import Path
 
 import pytest
 from processes import Pair
+
+# For numpy, scipy and torch here and in what is started from here; a run has its own SCALE.THREADS. Threads that
+# wait for each other on cores that other tests use make a Gaussian process take three times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
+import select
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from processes import IMPORTED
 
 from raytrain.errors import CheckpointError, StorageError, TaskError
 from raytrain.progress import Progress
@@ -173,12 +176,13 @@ def test_nothing_is_removed_while_nothing_verifies(tmp_path: Path) -> None:
 
 def test_retention_never_leaves_less_than_one_verified_checkpoint(tmp_path: Path) -> None:
     chosen = random.Random(0)
-    store = Store(LocalStorage(tmp_path), policy(KEEP_LAST=9), "a")
+    every = Store(LocalStorage(tmp_path / "every"), policy(KEEP_LAST=99), "a")
+    saved = {step: save(every, step) for step in range(1, 60)}
+    store = Store(LocalStorage(tmp_path), policy(), "a")
     for _ in range(60):
         shutil.rmtree(tmp_path / "ckpt", ignore_errors=True)
-        store.policy.KEEP_LAST = 9
         for step in chosen.sample(range(1, 60), 5):
-            save(store, step)
+            shutil.copytree(tmp_path / "every" / "ckpt" / saved[step], tmp_path / "ckpt" / saved[step])
         for name in chosen.sample(names(store), chosen.randint(0, 4)):
             file = tmp_path / "ckpt" / name / chosen.choice(["checkpoint.pth", "manifest.json"])
             chosen.choice([flip, Path.unlink, lambda path: path.write_bytes(b"")])(file)
@@ -390,11 +394,18 @@ def test_a_leftover_of_a_living_writer_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_writer_killed_again_and_again_never_loses_what_it_had_saved(tmp_path: Path) -> None:
-    ran = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, str(tmp_path)], capture_output=True, text=True, timeout=120
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert ran.stdout.splitlines()[-1].startswith("20 kills")
+    context = multiprocessing.get_context("forkserver")  # of one thread, so that it may fork
+    context.set_forkserver_preload(IMPORTED)
+    here, there = context.Pipe(duplex=False)
+    killer = context.Process(target=kill_writers, args=(tmp_path, 20, there))
+    killer.start()
+    there.close()
+    try:
+        assert here.recv().startswith("20 kills")
+    except EOFError:
+        pytest.fail("it says above what was lost")
+    finally:
+        killer.join(120)
 
 
 def test_a_checkpoint_that_does_not_read_back_is_an_error_and_nothing_is_removed(tmp_path: Path) -> None:
@@ -438,23 +449,26 @@ def save_until_killed(folder: Path, acknowledge: int) -> None:
             os.write(acknowledge, step.to_bytes(8, "little"))
 
 
-def kill_writers(folder: Path, kills: int) -> None:
-    """A process of one thread that forks writers and kills them, so that torch is imported once."""
+def kill_writers(folder: Path, kills: int, told: Connection) -> None:
+    """Forks writers and kills them; in a process of one thread."""
+    torch.set_num_threads(1)
     chosen = random.Random(0)
     saved = in_mid_save = 0
-    for _ in range(kills):
+    for kill in range(kills):
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
             os.close(reader)
             save_until_killed(folder, writer)
         os.close(writer)
+        if kill % 2:  # once it has saved, however busy the machine is; else also before
+            select.select([reader], [], [], 60)
         time.sleep(chosen.uniform(0.02, 0.15))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WTERMSIG(status) == signal.SIGKILL, f"the writer ended by itself: {status}"
-        with os.fdopen(reader, "rb") as told:
-            numbers = told.read()
+        with os.fdopen(reader, "rb") as acknowledged:
+            numbers = acknowledged.read()
         if numbers:
             saved = int.from_bytes(numbers[-8:], "little")
         in_mid_save += any((folder / "ckpt").glob(".*"))
@@ -467,9 +481,4 @@ def kill_writers(folder: Path, kills: int) -> None:
         weights = load_payload(store.storage, f"ckpt/{found.name}")["model_state"]["w"] if found else None
         assert found is None or weights is None or float(weights[0]) == found.manifest.progress.step
     assert saved and in_mid_save
-    print(f"{kills} kills, {in_mid_save} of them in mid-save, {saved} steps saved")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    kill_writers(Path(sys.argv[1]), kills=20)
+    told.send(f"{kills} kills, {in_mid_save} of them in mid-save, {saved} steps saved")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import select
@@ -29,7 +30,7 @@ class Server:
     def __init__(self, moto: ThreadedMotoServer) -> None:
         self.host, self.port = moto.get_host_and_port()
         self.key, self.secret = "key", "secret"
-        # All servers of a process share what is stored: each starts empty.
+        # What is stored is the process's: each block starts empty.
         self._post("reset", b"")
         self._post("reset-auth", b"inf")
         self.filesystem(allow_bucket_creation=True).create_dir(BUCKET)
@@ -156,10 +157,14 @@ class _Connection(socketserver.BaseRequestHandler):
 
 @contextlib.contextmanager
 def serving() -> Iterator[Server]:
+    """It is empty, and nobody else's for the time of the block."""
+    yield Server(started())
+
+
+@functools.cache
+def started() -> ThreadedMotoServer:
+    """One for the life of the process: each takes half a second to end."""
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
     moto.start()
-    try:
-        yield Server(moto)
-    finally:
-        moto.stop()
+    return moto
