@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from raytrain.cluster.cluster import Cluster
 from raytrain.cluster.driver import Show
-from raytrain.cluster.on_ray import run_on_ray
 from raytrain.config.load import load_config, with_overrides
 from raytrain.config.sections import Config
 from raytrain.engine.determinism import device_here, torch_put_back
@@ -113,8 +112,12 @@ def launch(
         show = display.feed
     try:
         with contextlib.nullcontext(stop) if stop else signals_wish_stop() as stop:
-            here = cfg.SCALE.NUM_WORKERS == 0
-            status = run_in_process(start, stop, show, judge) if here else run_on_ray(start, stop, show, ahead, judge)
+            if cfg.SCALE.NUM_WORKERS == 0:
+                status = run_in_process(start, stop, show, judge)
+            else:
+                from raytrain.cluster.on_ray import run_on_ray  # imports Ray, which no other run waits for
+
+                status = run_on_ray(start, stop, show, ahead, judge)
     except BaseException:
         with contextlib.suppress(PreflightError):  # what failed is what to tell; the next launch says the rest
             client.take_over(start.run_dir, BEREAVED_S)  # the last state it had is saved

@@ -128,6 +128,15 @@ def test_only_the_edge_imports_ray(name):
     assert wing(name) in RAY_AT or not offenders(name, {"ray"})
 
 
+def test_a_run_in_this_process_or_under_torchrun_waits_for_no_ray():
+    read, unread = set(), ["launch"]
+    while unread:
+        read.add(name := unread.pop())
+        found = {module for _, module in imports(name, at_import=True)}
+        assert not any(module.split(".")[0] == "ray" for module in found), f"launch imports {name}, which imports Ray"
+        unread += found & MODULES.keys() - read
+
+
 @every_module
 def test_nothing_imports_the_tasks(name):
     for line, found in imports(name):
