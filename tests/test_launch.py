@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT, Launched, torchrun, wait_for
 
 from raytrain.cli import main
 
 pytestmark = pytest.mark.ray
-ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "configs" / "digits.yaml"
 NO_RAY = "import sys; sys.modules['ray'] = None; from raytrain.cli import main; sys.exit(main())"
 SMALL = """
@@ -28,27 +28,9 @@ LOG: {{EVERY: 1}}
 """
 
 
-def torchrun(folder: Path, *words: str, program: tuple[str, ...] = ("-m", "raytrain")) -> subprocess.Popen[str]:
+def on_two(folder: Path, *words: str, program: tuple[str, ...] = ("-m", "raytrain")) -> Launched:
     """`torchrun --nproc_per_node 2 -m raytrain train WORDS`, in `folder`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["--no-python", sys.executable, *program, "train", "--output", str(folder / "output"), *words]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command,
-        cwd=folder,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def ended(process: subprocess.Popen[str]) -> str:
-    try:
-        return process.communicate(timeout=100)[0]
-    finally:
-        process.kill()
+    return torchrun([*program, "train", "--output", str(folder / "output"), *words], folder)
 
 
 def small(folder: Path, task: str) -> Path:
@@ -63,11 +45,8 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 def test_two_processes_train_to_the_bits_of_two_virtual_workers_and_import_no_ray(tmp_path: Path) -> None:
     config = small(tmp_path, "tasks_for_units:PredictingTask")
-    process = torchrun(
-        tmp_path, "--launcher", "pytorch", "--extra_tag", "there", "--cfg_file", str(config), program=("-c", NO_RAY)
-    )
-    out = ended(process)
-    assert process.returncode == 0, out
+    words = ["--launcher", "pytorch", "--extra_tag", "there", "--cfg_file", str(config)]
+    out = on_two(tmp_path, *words, program=("-c", NO_RAY)).ended(0)
     assert len(re.findall("finished after epoch 2", out)) == 1 and "2 workers (cpu)" in out and "note:" not in out
     output = tmp_path / "output" / "run"
     assert (output / "there" / "logs" / "rank_1.log").exists()
@@ -78,9 +57,7 @@ def test_two_processes_train_to_the_bits_of_two_virtual_workers_and_import_no_ra
 
 
 def test_a_rank_that_fails_is_shown_once_and_ends_the_run(tmp_path: Path) -> None:
-    process = torchrun(tmp_path, "--cfg_file", str(small(tmp_path, "tasks_for_units:FailsOnRank1")))
-    out = ended(process)
-    assert process.returncode == 1
+    out = on_two(tmp_path, "--cfg_file", str(small(tmp_path, "tasks_for_units:FailsOnRank1"))).ended(1)
     assert out.count("no anchors for 4 points") == 1 and out.count("failed on rank") == 1, out
     assert "failed on rank 1" in out
 
@@ -88,14 +65,12 @@ def test_a_rank_that_fails_is_shown_once_and_ends_the_run(tmp_path: Path) -> Non
 def test_a_log_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
     log = tmp_path / "output" / "run" / "default" / "logs" / "rank_1.log"
     log.mkdir(parents=True)
-    out = ended(torchrun(tmp_path, "--cfg_file", str(small(tmp_path, "tasks_for_units:PredictingTask"))))
+    out = on_two(tmp_path, "--cfg_file", str(small(tmp_path, "tasks_for_units:PredictingTask"))).ended(1)
     assert out.count(f"raytrain: {log}: cannot write this log: Is a directory") == 1, out
 
 
 def test_a_rank_that_is_killed_in_the_evaluation_is_not_taken_for_a_failure_of_the_other(tmp_path: Path) -> None:
-    process = torchrun(tmp_path, "--cfg_file", str(small(tmp_path, "tasks_for_units:DiesInEvaluation")))
-    out = ended(process)
-    assert process.returncode == 1
+    out = on_two(tmp_path, "--cfg_file", str(small(tmp_path, "tasks_for_units:DiesInEvaluation"))).ended(1)
     assert "raytrain: another worker process has died; rank 0 waited for it" in out, out
     assert "failed on rank 0" not in out and "gloo" not in out
 
@@ -105,9 +80,8 @@ def test_what_cannot_be_is_said_once(tmp_path: Path, words: list[str]) -> None:
     late = "import os, time; time.sleep(os.environ['RANK'] == '0')"  # who is to say it comes last
     program = ("-c", f"{late}; import sys; from raytrain.cli import main; sys.exit(main())")
     config = small(tmp_path, "tasks_for_units:PredictingTask")
-    process = torchrun(tmp_path, "--cfg_file", str(config), *words, program=program)
-    out = ended(process)
-    assert process.returncode == 1 and out.count("raytrain: ") == 1, out
+    out = on_two(tmp_path, "--cfg_file", str(config), *words, program=program).ended(1)
+    assert out.count("raytrain: ") == 1, out
     assert words[1] in out
 
 
@@ -115,22 +89,17 @@ def test_nobody_waits_for_a_rank_that_cannot_begin(tmp_path: Path) -> None:
     """As where a host has fewer GPUs than processes; torchrun kills only after 30 s what does not heed its SIGTERM."""
     one = "import os, sys; from raytrain.cli import main; sys.exit(main() if os.environ['RANK'] == '0' else 1)"
     began = time.monotonic()
-    process = torchrun(
-        tmp_path, "--cfg_file", str(small(tmp_path, "tasks_for_units:PredictingTask")), program=("-c", one)
-    )
-    out = ended(process)
-    assert process.returncode == 1 and time.monotonic() - began < 25, out
+    config = small(tmp_path, "tasks_for_units:PredictingTask")
+    out = on_two(tmp_path, "--cfg_file", str(config), program=("-c", one)).ended(1)
+    assert time.monotonic() - began < 25, out
 
 
 def test_a_sigterm_to_torchrun_stops_the_run_with_its_state_saved(tmp_path: Path) -> None:
-    process = torchrun(tmp_path, "--cfg_file", str(DIGITS), "--epochs", "2000", "--workers", "0")
+    launched = on_two(tmp_path, "--cfg_file", str(DIGITS), "--epochs", "2000", "--workers", "0")
     journal = tmp_path / "output" / "digits" / "default" / "journal.jsonl"
-    give_up = time.monotonic() + 60
-    while not (journal.exists() and '"kind": "step"' in journal.read_text()):
-        assert process.poll() is None and time.monotonic() < give_up
-        time.sleep(0.1)
-    os.kill(process.pid, signal.SIGTERM)
-    out = ended(process)
+    wait_for(lambda: journal.exists() and '"kind": "step"' in journal.read_text(), "a step")
+    os.kill(launched.pid, signal.SIGTERM)
+    out = launched.ended(1)  # torchrun's own
     assert '"status": "stopped"' in journal.read_text().splitlines()[-1], out
     assert [path.name for path in sorted((journal.parent / "ckpt").glob("checkpoint_step_*"))]
 

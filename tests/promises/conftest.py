@@ -8,6 +8,7 @@ import pytest
 from runs import Run
 
 import raytrain
+from raytrain.cli import main
 
 if TYPE_CHECKING:
     from sweeps import Undisturbed
@@ -19,6 +20,17 @@ def undisturbed_here(tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run(tmp_path_factory.mktemp("undisturbed"))
     cfg = raytrain.load_config(run.config_file, ["OUTPUT", str(run.folder / "output")])
     assert raytrain.train(cfg, num_workers=0, quiet=True).status == "finished"
+    return run
+
+
+@pytest.fixture(scope="session")
+def failed_here(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run in one process that failed in its 15th step, in mid-epoch, after checkpoint_step_12; copy it to go on."""
+    run = Run(tmp_path_factory.mktemp("failed"))
+    (run.gate / "fail").write_text("14")
+    assert main(run.words("--num_workers", "0")) == 1
+    (run.gate / "fail").unlink()
+    assert run.names()[-2:] == ["checkpoint_epoch_1", "checkpoint_step_12"]
     return run
 
 

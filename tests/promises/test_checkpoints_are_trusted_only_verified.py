@@ -89,9 +89,13 @@ every_damage = pytest.mark.parametrize("damage", DAMAGES, ids=[d.__name__ for d 
 
 @every_damage
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], undisturbed_here: Run, damage: Callable[[Path], None]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    undisturbed_here: Run,
+    failed_here: Run,
+    damage: Callable[[Path], None],
 ) -> None:
-    run = failed(tmp_path)
+    run = failed_here.copied(tmp_path)
     damage(run.ckpt / NEWEST)
     capsys.readouterr()
     assert main(run.words("--num_workers", "0")) == 0
@@ -105,9 +109,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
 
 
 def test_of_several_damaged_checkpoints_each_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], undisturbed_here: Run
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], undisturbed_here: Run, failed_here: Run
 ) -> None:
-    run = failed(tmp_path)
+    run = failed_here.copied(tmp_path)
     flip_a_bit(run.ckpt / NEWEST)
     tear_manifest(run.ckpt / BEFORE)
     capsys.readouterr()
@@ -120,9 +124,9 @@ def test_of_several_damaged_checkpoints_each_is_named(
 
 @every_damage
 def test_when_no_checkpoint_can_be_trusted_the_run_refuses_to_start_over(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], failed_here: Run, damage: Callable[[Path], None]
 ) -> None:
-    run = failed(tmp_path)
+    run = failed_here.copied(tmp_path)
     names = run.names()
     for name in sorted(names, reverse=True):  # exchange_weights copies from BEFORE: that one goes last
         (damage if name != BEFORE or damage is not exchange_weights else tear)(run.ckpt / name)
@@ -174,16 +178,6 @@ def test_starting_over_waits_for_a_run_that_still_trains(tmp_path: Path, undistu
     assert_same_bits(run.payload(), undisturbed_here.payload())
     assert_curves_are_whole(run, steps_per_epoch=11)
     assert len(list((run.ckpt / "superseded").glob("*/checkpoint_epoch_3"))) == 1  # the first one's, untouched
-
-
-def failed(folder: Path) -> Run:
-    """A run that failed in mid-epoch, with NEWEST, BEFORE and older checkpoints."""
-    run = Run(folder)
-    (run.gate / "fail").write_text("14")
-    assert main(run.words("--num_workers", "0")) == 1
-    (run.gate / "fail").unlink()
-    assert run.names()[-2:] == [BEFORE, NEWEST]
-    return run
 
 
 def has_open(pid: int, file: Path) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import DEADLINE_S, Launched, alive, environment, wait_for
+from commands import DEADLINE_S, Launched, alive, torchrun, wait_for
 from runs import EPOCHS, Run, assert_same_bits, assert_uses_once, keeper_of, keepers_of
 
 import raytrain
@@ -224,7 +224,7 @@ def test_one_of_two_processes_killed_in_reduce_ends_the_run_and_the_same_command
     run: Run, and_its_keeper: bool
 ) -> None:
     wish(run, "reduce", "SIGKILL", rank=1)
-    launched = torchrun(run)
+    launched = on_two(run)
     if and_its_keeper:
         keeper = wait_for(lambda: keepers_of(run), "the keeper")[0]
         wait_for(lambda: not (run.gate / "fault").exists(), "the fault")
@@ -238,16 +238,14 @@ def test_a_run_that_torchrun_starts_again_does_not_go_back_to_the_checkpoint_it_
     wait_for(lambda: not keepers_of(run), "the end of the keeper")
     run.release()
     (run.gate / "fault").write_text("reduce 9 1 SIGKILL")
-    launched = torchrun(run, "--max-restarts", "1", begun_at="checkpoint_epoch_1")
+    launched = on_two(run, "--max-restarts", "1", begun_at="checkpoint_epoch_1")
     launched.ended(0)
     *_, begun, gone_on = [record["step"] for record in run.lines("run")]
     assert begun == 6 and gone_on >= 9
     shutil.rmtree(run.ckpt / "superseded")
 
 
-def torchrun(run: Run, *options: str, begun_at: str | None = None) -> Launched:
+def on_two(run: Run, *options: str, begun_at: str | None = None) -> Launched:
     """The command in two processes of torchrun, begun at that checkpoint of the run."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options]
     words = run.words(*(["--resume", str(run.ckpt / begun_at)] if begun_at else []))
-    command = [*start, "--no-python", sys.executable, "-m", "raytrain", *words]
-    return Launched.of(command, run.folder, {**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+    return torchrun(["-m", "raytrain", *words], run.folder, *options, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")

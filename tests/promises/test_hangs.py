@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import ROOT, SUPPORT, Launched, wait_for
+from commands import torchrun, wait_for
 from runs import Run, assert_same_bits
 
 pytestmark = pytest.mark.ray
@@ -55,11 +53,7 @@ def test_a_straggler_and_a_loader_worker_that_hangs_are_named_under_torchrun(tmp
     # Loader workers take their time to start.
     run = hanging(tmp_path, **{**changes, "LOADER.WORKERS": 1, "SCALE.HANG_TIMEOUT": 1.5 * HANG_S})
     (run.gate / "slow_forward").write_text("0.02")
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "PYTHONPATH": f"{SUPPORT}{os.pathsep}{ROOT}", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    launched = Launched.of(
-        [*words, "--monitor_interval", "1", "--no-python", sys.executable, "-c", QUICK, *run.words()], tmp_path, env
-    )
+    launched = torchrun(["-c", QUICK, *run.words()], tmp_path, "--monitor_interval", "1")
     wait_for(lambda: "straggler: " in launched.output(), "the straggler")
     (run.gate / "data").write_text("3")
     said = launched.ended(1)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,18 @@ def environment() -> dict[str, str]:
 
 
 def commanded(words: list[str], folder: Path, env: Mapping[str, str] | None = None) -> Launched:
-    """`raytrain` with these words, in a process group of its own; a fork unless `env` says more than the tests'."""
+    """`raytrain` with these words, in a process group of its own; a fork unless `env` has words for Python itself."""
+    output, env = folder / f"output-{time.time_ns()}.txt", {**environment(), **(env or {})}
+    if "PYTHONIOENCODING" in env:
+        return Launched.of([sys.executable, "-m", "raytrain", *words], folder, env)
+    return Launched(forks().start(["raytrain", *words], folder, env, output), output)
+
+
+def torchrun(program: Sequence[str], folder: Path, *options: str, **env: str) -> Launched:
+    """`torchrun --nproc_per_node 2` of that program of Python's, in a process group of its own."""
+    words = ["torchrun", "--standalone", "--nproc_per_node", "2", *options, "--no-python", sys.executable, *program]
     output = folder / f"output-{time.time_ns()}.txt"
-    if env:
-        return Launched.of([sys.executable, "-m", "raytrain", *words], folder, {**environment(), **env})
-    return Launched(forks().start(words, folder, environment(), output), output)
+    return Launched(forks().start(words, folder, {**environment(), "OMP_NUM_THREADS": "1", **env}, output), output)
 
 
 class Launched:

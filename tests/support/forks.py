@@ -1,7 +1,7 @@
 """Commands as copies of a process that has imported torch already: each takes 2 s of CPU less to start.
 
-Each is `python -m raytrain ...` in all else: it leads a session, has its own folder, environment and output, and ends
-as a process does. Only the order of Python's sets is that of the first process.
+Each is `python -m raytrain ...`, or torchrun, in all else: it leads a session, has its own folder, environment and
+output, and ends as a process does. Only the order of Python's sets is that of the first process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from typing import NoReturn
 
 MESSAGE_BYTES = 1 << 20
 # Not ray, which takes its settings from the environment as it is imported.
-IMPORTED = ("raytrain.cli", "raytrain.launch", "raytrain.training.worker", "raytrain.sweep.report", "pandas", "optuna")
+IMPORTED = (
+    *("raytrain.cli", "raytrain.launch", "raytrain.training.worker", "raytrain.sweep.report", "pandas", "optuna"),
+    "torch.distributed.run",
+)
 
 
 @functools.cache
@@ -47,7 +50,7 @@ class Forks:
     def start(
         self, words: Sequence[str], folder: Path, env: Mapping[str, str], output: Path, errors: Path | None = None
     ) -> Fork:
-        """`raytrain` with these words; what it prints goes to that file, and to `errors` what goes to stderr."""
+        """`raytrain ...` or `torchrun ...`; what it prints goes to that file, and to `errors` what goes to stderr."""
         asked = {"words": list(words), "folder": str(folder), "env": dict(env)}
         asked |= {"output": str(output), "errors": str(errors or output)}
         status, write = os.pipe()
@@ -126,8 +129,13 @@ def become(words: list[str], folder: str, env: dict[str, str], output: str, erro
     os.environ.update(env)
     sys.path[0] = folder
     sys.path[1:1] = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
-    sys.argv = ["raytrain", *words]
-    runpy.run_module("raytrain", run_name="__main__", alter_sys=True)
+    sys.argv = words
+    if words[0] == "torchrun":
+        from torch.distributed import run
+
+        run.main()
+    else:
+        runpy.run_module("raytrain", run_name="__main__", alter_sys=True)
     sys.exit()
 
 

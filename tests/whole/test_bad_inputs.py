@@ -80,6 +80,7 @@ def test_a_bad_input_is_answered_with_what_is_wrong_and_what_to_do(
         request.getfixturevalue("ray_address")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # it looks for dead loaders then
     for name, content in {"run.yaml": GOOD.replace("{task}", bad.task), **bad.files}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -113,7 +114,9 @@ def in_process(words: list[str]) -> int:
 
 def as_process(words: list[str]) -> tuple[int, str, str]:
     output, errors = Path("printed.txt"), Path("printed-errors.txt")
-    status = forks().start(words, Path.cwd(), environment(), output.absolute(), errors.absolute()).wait(120)
+    status = (
+        forks().start(["raytrain", *words], Path.cwd(), environment(), output.absolute(), errors.absolute()).wait(120)
+    )
     return status, output.read_text(), errors.read_text()
 
 
