@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
+from commands import environment
 
 from raytrain import __version__, cli, load_config
 from raytrain.cli import main
 
-SUPPORT = Path(__file__).parent / "support"
 CONFIG = """\
 TASK: bad_tasks:Good
 OPTIMIZATION: {OPTIMIZER: adamw, BATCH_SIZE_PER_GPU: 4, NUM_EPOCHS: 2}
@@ -246,6 +246,7 @@ def test_help_and_config_errors_wait_for_nothing_heavy(folder: Path, words: str,
     assert done.stdout.splitlines()[-1] == f"loaded {status} []"
 
 
+@pytest.mark.ray
 def test_training_loads_none_of_what_torch_compiles_with(folder: Path) -> None:
     """Each would make every worker's first step, or a run's end, seconds late. Two virtual workers share a step."""
     code = (
@@ -254,8 +255,7 @@ def test_training_loads_none_of_what_torch_compiles_with(folder: Path) -> None:
         "names = ('sympy', 'torch._dynamo', 'torch._inductor', 'ray')\n"
         "print('loaded', status, [name for name in names if name in sys.modules])\n"
     )
-    env = {**os.environ, "PYTHONPATH": str(SUPPORT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
     assert done.stdout.splitlines()[-1] == "loaded 0 []"
 
 

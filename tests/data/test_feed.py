@@ -193,6 +193,7 @@ def test_it_works_in_a_thread_as_a_ray_worker_trains_in_one(in_process: list[Any
     assert found == [draws_of(in_process)]
 
 
+@pytest.mark.ray  # starts two processes that import torch
 def test_loader_workers_do_not_run_the_users_script_again(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

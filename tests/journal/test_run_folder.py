@@ -178,7 +178,7 @@ def test_the_commit_of_the_current_folder_is_written_down(tmp_path: Path, monkey
 def test_a_launch_on_ray_into_a_folder_that_a_run_trains_in_is_refused_before_ray_is_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raytrain.launch.locked", functools.partial(locked, patience_s=0.0))
+    monkeypatch.setattr("raytrain.cluster.on_ray.locked", functools.partial(locked, patience_s=0.0))
     cfg = config(tmp_path, "PointsTask", {})
     folder = Path(run_dir_of(cfg))
     folder.mkdir(parents=True)

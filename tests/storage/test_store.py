@@ -176,13 +176,13 @@ def test_nothing_is_removed_while_nothing_verifies(tmp_path: Path) -> None:
 
 def test_retention_never_leaves_less_than_one_verified_checkpoint(tmp_path: Path) -> None:
     chosen = random.Random(0)
-    every = Store(LocalStorage(tmp_path / "every"), policy(KEEP_LAST=99), "a")
-    saved = {step: save(every, step) for step in range(1, 60)}
+    every = {step: tmp_path / str(step) / "ckpt" for step in range(1, 60)}
+    saved = {step: save(Store(LocalStorage(ckpt.parent), policy(), "a"), step) for step, ckpt in every.items()}
     store = Store(LocalStorage(tmp_path), policy(), "a")
     for _ in range(60):
         shutil.rmtree(tmp_path / "ckpt", ignore_errors=True)
         for step in chosen.sample(range(1, 60), 5):
-            shutil.copytree(tmp_path / "every" / "ckpt" / saved[step], tmp_path / "ckpt" / saved[step])
+            shutil.copytree(every[step] / saved[step], tmp_path / "ckpt" / saved[step])
         for name in chosen.sample(names(store), chosen.randint(0, 4)):
             file = tmp_path / "ckpt" / name / chosen.choice(["checkpoint.pth", "manifest.json"])
             chosen.choice([flip, Path.unlink, lambda path: path.write_bytes(b"")])(file)

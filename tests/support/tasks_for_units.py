@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 import raytrain
 from raytrain import ModelReturn
+from raytrain.task import move_to
 
 TOY = Path(__file__).parents[1] / "golden" / "toy"
 
@@ -119,6 +120,33 @@ class PointsTask(raytrain.Task):
     def model_func(self, model: nn.Module, batch: Any) -> ModelReturn:
         x, y = batch
         return ModelReturn(nn.functional.cross_entropy(model(x), y))
+
+
+class ImagesTask(PointsTask):
+    """A small net with convolutions and BatchNorm, on 48 images of noise: the last batch of an epoch is short."""
+
+    def build_dataset(self, split: str) -> Any:
+        generator = torch.Generator().manual_seed(7)
+        x = torch.randn(48 if split == "train" else 10, 2, 8, 8, generator=generator)
+        return TensorDataset(x, (x.mean((1, 2, 3)) > 0).long())
+
+    def build_model(self, dataset: Any) -> nn.Module:
+        return ToyNet()
+
+
+class OwnDeliveryTask(ImagesTask):
+    """Its batches come in the line of the computation."""
+
+    def to_device(self, batch: Any, device: torch.device) -> Any:
+        return move_to(batch, device)
+
+
+class FlagsTask(PointsTask):
+    """Tells what torch was set to while it trained."""
+
+    def model_func(self, model: nn.Module, batch: Any) -> ModelReturn:
+        tf32 = float(torch.backends.cuda.matmul.allow_tf32) + float(torch.backends.cudnn.allow_tf32)
+        return ModelReturn(super().model_func(model, batch).loss, {"tf32": tf32})
 
 
 class PredictingTask(PointsTask):

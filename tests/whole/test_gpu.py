@@ -13,10 +13,7 @@ import pytest
 import torch
 from compiler import compiler_files_are_ours
 from small_runs import config, journal, notes, run_until, saved_state, train
-from tasks_for_units import PointsTask, ToyNet
-from torch.utils.data import TensorDataset
 
-from raytrain import ModelReturn
 from raytrain.config.sections import Config
 from raytrain.data.feed import Feed
 from raytrain.data.transfer import Delivery
@@ -25,7 +22,7 @@ from raytrain.engine.precision import fp32_precisions
 from raytrain.engine.state import RunState, build_run
 from raytrain.engine.world import World
 from raytrain.launch import Result
-from raytrain.task import Task, move_to
+from raytrain.task import Task, load_task_class
 from raytrain.training import loop
 from raytrain.training.worker import build_datasets, plan_of
 
@@ -37,37 +34,9 @@ DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=n
 SGD = {"OPTIMIZER": "sgd", "LR": 0.01, "BATCH_SIZE_PER_GPU": 5}
 
 
-class ImagesTask(PointsTask):
-    """A small net with convolutions and BatchNorm, on 48 images of noise: the last batch of an epoch is short."""
-
-    def build_dataset(self, split: str) -> Any:
-        generator = torch.Generator().manual_seed(7)
-        x = torch.randn(48 if split == "train" else 10, 2, 8, 8, generator=generator)
-        return TensorDataset(x, (x.mean((1, 2, 3)) > 0).long())
-
-    def build_model(self, dataset: Any) -> torch.nn.Module:
-        return ToyNet()
-
-
-class OwnDeliveryTask(ImagesTask):
-    """Its batches come in the line of the computation."""
-
-    def to_device(self, batch: Any, device: torch.device) -> Any:
-        return move_to(batch, device)
-
-
-class FlagsTask(PointsTask):
-    """Tells what torch was set to while it trained."""
-
-    def model_func(self, model: torch.nn.Module, batch: Any) -> ModelReturn:
-        tf32 = float(torch.backends.cuda.matmul.allow_tf32) + float(torch.backends.cudnn.allow_tf32)
-        return ModelReturn(super().model_func(model, batch).loss, {"tf32": tf32})
-
-
 def cfg_of(folder: Path, device: str, task: str = "ImagesTask", optim: dict[str, Any] | None = None) -> Config:
     scale = {"NUM_WORKERS": 0, "USE_GPU": device == "cuda"}
-    cfg = config(folder, task, {**SGD, **(optim or {})}, SCALE=scale, LOADER={"WORKERS": 1})
-    return cfg.model_copy(update={"TASK": f"{__name__}:{task}"}) if task in globals() else cfg
+    return config(folder, task, {**SGD, **(optim or {})}, SCALE=scale, LOADER={"WORKERS": 1})
 
 
 def losses(result: Result) -> list[float]:
@@ -187,7 +156,7 @@ def steps_of(cfg: Config, device: str, count: int, profiler: Any = None) -> RunS
     """A run after `count` steps and, within `profiler`, three more."""
     world = World(device=torch.device(device))
     prepare_torch(cfg, world.device)
-    task: Any = globals()[cfg.TASK.rpartition(":")[2]](cfg)
+    task: Any = load_task_class(cfg.TASK)(cfg)
     datasets = build_datasets(task, cfg.SEED)
     run = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), world), world)
     feed = Feed(task, datasets, run.plan, world, cfg.LOADER, cfg.SEED, lambda epoch: False)
