@@ -121,6 +121,8 @@ class Recorder:
             self.journal.hand_over()
         self._save_wished = False
         self._next_step_begins()
+        if evaluates:
+            self.heartbeat.step(run.progress.step)  # whoever hangs in the evaluation does so at the step just done
 
     def evaluated(self, validation: Validation) -> bool:
         """Collective. Write the metrics to the journal and to the epoch's checkpoint; whether the run is to go on."""
