@@ -29,6 +29,7 @@ def commanded(words: list[str], folder: Path, env: Mapping[str, str] | None = No
     output, env = folder / f"output-{time.time_ns()}.txt", {**environment(), **(env or {})}
     if "PYTHONIOENCODING" in env:
         return Launched.of([sys.executable, "-m", "raytrain", *words], folder, env)
+    output.touch()
     return Launched(forks().start(["raytrain", *words], folder, env, output), output)
 
 
@@ -36,6 +37,7 @@ def torchrun(program: Sequence[str], folder: Path, *options: str, **env: str) ->
     """`torchrun --nproc_per_node 2` of that program of Python's, in a process group of its own."""
     words = ["torchrun", "--standalone", "--nproc_per_node", "2", *options, "--no-python", sys.executable, *program]
     output = folder / f"output-{time.time_ns()}.txt"
+    output.touch()
     return Launched(forks().start(words, folder, {**environment(), "OMP_NUM_THREADS": "1", **env}, output), output)
 
 
