@@ -7,8 +7,10 @@ import os
 import shutil
 import signal
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import Pair
@@ -17,12 +19,32 @@ from processes import Pair
 # wait for each other on cores that other tests use make a Gaussian process take three times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Files that share what one of them has made at some cost: the same process gets them, one after the other.
+TOGETHER = {"tests/promises/test_sweeps_stopped.py": "tests/promises/test_sweeps.py"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Whole files for each process, as --dist loadfile has it, and those of TOGETHER as one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return TOGETHER.get(file, file)
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where several processes share the files of tests, the long ones come first, or one process ends long alone."""
+    """Tests that are skipped without a GPU have the mark gpu; where several processes share the files, those with the
+    most whole runs come first, or one process ends long alone."""
+    for item in items:
+        if any(str(mark.kwargs.get("reason")).startswith("needs a GPU") for mark in item.iter_markers("skipif")):
+            item.add_marker("gpu")
     if hasattr(config, "workerinput"):  # set by pytest-xdist
-        long = {item.path for item in items if item.get_closest_marker("ray")}
-        items.sort(key=lambda item: item.path not in long)
+        runs = Counter(item.path for item in items if item.get_closest_marker("ray"))
+        items.sort(key=lambda item: -runs[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,6 @@
-"""What makes a GPU fast changes no number beyond rounding, and makes the host wait for nothing.
+"""What makes a GPU fast changes no number beyond rounding and makes no host wait. `pytest -m gpu`: all that needs one.
 
-What needs a GPU is skipped where there is none, and says so; what can is run on the CPU as well.
+That is skipped where there is none, and says so; what can is run on the CPU as well.
 """
 
 from __future__ import annotations
