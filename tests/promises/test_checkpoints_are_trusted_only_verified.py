@@ -124,7 +124,11 @@ def test_of_several_damaged_checkpoints_each_is_named(
 
 @every_damage
 def test_when_no_checkpoint_can_be_trusted_the_run_refuses_to_start_over(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], failed_here: Run, damage: Callable[[Path], None]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    failed_here: Run,
+    ray_address: str,  # else a cluster would start for each refusal
+    damage: Callable[[Path], None],
 ) -> None:
     run = failed_here.copied(tmp_path)
     names = run.names()
@@ -139,7 +143,7 @@ def test_when_no_checkpoint_can_be_trusted_the_run_refuses_to_start_over(
         assert "--resume never --overwrite" in said
         assert NEWEST in said
     assert {p: p.read_bytes() for p in sorted(run.ckpt.rglob("*")) if p.is_file()} == before
-    assert main(run.words("--num_workers", "0", "--resume", "never", "--overwrite")) == 0
+    assert main(run.words("--num_workers", "0", "--resume", "never", "--overwrite", "--epochs", "1")) == 0
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_at_step_0(tmp_path: Path, undisturbed_here: Run) -> None:
@@ -154,7 +158,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_at_step_0(tmp_path: Pat
 
 
 def test_two_workers_pass_over_a_damaged_checkpoint_together(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], undisturbed_on_two: Run, failed_on_two: Run
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], undisturbed_on_two: Run, failed_on_two: Run, ray_address: str
 ) -> None:
     run = failed_on_two.copied(tmp_path)
     flip_a_bit(run.ckpt / "checkpoint_step_8")

@@ -17,11 +17,9 @@ from raytrain.cli import main
 pytestmark = pytest.mark.ray
 
 
-@pytest.mark.parametrize("loader_workers", [0, 2])
-def test_a_run_killed_in_mid_epoch_ends_with_the_same_bits(
-    tmp_path: Path, undisturbed_here: Run, loader_workers: int
-) -> None:
-    run = Run(tmp_path, {"LOADER.WORKERS": loader_workers})
+def test_a_run_killed_in_mid_epoch_ends_with_the_same_bits(tmp_path: Path, undisturbed_here: Run) -> None:
+    """With loader workers; without any, a folder behind s3:// in test_s3, and every phase of a run in test_faults."""
+    run = Run(tmp_path, {"LOADER.WORKERS": 2})
     run.killed_at(14, "--num_workers", "0")
     assert run.payload(run.names()[-1])["raytrain"]["progress"] == {"epoch": 1, "cursor": 4, "step": 12}
     run.run("--num_workers", "0")

@@ -17,8 +17,10 @@ from raytrain.cluster.mailbox import Mailbox
 pytestmark = pytest.mark.ray
 
 
-@pytest.mark.parametrize("step", [14, 21, 32], ids=["mid-epoch", "last step of an epoch", "last step"])
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("SIGTERM", 14), ("SIGTERM", 21), ("SIGTERM", 32), ("SIGINT", 14)],  # mid-epoch, and the last of one and of all
+)
 def test_a_signal_stops_the_run_after_the_step_under_way(
     tmp_path: Path, undisturbed_here: Run, name: str, step: int
 ) -> None:

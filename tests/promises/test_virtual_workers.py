@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.mark.parametrize("num_workers", ["0", "1"])
 def test_a_run_begun_on_two_workers_goes_on_with_fewer(
-    tmp_path: Path, failed_on_two: Run, undisturbed_on_two: Run, num_workers: str
+    tmp_path: Path, failed_on_two: Run, undisturbed_on_two: Run, ray_address: str, num_workers: str
 ) -> None:
     run = failed_on_two.copied(tmp_path)
     assert main(run.words("--num_workers", num_workers)) == 0
