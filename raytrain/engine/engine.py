@@ -17,7 +17,8 @@ import torch
 
 from raytrain.engine.buffers import Snapshot, copy_fitting, is_writable, put_back
 from raytrain.engine.flat import FlatStepper, Layout, collect, why_not_flat
-from raytrain.engine.guard import KINDS, LATE_STEPS, Guard, Late, Trouble
+from raytrain.engine.guard import KINDS, BadStep, Guard, is_finite
+from raytrain.engine.late import LATE_STEPS, LateReader
 from raytrain.engine.optim import options_of, stepped_groups
 from raytrain.engine.overlap import SEGMENT_BYTES, Overlap
 from raytrain.engine.per_parameter import TorchStepper
@@ -37,14 +38,14 @@ class Stepped:
     loss:      mean over all micro-batches of all virtual workers
     grad_norm: L2 over the stepped parameters, before clipping
     wishes:    for each wish of `Engine.step`, whether some rank had it
-    trouble:   the step that changed nothing since its numbers were bad, if one is known now: this one, on a GPU
+    bad_step:   the step that changed nothing since its numbers were bad, if one is known now: this one, on a GPU
                the one of two steps ago
     """
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
     wishes: tuple[bool, ...]
-    trouble: Trouble | None
+    bad_step: BadStep | None
 
 
 class Engine:
@@ -110,28 +111,27 @@ class Engine:
             fused = world.device.type == "cuda" and all(p.is_floating_point() for p in self.params)
             self.stepper = TorchStepper(groups, options, self.precision.scaler, gradients, fused)
         self.guard = Guard(optim_cfg, world.device, scaled=self.precision.scaler.is_enabled())
-        self.fence: torch.cuda.Event | None = None  # what reads the parameters beside the computation
+        self.readers_done: torch.cuda.Event | None = None  # what reads the parameters beside the computation
         self.loss_sum: torch.Tensor | None = None
         self._flags: tuple[list[bool], tuple[bool, ...]] | None = None
         self._flags_here = torch.empty(0)
         self._kept = Snapshot({})
         self._first_done = False
         self._late_rows: deque[list[torch.Tensor]] = deque(maxlen=LATE_STEPS + 1)
-        self._late_wishes = Late()
-        self.late = world.device.type != "cpu"  # whether reading a verdict at once would wait for the device
-        self._late_verdicts = Late(self.guard.unread.tolist())
+        self._late_wishes = LateReader()
+        self.reads_late = world.device.type != "cpu"  # whether reading a verdict at once would wait for the device
+        self._late_verdicts = LateReader(self.guard.unread.tolist())
 
     def wait_for_readers(self) -> None:
         """What a GPU does from here on comes after the copy of the state that is being made beside it, if one is."""
-        if self.fence is not None:
-            torch.cuda.current_stream().wait_event(self.fence)
-            self.fence = None
+        if self.readers_done is not None:
+            torch.cuda.current_stream().wait_event(self.readers_done)
+            self.readers_done = None
 
     def begin_step(self, at: int) -> None:
         """No gradient is left; what a rollback returns to is kept, where that is due after `at` steps."""
         if self.guard.anchor_due(at):
-            self.wait_for_readers()
-            self.guard.drop_anchor(at, self.living())
+            self.drop_anchor(at)
         self.zero_grad()
 
     def zero_grad(self) -> None:
@@ -204,10 +204,10 @@ class Engine:
         self.wait_for_readers()
         norm = self.stepper.norm(used)
         step = partial(self.stepper.step, settings, norm)
-        trouble = (self._step_if_good_late if self.late else self._step_if_good)(step, loss, norm)
-        return Stepped(loss, norm, granted, trouble)
+        bad_step = (self._step_if_good_late if self.reads_late else self._step_if_good)(step, loss, norm)
+        return Stepped(loss, norm, granted, bad_step)
 
-    def _step_if_good(self, step: partial[None], loss: torch.Tensor, norm: torch.Tensor) -> Trouble | None:
+    def _step_if_good(self, step: partial[None], loss: torch.Tensor, norm: torch.Tensor) -> BadStep | None:
         """Where the verdict can be read at once."""
         assert self.loss_sum is not None
         verdict = self.guard.read(loss, norm)
@@ -217,9 +217,9 @@ class Engine:
         copy_fitting(self._buffers(), self._kept.values)
         bad = [p for p, g in zip(self.params, self.stepper.gradients_here(), strict=True) if not is_finite(g)]
         numbers = int(self.guard.in_a_row), loss.item(), norm.item(), self.loss_sum.item()
-        return Trouble(KINDS[verdict], 0, *numbers, self._names_of(bad))
+        return BadStep(KINDS[verdict], 0, *numbers, self._names_of(bad))
 
-    def _step_if_good_late(self, step: partial[None], loss: torch.Tensor, norm: torch.Tensor) -> Trouble | None:
+    def _step_if_good_late(self, step: partial[None], loss: torch.Tensor, norm: torch.Tensor) -> BadStep | None:
         """Where reading would wait for the device: that acts on the verdict, the host hears of it two steps later."""
         assert self.loss_sum is not None
         verdict = self.guard.judge(loss, norm)
@@ -235,7 +235,7 @@ class Engine:
             return None
         kind, in_a_row, summed, of_norm, here = heard
         near = self.stepper.in_bad_rows(self._late_rows[0]) if len(self._late_rows) > LATE_STEPS else []
-        return Trouble(KINDS[int(kind)], LATE_STEPS, int(in_a_row), summed, of_norm, here, self._names_of(near))
+        return BadStep(KINDS[int(kind)], LATE_STEPS, int(in_a_row), summed, of_norm, here, self._names_of(near))
 
     def _names_of(self, params: Sequence[torch.nn.Parameter]) -> list[str]:
         """In the order of the model."""
@@ -254,27 +254,32 @@ class Engine:
         """
         return self.stepper.state_dict(live)
 
-    def living(self) -> dict[str, torch.Tensor]:
+    def live_tensors(self) -> dict[str, torch.Tensor]:
         """All that a step changes, where it lies: weights, moments, step counts and buffers, by name."""
         found = {f"params.{i}": p.detach() for i, p in enumerate(self.params)}
         for i, entry in self.optimizer_state(live=True)["state"].items():
             found |= {f"moments.{i}.{name}": value for name, value in entry.items() if torch.is_tensor(value)}
         return found | {f"buffers.{i}.{name}": buffer for (i, name), buffer in self._buffers().items()}
 
+    def drop_anchor(self, step: int) -> None:
+        """The state as it is after `step` steps is what a rollback goes back to."""
+        self.wait_for_readers()
+        self.guard.drop_anchor(step, self.live_tensors())
+
     @torch.no_grad()
     def roll_back(self) -> int:
         """Return to the guard's anchor; the steps that had been taken there."""
-        self.guard.roll_back(self.living())
+        self.guard.roll_back(self.live_tensors())
         self.stepper.regroup()
         return int(self.guard.anchor_step)
 
     def load_guard(self, state: dict[str, Any]) -> None:
         """What a checkpoint holds of the guard; an older one holds nothing."""
-        self.guard.load(state, self.living())
-        self._late_verdicts = Late(self.guard.unread.tolist())
+        self.guard.load(state, self.live_tensors())
+        self._late_verdicts = LateReader(self.guard.unread.tolist())
         self._late_rows.clear()
 
-    def strangers(self) -> list[str]:
+    def newly_untrained(self) -> list[str]:
         """Names of trainable parameters that no step changes: they came, or were unfrozen, since it was last asked."""
         found = {p: name for name, p in self.model.named_parameters() if p.requires_grad and p not in self._met}
         self._met |= found.keys()
@@ -336,11 +341,3 @@ class Engine:
 
     def _copied_buffers(self) -> dict[tuple[int, str], torch.Tensor]:
         return {key: buffer.clone() for key, buffer in self._buffers().items()}
-
-
-def is_finite(gradient: torch.Tensor | None) -> bool:
-    """True if there is no NaN and no infinity in it. Waits for its device."""
-    if gradient is None:
-        return True
-    values = gradient if gradient.layout is torch.strided else gradient.to_dense()
-    return bool(values.isfinite().all())

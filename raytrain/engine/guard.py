@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from raytrain.engine.buffers import copy_fitting, fits
+from raytrain.engine.late import LATE_STEPS
 
 KINDS = ("", "spike", "nonfinite")  # verdicts, in the order of their numbers; 0: nothing is wrong
 SPIKE, NONFINITE = 1, 2
-LATE_STEPS = 2  # after these, what a GPU computed has arrived on the host
 
 
 @dataclasses.dataclass(frozen=True)
-class Trouble:
+class BadStep:
     """A step that changed nothing, as one rank knows it.
 
     kind:            "nonfinite" or "spike"
@@ -112,34 +111,34 @@ class Guard:
         torch.where(left_out, window, torch.cat([window[:, 1:], latest[:, None]], dim=1), out=window)
         return verdict
 
-    def why_end(self, trouble: Trouble) -> str | None:
+    def why_end(self, bad_step: BadStep) -> str | None:
         """What ends the run with this step; None if it goes on."""
-        key = "NONFINITE" if trouble.kind == "nonfinite" else "SPIKE.ACTION"
-        if self.actions[trouble.kind] == "stop":
+        key = "NONFINITE" if bad_step.kind == "nonfinite" else "SPIKE.ACTION"
+        if self.actions[bad_step.kind] == "stop":
             return f"OPTIMIZATION.{key} is stop, so the run ends here"
-        if trouble.in_a_row >= self.limit:
+        if bad_step.in_a_row >= self.limit:
             return f"The run ends: {self.limit} such steps in a row are too many (OPTIMIZATION.NONFINITE_LIMIT)"
         return None
 
-    def takes_again(self, trouble: Trouble) -> bool:
+    def takes_again(self, bad_step: BadStep) -> bool:
         """Whether a run that ends with this step ends before it, and begins with it when it goes on."""
-        return self.actions[trouble.kind] == "stop" and trouble.ago == 0
+        return self.actions[bad_step.kind] == "stop" and bad_step.ago == 0
 
     def anchor_due(self, step: int) -> bool:
         """Whether the state after `step` steps is one to go back to."""
         return self.rollback_every is not None and (step % self.rollback_every == 0 or not self.anchor)
 
-    def drop_anchor(self, step: int, living: Mapping[str, torch.Tensor]) -> None:
-        """`living`, as it is after `step` steps, is what a rollback goes back to."""
+    def drop_anchor(self, step: int, live: Mapping[str, torch.Tensor]) -> None:
+        """`live`, as it is after `step` steps, is what a rollback goes back to."""
         before = self.anchor
-        self.anchor = {n: before[n] if fits(t, before.get(n)) else torch.empty_like(t) for n, t in living.items()}
-        copy_fitting(self.anchor, living)
+        self.anchor = {n: before[n] if fits(t, before.get(n)) else torch.empty_like(t) for n, t in live.items()}
+        copy_fitting(self.anchor, live)
         self.anchor_step.fill_(step)
 
-    def roll_back(self, living: Mapping[str, torch.Tensor]) -> None:
-        """`living` becomes what it was at the anchor; moments that did not exist then become zero, as they began."""
-        copy_fitting(living, self.anchor)
-        for name, tensor in living.items():
+    def roll_back(self, live: Mapping[str, torch.Tensor]) -> None:
+        """`live` becomes what it was at the anchor; moments that did not exist then become zero, as they began."""
+        copy_fitting(live, self.anchor)
+        for name, tensor in live.items():
             if name.startswith("moments.") and name not in self.anchor:
                 tensor.zero_()
 
@@ -152,34 +151,20 @@ class Guard:
             found |= {"anchor": self.anchor, "anchor_step": self.anchor_step}
         return found
 
-    def load(self, state: Mapping[str, Any], living: Mapping[str, torch.Tensor]) -> None:
-        """Take over what fits of a `state`; an anchor of another model than `living` is not."""
+    def load(self, state: Mapping[str, Any], live: Mapping[str, torch.Tensor]) -> None:
+        """Take over what fits of a `state`; an anchor of another model than `live` is not."""
         self._calm = False
         own = {name: tensor for name, tensor in self.state().items() if name != "anchor"}
         copy_fitting(own, {name: state[name].to(tensor.device) for name, tensor in own.items() if name in state})
         anchor = {name: tensor.to(self.in_a_row.device) for name, tensor in state.get("anchor", {}).items()}
-        weights = {name: tensor for name, tensor in living.items() if name.startswith("params.")}
+        weights = {name: tensor for name, tensor in live.items() if name.startswith("params.")}
         whole = all(fits(tensor, anchor.get(name)) for name, tensor in weights.items())
         self.anchor = {n: t.clone() for n, t in anchor.items()} if whole and self.rollback_every is not None else {}
 
 
-class Late:
-    """Small tensors on their way to the host, each handed out LATE_STEPS after it was put in."""
-
-    def __init__(self, first: Sequence[list[float]] = ()) -> None:
-        """first: what is handed out first, oldest first."""
-        self._under_way: deque[tuple[Any, torch.cuda.Event | None]] = deque((values, None) for values in first)
-
-    def swap(self, tensor: torch.Tensor) -> list[float] | None:
-        """Puts `tensor` in; the numbers of the one that was put in two steps ago, None if there is none."""
-        host, event = tensor.to("cpu", non_blocking=True), None
-        if tensor.device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record()
-        self._under_way.append((host, event))
-        if len(self._under_way) <= LATE_STEPS:
-            return None
-        host, event = self._under_way.popleft()
-        if event is not None and not event.query():
-            event.synchronize()
-        return list(host.tolist() if isinstance(host, torch.Tensor) else host)
+def is_finite(gradient: torch.Tensor | None) -> bool:
+    """True if there is no NaN and no infinity in it. Waits for its device."""
+    if gradient is None:
+        return True
+    values = gradient if gradient.layout is torch.strided else gradient.to_dense()
+    return bool(values.isfinite().all())

@@ -234,7 +234,7 @@ class Transfer:
             self._finite = self._finite.to("cpu", non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record(stream)
-        run.engine.fence = self._arrived
+        run.engine.readers_done = self._arrived
 
     def is_over(self, wait: bool) -> bool:
         if self._arrived is not None and wait:

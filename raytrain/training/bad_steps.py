@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 
 from raytrain.data.feed import Step
-from raytrain.engine.engine import is_finite
-from raytrain.engine.guard import Trouble
+from raytrain.engine.guard import BadStep, is_finite
 from raytrain.engine.state import RunState
 from raytrain.journal.journal import Journal
 from raytrain.task import ModelReturn
@@ -16,69 +15,69 @@ SHOWN = 5  # parameters of an event
 SAMPLES_SHOWN = 24
 
 
-def suspects(trouble: Trouble, taken: Sequence[Step], returns: Sequence[ModelReturn]) -> list[int]:
+def suspects(bad_step: BadStep, taken: Sequence[Step], returns: Sequence[ModelReturn]) -> list[int]:
     """Ids of this rank's samples of a bad step: of its micro-batches whose loss is not finite, else of all.
 
     taken: the steps up to now;  returns: of the last one
     """
-    if trouble.ago >= len(taken):  # it was taken in another epoch, or before the run was resumed
+    if bad_step.ago >= len(taken):  # it was taken in another epoch, or before the run was resumed
         return []
-    keys = [key for of_worker in taken[-1 - trouble.ago].micro_batches.values() for key in of_worker]
+    keys = [key for of_worker in taken[-1 - bad_step.ago].micro_batches.values() for key in of_worker]
     bad = []
-    if trouble.ago == 0:
+    if bad_step.ago == 0:
         bad = [key for key, each in zip(keys, returns, strict=True) if not is_finite(each.loss.detach())]
     return [sample for key in bad or keys for sample in key.ids]
 
 
-def answer(run: RunState, journal: Journal, trouble: Trouble, samples: list[int]) -> str | None:
+def answer(run: RunState, journal: Journal, bad_step: BadStep, samples: list[int]) -> str | None:
     """Collective. Tell of a bad step, which has changed nothing, and roll back if that is asked for.
 
     Returns what happened and why that ends the run, None if it goes on.
 
     samples: ids of those on this rank that it may come from
     """
-    guard, step = run.engine.guard, run.progress.step - trouble.ago
-    everyone = run.world.all_objects((trouble, samples))
+    guard, step = run.engine.guard, run.progress.step - bad_step.ago
+    everyone = run.world.all_objects((bad_step, samples))
     ranks = culprits([each for each, _ in everyone])
     parameters = list(dict.fromkeys(name for rank in ranks for name in everyone[rank][0].parameters))
     ids = [sample for rank in ranks for sample in everyone[rank][1]]
-    message = f"{described(step, trouble, ranks, parameters, ids)}: it changed nothing"
-    if guard.actions[trouble.kind] == "rollback":
+    message = f"{described(step, bad_step, ranks, parameters, ids)}: it changed nothing"
+    if guard.actions[bad_step.kind] == "rollback":
         message += f", and the run went back to the weights of step {run.engine.roll_back()}"
-    if trouble.in_a_row > 1:
-        message += f"; {trouble.in_a_row} such steps in a row"
+    if bad_step.in_a_row > 1:
+        message += f"; {bad_step.in_a_row} such steps in a row"
     journal.write(
         "event",
-        event=trouble.kind,
+        event=bad_step.kind,
         step=step,
         ranks=ranks,
         parameters=parameters[:SHOWN],
         samples=ids[:SAMPLES_SHOWN],
-        action=guard.actions[trouble.kind],
-        in_a_row=trouble.in_a_row,
-        loss=trouble.loss,
-        grad_norm=trouble.grad_norm,
+        action=guard.actions[bad_step.kind],
+        in_a_row=bad_step.in_a_row,
+        loss=bad_step.loss,
+        grad_norm=bad_step.grad_norm,
         message=message,
     )
-    reason = guard.why_end(trouble)
+    reason = guard.why_end(bad_step)
     return None if reason is None else f"{message}. {reason}"
 
 
-def culprits(troubles: Sequence[Trouble]) -> list[int]:
+def culprits(bad_steps: Sequence[BadStep]) -> list[int]:
     """The ranks that a bad step comes from, by what each rank tells of it; all, where it shows in the sum alone."""
-    if troubles[0].kind == "spike":
-        return [max(range(len(troubles)), key=lambda rank: troubles[rank].loss_here)]
-    return [rank for rank, trouble in enumerate(troubles) if trouble.here] or list(range(len(troubles)))
+    if bad_steps[0].kind == "spike":
+        return [max(range(len(bad_steps)), key=lambda rank: bad_steps[rank].loss_here)]
+    return [rank for rank, bad_step in enumerate(bad_steps) if bad_step.here] or list(range(len(bad_steps)))
 
 
-def described(step: int, trouble: Trouble, ranks: Sequence[int], parameters: Sequence[str], ids: Sequence[int]) -> str:
+def described(step: int, bad_step: BadStep, ranks: Sequence[int], parameters: Sequence[str], ids: Sequence[int]) -> str:
     """A bad step, in words."""
-    if trouble.kind == "spike":
-        what = f"the loss is {trouble.loss:.4g} and the gradient's norm {trouble.grad_norm:.4g}, far above the usual"
-    elif math.isfinite(trouble.loss):
-        what = f"the gradient's norm is {trouble.grad_norm}"
+    if bad_step.kind == "spike":
+        what = f"the loss is {bad_step.loss:.4g} and the gradient's norm {bad_step.grad_norm:.4g}, far above the usual"
+    elif math.isfinite(bad_step.loss):
+        what = f"the gradient's norm is {bad_step.grad_norm}"
     else:
-        what = f"the loss is {trouble.loss}"
+        what = f"the loss is {bad_step.loss}"
     where = [f"rank {', '.join(map(str, ranks))}"]
     if parameters:
         where.append(f"first in the gradient of {', '.join(parameters[:SHOWN])}{', ...' if parameters[SHOWN:] else ''}")

@@ -12,7 +12,8 @@ from typing import NamedTuple, NoReturn
 from raytrain.config.load import dump_config
 from raytrain.data.feed import Feed, Step
 from raytrain.engine.engine import Stepped
-from raytrain.engine.guard import LATE_STEPS, Trouble
+from raytrain.engine.guard import BadStep
+from raytrain.engine.late import LATE_STEPS
 from raytrain.engine.state import RunState
 from raytrain.errors import DivergedError, RaytrainError
 from raytrain.journal.heritage_log import header_lines, model_lines
@@ -86,8 +87,8 @@ class Recorder:
         self._steps.append(step)
         self._write_notes()
         self._write_step(step, taken)
-        if taken.stepped.trouble is not None:
-            self._answer(taken.stepped.trouble, taken.returns)
+        if taken.stepped.bad_step is not None:
+            self._answer(taken.stepped.bad_step, taken.returns)
         if self.saves.after_step(self.run):
             self.journal.hand_over()  # what a run that goes on from that memory would not measure again
         self._tell_saved()
@@ -239,11 +240,11 @@ class Recorder:
                 save_s=save.save_s,
             )
 
-    def _answer(self, trouble: Trouble, returns: list[ModelReturn]) -> None:
+    def _answer(self, bad_step: BadStep, returns: list[ModelReturn]) -> None:
         """Collective. Tell of a bad step, which has changed nothing, and end the run where that is asked for."""
-        why_end = answer(self.run, self.journal, trouble, suspects(trouble, self._steps, returns))
+        why_end = answer(self.run, self.journal, bad_step, suspects(bad_step, self._steps, returns))
         if why_end is not None:
-            if self.run.engine.guard.takes_again(trouble):
+            if self.run.engine.guard.takes_again(bad_step):
                 self.run.progress = self._began
             self._end_badly(why_end)
 
@@ -266,7 +267,7 @@ class Recorder:
 
 def untrained(run: RunState) -> list[str]:
     """A line for the user if the model has got trainable parameters that no step changes."""
-    names = run.engine.strangers()
+    names = run.engine.newly_untrained()
     if not names:
         return []
     return [

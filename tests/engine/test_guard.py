@@ -19,7 +19,7 @@ from torch import nn
 from raytrain.data.feed import Feed
 from raytrain.engine.buffers import put_back
 from raytrain.engine.engine import Engine, Stepped
-from raytrain.engine.guard import Guard, Late, Trouble
+from raytrain.engine.guard import BadStep, Guard
 from raytrain.engine.optim import options_of, stepped_groups
 from raytrain.engine.per_parameter import TorchStepper
 from raytrain.engine.state import RunState, build_run
@@ -68,7 +68,7 @@ def engine_of(kind: str, world: World | None = None, reduction: str = "auto", **
     if "fused" in kind:
         groups = stepped_groups(engine.model, cfg)
         engine.stepper = TorchStepper(groups, options_of(cfg), engine.precision.scaler, None, fused=True)
-    engine.late = "late" in kind
+    engine.reads_late = "late" in kind
     return engine
 
 
@@ -89,7 +89,7 @@ def take(engine: Engine, step: int, spoil: float = 1.0, branch: bool = True) -> 
 
 
 def everything(engine: Engine) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in engine.living().items()}
+    return {name: tensor.clone() for name, tensor in engine.live_tensors().items()}
 
 
 def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -132,8 +132,8 @@ def test_the_host_hears_of_it_at_once_or_where_that_would_wait_two_steps_later()
     kinds = {"flat": 0, "flat late": 2} | ({"flat cuda": 2, "ddp cuda": 2} if torch.cuda.is_available() else {})
     for kind, ago in kinds.items():
         engine = engine_of(kind)
-        told = [take(engine, step, NAN if step in (2, 3) else 1.0).trouble for step in range(7)]
-        found = {step: trouble for step, trouble in enumerate(told) if trouble is not None}
+        told = [take(engine, step, NAN if step in (2, 3) else 1.0).bad_step for step in range(7)]
+        found = {step: bad_step for step, bad_step in enumerate(told) if bad_step is not None}
         assert {step: (each.ago, each.in_a_row) for step, each in found.items()} == {
             2 + ago: (ago, 1),
             3 + ago: (ago, 2),
@@ -145,14 +145,14 @@ def test_the_host_hears_of_it_at_once_or_where_that_would_wait_two_steps_later()
 def test_where_it_comes_late_the_parameters_are_those_near_the_bad_numbers() -> None:
     model = nn.ModuleDict({name: nn.Linear(100, 100) for name in "abc"})
     engine = Engine(model, SimpleNamespace(**OPTIM), World())
-    engine.late, told = True, []
+    engine.reads_late, told = True, []
     for step in range(4):
         engine.zero_grad()
         engine.backward(sum(layer(torch.ones(100)).sum() for layer in model.values()), 1.0)  # type: ignore[arg-type]
         if step == 1:
             model["b"].weight.grad[30, 5] = NAN  # of 10 000 numbers, in the row of 4096 where its neighbour ends
-        told.append(engine.step(settings(clip=0.5), ()).trouble)
-    assert [trouble.parameters for trouble in told if trouble] == [["b.weight"]]
+        told.append(engine.step(settings(clip=0.5), ()).bad_step)
+    assert [bad_step.parameters for bad_step in told if bad_step] == [["b.weight"]]
     assert told[3] is not None and not told[3].here and culprits([told[3], told[3]]) == [0, 1]
 
 
@@ -165,7 +165,7 @@ def spoilt_gradient(
     before = everything(engine)
     if rank == 1:
         engine.model.branch.bias.register_hook(lambda grad: grad * NAN)
-    return take(engine, 1).trouble, before, everything(engine)
+    return take(engine, 1).bad_step, before, everything(engine)
 
 
 @pytest.mark.parametrize("kind", ["flat", "ddp"])
@@ -174,23 +174,23 @@ def test_all_ranks_come_to_one_verdict_and_the_one_at_fault_names_its_parameters
     pair: Pair, kind: str, reduction: str
 ) -> None:
     found = pair.run(spoilt_gradient, kind, reduction)
-    for rank, (trouble, before, after) in enumerate(found):
-        assert (trouble.kind, trouble.in_a_row, trouble.here) == ("nonfinite", 1, rank == 1)
-        assert trouble.parameters == (["branch.bias"] if rank == 1 else []) and math.isfinite(trouble.loss)
+    for rank, (bad_step, before, after) in enumerate(found):
+        assert (bad_step.kind, bad_step.in_a_row, bad_step.here) == ("nonfinite", 1, rank == 1)
+        assert bad_step.parameters == (["branch.bias"] if rank == 1 else []) and math.isfinite(bad_step.loss)
         assert_same_bits(after, before)
-    assert culprits([trouble for trouble, _, _ in found]) == [1]
+    assert culprits([bad_step for bad_step, _, _ in found]) == [1]
 
 
-def test_fp16_overflows_are_the_scalers_and_a_loss_that_is_not_finite_is_trouble() -> None:
+def test_fp16_overflows_are_the_scalers_and_a_loss_that_is_not_finite_makes_a_bad_step() -> None:
     engine = engine_of("ddp", USE_AMP=True)
     before = everything(engine)
     overflow = engine.model.branch.bias.register_hook(lambda grad: grad * math.inf)
     stepped = take(engine, 0)
-    assert not stepped.grad_norm.isfinite() and stepped.trouble is None
+    assert not stepped.grad_norm.isfinite() and stepped.bad_step is None
     assert engine.precision.scaler.get_scale() == 32768.0
     overflow.remove()
-    trouble = take(engine, 1, NAN).trouble
-    assert trouble is not None and trouble.kind == "nonfinite"
+    bad_step = take(engine, 1, NAN).bad_step
+    assert bad_step is not None and bad_step.kind == "nonfinite"
     weights = [name for name in before if name.startswith("params.")]
     assert_same_bits({n: everything(engine)[n] for n in weights}, {n: before[n] for n in weights})
 
@@ -232,12 +232,12 @@ def test_a_spike_leaves_no_trace_either(kind: str) -> None:
     spike = SimpleNamespace(FACTOR=4.0, WINDOW=3, ACTION="skip")
     engine = engine_of(kind, SPIKE=spike)
     for step in range(5):
-        assert take(engine, step).trouble is None
+        assert take(engine, step).bad_step is None
     engine.model.linear.weight.data.mul_(1000.0)
     before = everything(engine)
-    told = [take(engine, 5).trouble, take(engine, 6).trouble, take(engine, 7).trouble]
-    trouble = told[2 if engine.late else 0]
-    assert trouble is not None and trouble.kind == "spike"
+    told = [take(engine, 5).bad_step, take(engine, 6).bad_step, take(engine, 7).bad_step]
+    bad_step = told[2 if engine.reads_late else 0]
+    assert bad_step is not None and bad_step.kind == "spike"
     assert_same_bits(everything(engine), before)
 
 
@@ -249,7 +249,7 @@ def test_a_spike_leaves_no_trace_either(kind: str) -> None:
 def test_after_a_rollback_a_run_is_the_one_that_stood_there(kind: str, optimizer: str) -> None:
     """Also if moments that it has now did not exist there."""
     run, fresh = (engine_of(kind, OPTIMIZER=optimizer, NONFINITE="rollback") for _ in range(2))
-    run.guard.drop_anchor(0, run.living())
+    run.drop_anchor(0)
     for step in range(4):
         take(run, step, branch=step > 1)
     assert run.roll_back() == 0
@@ -262,19 +262,19 @@ def test_after_a_rollback_a_run_is_the_one_that_stood_there(kind: str, optimizer
 def test_what_the_guard_knows_is_tensors_that_a_resumed_run_takes_over() -> None:
     spike = SimpleNamespace(FACTOR=4.0, WINDOW=3, ACTION="rollback")
     whole, resumed = (engine_of("flat late", SPIKE=spike, NONFINITE="rollback") for _ in range(2))
-    whole.guard.drop_anchor(7, whole.living())
+    whole.drop_anchor(7)
     for step in range(4):
         take(whole, step)
     take(whole, 4, NAN)
     state, living = whole.guard.state(), everything(whole)
     resumed.load_optimizer_state(whole.optimizer_state())
-    for name, tensor in resumed.living().items():
+    for name, tensor in resumed.live_tensors().items():
         tensor.copy_(living[name])
     resumed.load_guard(state)
     for step in (5, 6):
-        told = [take(engine, step).trouble for engine in (whole, resumed)]
-        assert [trouble is None for trouble in told] == [step == 5] * 2
-    assert len({repr(dataclasses.replace(trouble, parameters=[])) for trouble in told if trouble}) == 1
+        told = [take(engine, step).bad_step for engine in (whole, resumed)]
+        assert [bad_step is None for bad_step in told] == [step == 5] * 2
+    assert len({repr(dataclasses.replace(bad_step, parameters=[])) for bad_step in told if bad_step}) == 1
     assert whole.roll_back() == resumed.roll_back() == 7
     assert_same_bits(everything(resumed), everything(whole))
     for name, tensor in whole.guard.state().items():
@@ -287,7 +287,7 @@ def test_a_checkpoint_without_a_guard_or_with_an_anchor_of_another_model_is_take
     assert engine.guard.anchor_due(5) and engine.guard.in_a_row == 0
     engine.load_guard({"in_a_row": torch.tensor(3.0), "anchor": {"params.0": torch.zeros(2)}})
     assert engine.guard.anchor_due(5) and engine.guard.in_a_row == 3
-    engine.guard.drop_anchor(5, engine.living())
+    engine.drop_anchor(5)
     assert not engine.guard.anchor_due(6) and engine.guard.anchor_due(200)
     assert not engine_of("flat").guard.anchor_due(0)
 
@@ -311,27 +311,21 @@ def test_values_are_put_back_without_asking_what_the_verdict_is() -> None:
         assert not now[3].any() and not now[9].any()  # what has no earlier value of its shape stays
 
 
-def test_what_is_late_comes_in_order_after_two_steps() -> None:
-    late = Late()
-    assert [late.swap(torch.tensor([float(i)])) for i in range(4)] == [None, None, [0.0], [1.0]]
-    assert [Late([[7.0], [8.0]]).swap(torch.tensor([1.0]))] == [[7.0]]
-
-
 def test_a_bad_step_is_told_in_one_line() -> None:
-    trouble = Trouble("nonfinite", 0, 1, NAN, NAN, 1.0, ["a", "b"])
-    told = described(12, trouble, [1], ["a.weight", "b", "c", "d", "e", "f"], list(range(30)))
+    bad_step = BadStep("nonfinite", 0, 1, NAN, NAN, 1.0, ["a", "b"])
+    told = described(12, bad_step, [1], ["a.weight", "b", "c", "d", "e", "f"], list(range(30)))
     assert told.startswith(
         "step 12: the loss is nan (rank 1; first in the gradient of a.weight, b, c, d, e, ...; samples 0, 1"
     )
     assert told.endswith("22, 23 and 6 more)")
     assert "gradient's norm is inf (rank 0)" in described(
-        3, Trouble("nonfinite", 2, 1, 1.0, math.inf, 1.0, []), [0], [], []
+        3, BadStep("nonfinite", 2, 1, 1.0, math.inf, 1.0, []), [0], [], []
     )
-    high = [Trouble("spike", 0, 1, 9.0, 2.0, here, []) for here in (1.0, 7.0, 2.0)]
+    high = [BadStep("spike", 0, 1, 9.0, 2.0, here, []) for here in (1.0, 7.0, 2.0)]
     assert culprits(high) == [1] and "the loss is 9 and the gradient's norm 2, far above" in described(
         3, high[0], [1], [], []
     )
-    in_sum = [Trouble("nonfinite", 0, 1, math.inf, 1.0, 3e38, [])] * 2
+    in_sum = [BadStep("nonfinite", 0, 1, math.inf, 1.0, 3e38, [])] * 2
     assert culprits(in_sum) == [0, 1]
 
 
@@ -353,11 +347,11 @@ def test_where_verdicts_come_late_a_run_skips_the_same_steps(tmp_path: Path) -> 
 def test_parameters_that_are_unfrozen_or_replaced_while_training_are_named_once() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
     engine = Engine(model, SimpleNamespace(**OPTIM), World())
-    assert engine.strangers() == []
+    assert engine.newly_untrained() == []
     model[1].requires_grad_(True)
     model[0].bias = nn.Parameter(torch.zeros(2))
-    assert engine.strangers() == ["0.bias", "1.weight", "1.bias"]
-    assert engine.strangers() == []
+    assert engine.newly_untrained() == ["0.bias", "1.weight", "1.bias"]
+    assert engine.newly_untrained() == []
 
 
 def spoilt_run(folder: Path, late: bool) -> tuple[RunState, list[dict[str, Any]]]:
@@ -366,7 +360,7 @@ def spoilt_run(folder: Path, late: bool) -> tuple[RunState, list[dict[str, Any]]
     task = load_task_class(cfg.TASK)(cfg)
     datasets = build_datasets(task, cfg.SEED)
     run = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), World()), World())
-    run.engine.late = late
+    run.engine.reads_late = late
     feed = Feed(task, datasets, run.plan, run.world, cfg.LOADER, cfg.SEED, lambda epoch: False)
     kept = Kept()
     with contextlib.closing(Journal([kept], cfg.LOG)) as journal:
