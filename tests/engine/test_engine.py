@@ -15,6 +15,7 @@ from torch import nn
 from raytrain.engine.engine import Engine, Stepped
 from raytrain.engine.optim import clip_gradients
 from raytrain.engine.world import World
+from raytrain.keeper.heartbeat import PHASES
 
 OPTIM = {**OPTIMIZATION, "OPTIMIZER": "sgd", "LR": 0.1}
 VIRTUAL_WORKERS, ACCUMULATE, BATCH = 4, 2, 3
@@ -289,3 +290,12 @@ def test_a_loss_in_f64_is_told_in_f64() -> None:
     with engine.virtual_worker():
         engine.backward(loss, 1.0)
     assert engine.step(settings(0.0), ()).loss.item() == loss.item()
+
+
+def test_each_backward_pass_and_the_reduction_beat_before_they_begin() -> None:
+    model, engine = model_and_engine(World(virtual_workers=VIRTUAL_WORKERS))
+    beats: list[str] = []
+    engine.beat = beats.append
+    one_step(model, engine, 0)
+    assert beats == ["backward"] * VIRTUAL_WORKERS * ACCUMULATE + ["reduce"]
+    assert set(beats) <= set(PHASES)
