@@ -16,15 +16,17 @@ from typing import Any
 import torch
 
 from raytrain.engine.buffers import Snapshot, copy_fitting, is_writable, put_back
-from raytrain.engine.flat import FlatStepper, Layout, collect, why_not_flat
+from raytrain.engine.flat import FlatStepper
 from raytrain.engine.guard import KINDS, BadStep, Guard, is_finite
 from raytrain.engine.late import LATE_STEPS, LateReader
-from raytrain.engine.optim import options_of, stepped_groups
+from raytrain.engine.layout import Layout, collect, why_not_flat
+from raytrain.engine.optim import optimizer_options, stepped_groups
 from raytrain.engine.overlap import SEGMENT_BYTES, Overlap
 from raytrain.engine.per_parameter import TorchStepper
 from raytrain.engine.precision import Precision
 from raytrain.engine.reduction import Collective, Exchange, open_exchange
 from raytrain.engine.schedule import StepSettings
+from raytrain.engine.stepper import Stepper
 from raytrain.engine.world import World
 from raytrain.errors import TaskError
 
@@ -72,7 +74,7 @@ class Engine:
         self.model, self.world = model, world
         self.beat: Callable[[str], None] = lambda phase: None
         self.precision = Precision(optim_cfg, world.device)
-        groups, options = stepped_groups(model, optim_cfg), options_of(optim_cfg)
+        groups, options = stepped_groups(model, optim_cfg), optimizer_options(optim_cfg)
         self.params = [p for group in groups for p in group]
         self.num_moments = options.num_moments
         self.trainable = [p for p in model.parameters() if p.requires_grad]
@@ -104,7 +106,7 @@ class Engine:
         gradient_bytes = sum(size * dtype.itemsize for dtype, size in layout.sizes.items())
         if isinstance(self.exchange, Collective) and gradient_bytes > segment_bytes:
             self.overlap = Overlap(model, self.params, layout, self._views, self.exchange, segment_bytes)
-        self.stepper: FlatStepper | TorchStepper
+        self.stepper: Stepper
         if flat and self.exchange is not None:
             self.stepper = FlatStepper(groups, options, layout, self.exchange.sums, self._names)
         else:
@@ -270,7 +272,7 @@ class Engine:
     def roll_back(self) -> int:
         """Return to the guard's anchor; the steps that had been taken there."""
         self.guard.roll_back(self.live_tensors())
-        self.stepper.regroup()
+        self.stepper.state_changed()
         return int(self.guard.anchor_step)
 
     def load_guard(self, state: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ EPS = 1e-8  # torch's default, and OpenPCDet's
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class OptimizerOptions:
     """The optimizer in torch's terms: `kind` is adam (decay in the gradient), adamw (beside it) or sgd."""
 
     kind: str
@@ -41,18 +41,19 @@ class Options:
         return 2 if self.is_adam else int(self.momentum > 0)
 
 
-def options_of(optim_cfg: Any) -> Options:
+def optimizer_options(optim_cfg: Any) -> OptimizerOptions:
     """What the OPTIMIZATION section says; lr, beta1 and weight_decay are those before a schedule has its say."""
     lr, weight_decay = float(optim_cfg.LR), float(optim_cfg.WEIGHT_DECAY)
     beta1, beta2 = map(float, optim_cfg.BETAS or (0.9, 0.999))
     match optim_cfg.OPTIMIZER:
         case "adam_onecycle" | "adam_cosineanneal":
             # OpenPCDet decays by hand, then steps Adam without decay: that is AdamW, to 4e-16 in f64.
-            return Options("adamw", lr, weight_decay, (float(optim_cfg.MOMS[0]), beta2 if optim_cfg.BETAS else 0.99))
+            betas = float(optim_cfg.MOMS[0]), beta2 if optim_cfg.BETAS else 0.99
+            return OptimizerOptions("adamw", lr, weight_decay, betas)
         case "adamw" | "adam":
-            return Options(optim_cfg.OPTIMIZER, lr, weight_decay, (beta1, beta2))
+            return OptimizerOptions(optim_cfg.OPTIMIZER, lr, weight_decay, (beta1, beta2))
         case "sgd":
-            return Options("sgd", lr, weight_decay, momentum=float(optim_cfg.MOMENTUM))
+            return OptimizerOptions("sgd", lr, weight_decay, momentum=float(optim_cfg.MOMENTUM))
     raise ConfigError(
         f"OPTIMIZATION.OPTIMIZER is {optim_cfg.OPTIMIZER!r}; "
         "legal are adam, sgd, adam_onecycle, adam_cosineanneal and adamw"
@@ -89,7 +90,7 @@ def stepped_groups(model: nn.Module, optim_cfg: Any) -> list[list[nn.Parameter]]
 
 
 def torch_optimizer(
-    groups: Sequence[Sequence[nn.Parameter]], options: Options, fused: bool = False
+    groups: Sequence[Sequence[nn.Parameter]], options: OptimizerOptions, fused: bool = False
 ) -> torch.optim.Optimizer:
     """Torch's own optimizer over `groups`. The first one in a process imports half of torch's compiler (1.6 s).
 
@@ -103,7 +104,7 @@ def torch_optimizer(
     return kind(named, lr=lr, betas=options.betas, eps=EPS, weight_decay=weight_decay, fused=chosen)
 
 
-def torch_groups(sizes: Sequence[int], options: Options, last: StepSettings) -> list[dict[str, Any]]:
+def torch_groups(sizes: Sequence[int], options: OptimizerOptions, last: StepSettings) -> list[dict[str, Any]]:
     """The param_groups of the state_dict that torch's optimizer would have over groups of these sizes.
 
     last: of the last step. A test holds this against torch.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from raytrain.engine.flat import Layout, collect, copy_all
+from raytrain.engine.layout import Layout, collect, copy_all
 from raytrain.engine.reduction import Collective
 from raytrain.errors import TaskError
 

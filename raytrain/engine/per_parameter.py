@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from raytrain.engine.optim import Options, checked_moments, clip_gradients, set_schedule, torch_optimizer
+from raytrain.engine.optim import OptimizerOptions, checked_moments, clip_gradients, set_schedule, torch_optimizer
 from raytrain.engine.schedule import StepSettings
 
 
 class TorchStepper:
-    """Steps what stands in `.grad`; with fp16, a step whose gradients overflow is left out and the loss scale halved.
+    """A Stepper of what stands in `.grad`.
+
+    With fp16, a step whose gradients overflow is left out and the loss scale halved.
 
     gradients: views that hold each parameter's gradient when a step begins; None: they stand in `.grad`
     """
@@ -23,7 +25,7 @@ class TorchStepper:
     def __init__(
         self,
         groups: Sequence[Sequence[nn.Parameter]],
-        options: Options,
+        options: OptimizerOptions,
         scaler: torch.amp.GradScaler,
         gradients: Sequence[torch.Tensor] | None,
         fused: bool = False,
@@ -37,10 +39,6 @@ class TorchStepper:
         self._start_momentum()
 
     def norm(self, used: Sequence[bool]) -> torch.Tensor:
-        """The L2 norm of the gradients that `step` will take: a scalar on the device, without a host sync.
-
-        used: for each parameter, whether it has a gradient; one that has none stays as it is
-        """
         self._here = [p.grad for p in self.params]
         if self._gradients is not None:
             for param, gradient, is_used in zip(self.params, self._gradients, used, strict=True):
@@ -54,7 +52,6 @@ class TorchStepper:
         return clip_gradients(self.params, None)
 
     def step(self, settings: StepSettings, norm: torch.Tensor, bad: torch.Tensor | None = None) -> None:
-        """Clips by `norm` and steps. bad: a f32 scalar on the device; if it is 1, nothing changes, to the bit."""
         if self._scaler.is_enabled():
             overflow = (norm * 0 != 0).float()
             bad = overflow if bad is None else bad.maximum(overflow)
@@ -67,7 +64,6 @@ class TorchStepper:
         self.optimizer.step()
 
     def are_finite(self) -> torch.Tensor:
-        """Whether all values that are stepped are finite: a scalar on the device."""
         norms = torch._foreach_norm([p.detach() for p in self.params])
         return torch.stack([norm.double() for norm in norms]).isfinite().all()
 
@@ -76,28 +72,17 @@ class TorchStepper:
         return []
 
     def gradients_here(self) -> list[torch.Tensor | None]:
-        """Of each parameter, what this process computed, before it was summed and clipped."""
         return self._here
 
     def state_dict(self, live: bool = False) -> dict[str, Any]:
         """Torch's own: the tensors are those that steps change, `live` or not."""
         return self.optimizer.state_dict()
 
-    def regroup(self) -> None:
+    def state_changed(self) -> None:
         """Nothing is kept here that depends on the state."""
 
-    def _start_momentum(self) -> None:
-        """Fused SGD would begin with whatever lies in memory if its first step is left out."""
-        if self._fused and isinstance(self.optimizer, torch.optim.SGD) and self.optimizer.defaults["momentum"]:
-            for param in self.params:
-                if self.optimizer.state[param].get("momentum_buffer") is None:
-                    self.optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes the moments of a state_dict, ours or OpenPCDet's; all settings stay this run's. Tensors are copied.
-
-        CheckpointError if it is of another kind of optimizer or of another model; then nothing changes.
-        """
+        """Tensors are copied."""
         own = self.optimizer.state_dict()["param_groups"]
         moments = {
             position: {name: value.clone() if torch.is_tensor(value) else value for name, value in entry.items()}
@@ -105,3 +90,10 @@ class TorchStepper:
         }
         self.optimizer.load_state_dict({"state": moments, "param_groups": own})
         self._start_momentum()
+
+    def _start_momentum(self) -> None:
+        """Fused SGD would begin with whatever lies in memory if its first step is left out."""
+        if self._fused and isinstance(self.optimizer, torch.optim.SGD) and self.optimizer.defaults["momentum"]:
+            for param in self.params:
+                if self.optimizer.state[param].get("momentum_buffer") is None:
+                    self.optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def set_tf32(allowed: bool) -> None:
@@ -43,7 +43,7 @@ class Precision:
     """
 
     def __init__(self, optim_cfg: Any, device: torch.device) -> None:
-        self.dtype = DTYPES[optim_cfg.AMP_DTYPE] if optim_cfg.USE_AMP else None
+        self.dtype = AMP_DTYPES[optim_cfg.AMP_DTYPE] if optim_cfg.USE_AMP else None
         self.device = device
         scaled = self.dtype is torch.float16
         init_scale = float(optim_cfg.LOSS_SCALE_FP16 or 65536.0)

@@ -14,8 +14,7 @@ from optimization import OPTIMIZATION, settings
 from torch import nn
 
 from raytrain.engine.engine import Engine
-from raytrain.engine.flat import ROW, Layout
-from raytrain.engine.optim import options_of, parameter_groups, torch_groups
+from raytrain.engine.optim import optimizer_options, parameter_groups, torch_groups
 from raytrain.engine.world import World
 from raytrain.errors import TaskError, TrainingError
 
@@ -220,7 +219,7 @@ def test_the_zoo_has_norms_on_both_sides_of_the_clip() -> None:
 def test_the_groups_of_a_state_are_those_that_torch_writes(optimizer: str) -> None:
     model = Convolutions()
     sizes = [len(g["params"]) for g in plain_torch(model, optimizer).state_dict()["param_groups"]]
-    found = torch_groups(sizes, options_of(SimpleNamespace(**{**OPTIM, "OPTIMIZER": optimizer})), settings(0.02))
+    found = torch_groups(sizes, optimizer_options(SimpleNamespace(**{**OPTIM, "OPTIMIZER": optimizer})), settings(0.02))
     expected = plain_torch(model, optimizer).state_dict()["param_groups"]
     assert found == expected
     assert [list(group) for group in found] == [list(group) for group in expected]  # the order of keys too
@@ -243,19 +242,6 @@ def test_parameters_lie_in_one_buffer_and_modules_see_views() -> None:
     assert len({p.untyped_storage().data_ptr() for p in trained}) == 1
     assert all(p.data_ptr() % 64 == trained[0].data_ptr() % 64 for p in trained)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_a_layout_keeps_strides_and_leaves_no_overlap() -> None:
-    params = [torch.randn(3), torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last), torch.randn(4, 5).t()]
-    layout = Layout(params)
-    buffer = torch.zeros(layout.sizes[torch.float32])
-    assert len(buffer) % ROW == 0
-    views = layout.views({torch.float32: buffer})
-    for view, param in zip(views, params, strict=True):
-        view.copy_(param)
-    for view, param in zip(views, params, strict=True):
-        assert torch.equal(view, param) and view.stride() == param.stride()
-    assert buffer.count_nonzero() == sum(p.numel() for p in params)
 
 
 def test_the_norm_of_many_numbers_is_right() -> None:

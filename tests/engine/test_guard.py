@@ -20,7 +20,7 @@ from raytrain.data.feed import Feed
 from raytrain.engine.buffers import put_back
 from raytrain.engine.engine import Engine, Stepped
 from raytrain.engine.guard import BadStep, Guard
-from raytrain.engine.optim import options_of, stepped_groups
+from raytrain.engine.optim import optimizer_options, stepped_groups
 from raytrain.engine.per_parameter import TorchStepper
 from raytrain.engine.state import RunState, build_run
 from raytrain.engine.world import World
@@ -67,7 +67,7 @@ def engine_of(kind: str, world: World | None = None, reduction: str = "auto", **
         return engine
     if "fused" in kind:
         groups = stepped_groups(engine.model, cfg)
-        engine.stepper = TorchStepper(groups, options_of(cfg), engine.precision.scaler, None, fused=True)
+        engine.stepper = TorchStepper(groups, optimizer_options(cfg), engine.precision.scaler, None, fused=True)
     engine.reads_late = "late" in kind
     return engine
 

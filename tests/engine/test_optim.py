@@ -14,7 +14,7 @@ from torch import nn
 
 from raytrain.engine.engine import Engine
 from raytrain.engine.optim import (
-    options_of,
+    optimizer_options,
     parameter_groups,
     set_schedule,
     stepped_groups,
@@ -71,7 +71,7 @@ def engine_of(model, cfg, engine="flat"):
 
 
 def build_optimizer(model, cfg):
-    return torch_optimizer(stepped_groups(model, cfg), options_of(cfg))
+    return torch_optimizer(stepped_groups(model, cfg), optimizer_options(cfg))
 
 
 def step_once(engine, loss, settings=SETTINGS):

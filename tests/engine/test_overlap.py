@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from raytrain.engine.engine import Engine
-from raytrain.engine.flat import Layout
+from raytrain.engine.layout import Layout
 from raytrain.engine.overlap import segments_of
 from raytrain.engine.world import World
 from raytrain.errors import TaskError
