@@ -12,28 +12,6 @@ from typing import Any
 
 import torch
 
-LINE = 64  # bytes: each tensor begins on a cache line
-
-
-def num_bytes(firsts: Mapping[Any, torch.Tensor]) -> int:
-    """That `room_in` takes for them."""
-    return sum(rounded(t.numel() * t.element_size(), LINE) for t in firsts.values())
-
-
-def room_in(memory: torch.Tensor, firsts: Mapping[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
-    """A tensor like each of `firsts`, all of them in `memory` (bytes)."""
-    room, at = {}, 0
-    for key, first in firsts.items():
-        size = first.numel() * first.element_size()
-        room[key] = memory[at : at + size].view(first.dtype).view(first.shape)
-        at += rounded(size, LINE)
-    return room
-
-
-def rounded(size: int, to: int) -> int:
-    """The next multiple of `to`."""
-    return -(-size // to) * to
-
 
 def copy_fitting(to: Mapping[Any, torch.Tensor], values: Mapping[Any, torch.Tensor]) -> None:
     """Each of `to` becomes the value of its key, if there is one of its shape and dtype."""

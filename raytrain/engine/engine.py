@@ -24,7 +24,7 @@ from raytrain.engine.optim import optimizer_options, stepped_groups
 from raytrain.engine.overlap import SEGMENT_BYTES, Overlap
 from raytrain.engine.per_parameter import TorchStepper
 from raytrain.engine.precision import Precision
-from raytrain.engine.reduction import Collective, Exchange, open_exchange
+from raytrain.engine.reduction import CollectiveReduction, Reduction, open_reduction
 from raytrain.engine.schedule import StepSettings
 from raytrain.engine.stepper import Stepper
 from raytrain.engine.world import World
@@ -92,23 +92,23 @@ class Engine:
         self._tail_dtype = torch.float64 if torch.float64 in layout.sizes else torch.float32
         self._tail_start = layout.sizes.get(self._tail_dtype, 0)
         tail_stop = self._tail_start + len(self.params) + MAX_WISHES + 1
-        self.exchange: Exchange | None = None
+        self.reduction: Reduction | None = None
         gradients = None
         if flat or world.size > 1:
             sizes = {**layout.sizes, self._tail_dtype: tail_stop}
-            self.exchange = open_exchange(sizes, self._buffers(), world, reduction)
-            self._views = layout.views(self.exchange.addends)
-            addends, sums = self.exchange.addends[self._tail_dtype], self.exchange.sums[self._tail_dtype]
+            self.reduction = open_reduction(sizes, self._buffers(), world, reduction)
+            self._views = layout.views(self.reduction.addends)
+            addends, sums = self.reduction.addends[self._tail_dtype], self.reduction.sums[self._tail_dtype]
             self._flags_there, self._loss_there = addends[self._tail_start : -1], addends[-1]
             self._tail, self._loss = sums[self._tail_start :], sums[-1]
-            gradients = layout.views(self.exchange.sums)
+            gradients = layout.views(self.reduction.sums)
         self.overlap: Overlap | None = None
         gradient_bytes = sum(size * dtype.itemsize for dtype, size in layout.sizes.items())
-        if isinstance(self.exchange, Collective) and gradient_bytes > segment_bytes:
-            self.overlap = Overlap(model, self.params, layout, self._views, self.exchange, segment_bytes)
+        if isinstance(self.reduction, CollectiveReduction) and gradient_bytes > segment_bytes:
+            self.overlap = Overlap(model, self.params, layout, self._views, self.reduction, segment_bytes)
         self.stepper: Stepper
-        if flat and self.exchange is not None:
-            self.stepper = FlatStepper(groups, options, layout, self.exchange.sums, self._names)
+        if flat and self.reduction is not None:
+            self.stepper = FlatStepper(groups, options, layout, self.reduction.sums, self._names)
         else:
             fused = world.device.type == "cuda" and all(p.is_floating_point() for p in self.params)
             self.stepper = TorchStepper(groups, options, self.precision.scaler, gradients, fused)
@@ -186,19 +186,19 @@ class Engine:
         assert self.loss_sum is not None, "backward() comes first"
         self.beat("reduce")
         granted, used, loss = tuple(wishes), [True], self.loss_sum
-        if self.exchange is not None:
+        if self.reduction is not None:
             if self.overlap is not None and self.overlap.armed:
                 used = self.overlap.finish()
             else:
-                self.exchange.open()
+                self.reduction.open()
                 used = collect(self._views, self.params)
             if self.world.size == 1:
-                self.exchange.share({})
+                self.reduction.reduce({})
             else:
                 firsts = self._buffers()
-                moved = self.exchange.moved(firsts) if self.world.is_first else {}
+                moved = self.reduction.unstaged(firsts) if self.world.is_first else {}
                 self._write_tail(used, (*granted, bool(moved)))
-                self.exchange.share(firsts)
+                self.reduction.reduce(firsts)
                 used, (*others, some_moved), loss = self._read_tail(len(granted) + 1)
                 granted = tuple(others)
                 if some_moved and self.world.device.type == "cpu":  # a GPU would learn of it too late
@@ -247,7 +247,7 @@ class Engine:
     @property
     def arithmetic(self) -> dict[str, str]:
         """What decides the rounding of a step besides config and hardware, for the checkpoint's fingerprint."""
-        return {"engine": self.stepper.kind, "reduction": self.exchange.kind if self.exchange else Exchange.kind}
+        return {"engine": self.stepper.kind, "reduction": self.reduction.kind if self.reduction else Reduction.kind}
 
     def optimizer_state(self, live: bool = False) -> dict[str, Any]:
         """In torch's form, parameter by parameter, whatever steps them; order and structure do not depend on `live`.

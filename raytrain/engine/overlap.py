@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from raytrain.engine.layout import Layout, collect, copy_all
-from raytrain.engine.reduction import Collective
+from raytrain.engine.reduction import CollectiveReduction
 from raytrain.errors import TaskError
 
 SEGMENT_BYTES = 25 * 2**20  # as DistributedDataParallel's buckets
@@ -45,10 +45,10 @@ class Overlap:
         params: Sequence[nn.Parameter],
         layout: Layout,
         views: Sequence[torch.Tensor],
-        exchange: Collective,
+        reduction: CollectiveReduction,
         segment_bytes: int,
     ) -> None:
-        self._params, self._views, self._exchange = params, views, exchange
+        self._params, self._views, self._reduction = params, views, reduction
         self._names = {p: name for name, p in model.named_parameters()}
         order = {p: index for index, p in enumerate(model.parameters())}
         self._segments = sorted(
@@ -63,7 +63,7 @@ class Overlap:
 
     def arm(self) -> None:
         """The backward pass that comes is the last of this step."""
-        self._exchange.open()
+        self._reduction.open()
         self.armed, self._started = True, 0
         self._arrived = [False] * len(self._params)
         for segment in self._segments:
@@ -76,7 +76,7 @@ class Overlap:
         late = [position for position, arrived in enumerate(self._arrived) if not arrived]
         collect([self._views[position] for position in late], [self._params[position] for position in late])
         for segment in self._segments[self._started :]:
-            self._exchange.start(segment.dtype, segment.start, segment.stop)
+            self._reduction.start(segment.dtype, segment.start, segment.stop)
         return [param.grad is not None for param in self._params]
 
     def _hook(self, position: int) -> Any:
@@ -95,7 +95,7 @@ class Overlap:
             self._segment_of[position].missing -= 1
             while self._started < len(self._segments) and self._segments[self._started].missing == 0:
                 segment = self._segments[self._started]
-                self._exchange.start(segment.dtype, segment.start, segment.stop)
+                self._reduction.start(segment.dtype, segment.start, segment.stop)
                 self._started += 1
 
         return arrived

@@ -7,19 +7,15 @@ MLP of 20 tensors: several times the steps a second.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
-import platform
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from raytrain.engine.buffers import LINE, copy_fitting, fits, num_bytes, room_in, rounded
+from raytrain.engine.buffers import copy_fitting, fits
+from raytrain.engine.mapped_memory import mapped_by_all, memory_fence, num_cpus, why_not_mapped
 from raytrain.engine.world import World
 from raytrain.errors import LostWorkerError, PreflightError
 from raytrain.storage.processes import started_at
@@ -27,16 +23,21 @@ from raytrain.storage.processes import started_at
 LOOKS, YIELDS = 50, 600  # at a peer's counter before others get this core, and how often before a nap: about 0.8 ms
 NAP_S = (50e-6, 400e-6)  # the first one, and the longest
 PEER_CHECK_S = 0.5  # how often, while waiting, it is seen whether the others live
-PATIENCE_S = 1800.0  # as torch.distributed's own; what takes longer has gone wrong
+STUCK_S = 1800.0  # as torch.distributed's own; what takes longer has gone wrong
 PAGE = 4096
+LINE = 64  # bytes: counters, and tensors in staging, begin on a cache line
 
 
-class Exchange:
+class Reduction:
     """One process alone: what it has is the sum.
 
-    addends: by dtype, the flat buffer that this process fills after `open` and before `share`
-    sums:    by dtype, where `share` leaves the sum over all processes, the same bits on each
-    room:    where those tensors travel that shall be rank 0's; one that no longer fits stays as it last did
+    addends: by dtype, the flat buffer that this process fills after `open` and before `reduce`
+    sums:    by dtype, where `reduce` leaves the sum over all processes, the same bits on each
+    staging: where a model's buffers travel, which shall be rank 0's; one that no longer fits stays as it last did
+
+    A module may put a tensor of another shape in a buffer's place, or add one, and not alike on every rank: a cache as
+    long as the longest sequence so far. So staging is laid out once, by what was there when training began, and each
+    process takes of it what fits what it has now.
     """
 
     kind = "none"
@@ -45,55 +46,55 @@ class Exchange:
         self.world = world
         self.addends = {dtype: torch.zeros(size, dtype=dtype, device=world.device) for dtype, size in sizes.items()}
         self.sums = self.addends
-        self.room: dict[Any, torch.Tensor] = {}
+        self.staging: dict[Any, torch.Tensor] = {}
 
     def open(self) -> None:
         """From here on `addends` may be written."""
 
-    def share(self, firsts: Mapping[Any, torch.Tensor]) -> None:
-        """Collective. Fill `sums`, and make each tensor of `firsts` that fits its `room` what it is on rank 0."""
+    def reduce(self, buffers: Mapping[Any, torch.Tensor]) -> None:
+        """Collective. Fill `sums`, and make each of `buffers` that fits its staging what it is on rank 0."""
 
-    def moved(self, firsts: Mapping[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
-        """Those of `firsts` that `share` leaves as they are."""
-        return {key: first for key, first in firsts.items() if not fits(first, self.room.get(key))}
+    def unstaged(self, buffers: Mapping[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
+        """Those of `buffers` that `reduce` leaves as they are."""
+        return {key: buffer for key, buffer in buffers.items() if not fits(buffer, self.staging.get(key))}
 
 
-class Collective(Exchange):
+class CollectiveReduction(Reduction):
     """By torch.distributed (gloo, NCCL), in place: one reduction a dtype, less what was started before."""
 
     kind = "collective"
 
-    def __init__(self, sizes: Mapping[torch.dtype, int], firsts: Mapping[Any, torch.Tensor], world: World) -> None:
+    def __init__(self, sizes: Mapping[torch.dtype, int], buffers: Mapping[Any, torch.Tensor], world: World) -> None:
         super().__init__(sizes, world)
-        self._packed = torch.zeros(num_bytes(firsts), dtype=torch.uint8, device=world.device)
-        self.room = room_in(self._packed, firsts)
-        copy_fitting(self.room, firsts)
+        self._staging_memory = torch.zeros(staging_bytes(buffers), dtype=torch.uint8, device=world.device)
+        self.staging = staging_in(self._staging_memory, buffers)
+        copy_fitting(self.staging, buffers)
         self._under_way: list[Any] = []
         self._started = dict.fromkeys(sizes, 0)
 
     def start(self, dtype: torch.dtype, start: int, stop: int) -> None:
-        """Collective. Begin to sum that part of a buffer; `share` waits for it."""
+        """Collective. Begin to sum that part of a flat buffer; `reduce` waits for it."""
         self._under_way.append(self.world.begin_sum(self.addends[dtype][start:stop]))
         self._started[dtype] = max(self._started[dtype], stop)
 
-    def share(self, firsts: Mapping[Any, torch.Tensor]) -> None:
+    def reduce(self, buffers: Mapping[Any, torch.Tensor]) -> None:
         """Collective. Whatever lies behind the parts that were started is summed now."""
-        for dtype, buffer in self.addends.items():
-            rest = buffer[self._started[dtype] :]
+        for dtype, addends in self.addends.items():
+            rest = addends[self._started[dtype] :]
             self._started[dtype] = 0
             if rest.numel():
                 self.world.sum_(rest)
-        if self.room:
-            copy_fitting(self.room, firsts)
-            self.world.broadcast_(self._packed)
+        if self.staging:
+            copy_fitting(self.staging, buffers)
+            self.world.broadcast_(self._staging_memory)
             if not self.world.is_first:
-                copy_fitting(firsts, self.room)
+                copy_fitting(buffers, self.staging)
         for work in self._under_way:
             work.wait()
         self._under_way.clear()
 
 
-class SharedMemory(Exchange):
+class SharedMemoryReduction(Reduction):
     """Through a file without a name that all processes of this host have mapped.
 
     Each process has a slot for what it adds and two counters: how often it has filled its slot, and
@@ -107,7 +108,7 @@ class SharedMemory(Exchange):
     def __init__(
         self,
         sizes: Mapping[torch.dtype, int],
-        firsts: Mapping[Any, torch.Tensor],
+        buffers: Mapping[Any, torch.Tensor],
         world: World,
         fence: Callable[[], None],
     ) -> None:
@@ -116,8 +117,8 @@ class SharedMemory(Exchange):
         self.sums = {dtype: torch.zeros(size, dtype=dtype) for dtype, size in sizes.items()}
         slot_bytes = sum(rounded(size * dtype.itemsize, PAGE) for dtype, size in sizes.items())
         header_bytes = rounded(world.size * 2 * LINE, PAGE)
-        total_bytes = header_bytes + world.size * slot_bytes + rounded(num_bytes(firsts), PAGE)
-        self._memory = memory_of_all(world, total_bytes)
+        total_bytes = header_bytes + world.size * slot_bytes + rounded(staging_bytes(buffers), PAGE)
+        self._memory = mapped_by_all(world, total_bytes)
         words = memoryview(self._memory).cast("q")
         step = LINE // 8
         self._filled = [words[2 * step * r :][:1] for r in range(world.size)]
@@ -134,18 +135,18 @@ class SharedMemory(Exchange):
                 at += rounded(size * dtype.itemsize, PAGE)
             self._slots.append(slot)
         self.addends = self._slots[world.rank]
-        self.room = room_in(self._view(at, torch.uint8, num_bytes(firsts)), firsts)
+        self.staging = staging_in(self._view(at, torch.uint8, staging_bytes(buffers)), buffers)
         if world.is_first:
-            copy_fitting(self.room, firsts)
+            copy_fitting(self.staging, buffers)
 
     def open(self) -> None:
-        """Wait until everyone has read what this process shared last; a whole step ago, so hardly ever."""
+        """Wait until everyone has read what this process added last; a whole step ago, so hardly ever."""
         self._wait(self._read)
         self._fence()
 
-    def share(self, firsts: Mapping[Any, torch.Tensor]) -> None:
+    def reduce(self, buffers: Mapping[Any, torch.Tensor]) -> None:
         if self.world.is_first:
-            copy_fitting(self.room, firsts)
+            copy_fitting(self.staging, buffers)
         self._turn += 1
         self._fence()
         self._filled[self.world.rank][0] = self._turn
@@ -157,7 +158,7 @@ class SharedMemory(Exchange):
             for slot in rest:
                 total.add_(slot)
         if not self.world.is_first:
-            copy_fitting(firsts, self.room)
+            copy_fitting(buffers, self.staging)
         self._fence()
         self._read[self.world.rank][0] = self._turn
 
@@ -193,10 +194,10 @@ class SharedMemory(Exchange):
                 continue
             checked = now
             self._check_peers(counters)
-            if now - began > PATIENCE_S:
+            if now - began > STUCK_S:
                 raise LostWorkerError(
                     f"rank {rank} (process {self._pids[rank][0]}) lives, but has not come to the end of this step for "
-                    f"{PATIENCE_S / 60:.0f} minutes, while rank {self.world.rank} waited; "
+                    f"{STUCK_S / 60:.0f} minutes, while rank {self.world.rank} waited; "
                     "py-spy dump --pid shows what it does"
                 )
 
@@ -210,99 +211,43 @@ class SharedMemory(Exchange):
                 )
 
 
-def open_exchange(
-    sizes: Mapping[torch.dtype, int], firsts: Mapping[Any, torch.Tensor], world: World, reduction: str
-) -> Exchange:
-    """Collective. The fastest exchange that holds here; SCALE.REDUCTION may insist on one.
+def open_reduction(
+    sizes: Mapping[torch.dtype, int], buffers: Mapping[Any, torch.Tensor], world: World, reduction: str
+) -> Reduction:
+    """Collective. The fastest reduction that holds here; SCALE.REDUCTION may insist on one.
 
-    sizes:  elements by dtype of the flat buffers
-    firsts: by key, tensors like those that `share` will be given
+    sizes:   elements by dtype of the flat buffers
+    buffers: by key, tensors like those that `reduce` will be given
     """
     if world.size == 1:
-        return Exchange(sizes, world)
+        return Reduction(sizes, world)
     if reduction == "collective":
-        return Collective(sizes, firsts, world)
-    reason = why_not_shared(world)
+        return CollectiveReduction(sizes, buffers, world)
+    reason = why_not_mapped(world)
     if reason is None:
         fence = memory_fence()
-        assert fence is not None, "why_not_shared has looked"
-        return SharedMemory(sizes, firsts, world, fence)
+        assert fence is not None, "why_not_mapped has looked"
+        return SharedMemoryReduction(sizes, buffers, world, fence)
     if reduction == "shared_memory":
         raise PreflightError(f"SCALE.REDUCTION is shared_memory, but {reason}; set it to auto")
-    return Collective(sizes, firsts, world)
+    return CollectiveReduction(sizes, buffers, world)
 
 
-def why_not_shared(world: World) -> str | None:
-    """Collective. What keeps the processes from sharing memory, the same on each; None if nothing does."""
-    if world.device.type != "cpu":
-        return f"gradients are on the {world.device.type} device"
-    reason = None
-    if not hasattr(os, "memfd_create"):
-        reason = "this system has no memfd_create"
-    elif memory_fence() is None:
-        reason = f"{platform.machine()} needs a memory fence and libatomic.so.1 is not here"
-    offer = None
-    if world.is_first and reason is None:
-        token = secrets.token_bytes(16)
-        with open(os.memfd_create("raytrain-probe"), "w+b") as file:
-            file.write(token)
-            file.flush()
-            offer = world.broadcast_object((os.getpid(), file.fileno(), token))
-            seen = world.all_objects(True)
-    else:
-        offer = world.broadcast_object(None)
-        seen = world.all_objects(reason is None and offer is not None and sees(*offer))
-    if all(seen):
-        return None
-    return reason or "the workers are not all on one host, or may not look into each other's /proc"
+def staging_bytes(buffers: Mapping[Any, torch.Tensor]) -> int:
+    """That `staging_in` takes for them."""
+    return sum(rounded(buffer.numel() * buffer.element_size(), LINE) for buffer in buffers.values())
 
 
-def sees(pid: int, descriptor: int, token: bytes) -> bool:
-    try:
-        return Path(f"/proc/{pid}/fd/{descriptor}").read_bytes() == token
-    except OSError:
-        return False
+def staging_in(memory: torch.Tensor, buffers: Mapping[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
+    """A tensor like each of `buffers`, all of them in `memory` (bytes)."""
+    staging, at = {}, 0
+    for key, buffer in buffers.items():
+        size = buffer.numel() * buffer.element_size()
+        staging[key] = memory[at : at + size].view(buffer.dtype).view(buffer.shape)
+        at += rounded(size, LINE)
+    return staging
 
 
-def memory_of_all(world: World, size_bytes: int) -> mmap.mmap:
-    """Collective. Zeroed memory that all processes of this host have mapped."""
-    if world.is_first:
-        descriptor = os.memfd_create("raytrain-exchange")
-        os.ftruncate(descriptor, size_bytes)
-        world.broadcast_object((os.getpid(), descriptor))
-    else:
-        pid, theirs = world.broadcast_object(None)
-        descriptor = os.open(f"/proc/{pid}/fd/{theirs}", os.O_RDWR)
-    memory = mmap.mmap(descriptor, size_bytes)
-    world.all_objects(None)  # rank 0 keeps its descriptor until everyone has opened it
-    os.close(descriptor)
-    return memory
-
-
-def memory_fence() -> Callable[[], None] | None:
-    """What keeps stores before it before stores after it, loads likewise; None where there is none.
-
-    x86 orders both by itself. Elsewhere C11's fence, which every Linux has in libatomic.
-    """
-    if platform.machine() in ("x86_64", "AMD64", "i686"):
-        return lambda: None
-    return libatomic_fence()
-
-
-def libatomic_fence() -> Callable[[], None] | None:
-    sequentially_consistent = 5
-    try:
-        fence: Any = ctypes.CDLL("libatomic.so.1").atomic_thread_fence
-    except (OSError, AttributeError):
-        return None
-    return lambda: fence(sequentially_consistent)
-
-
-def num_cpus() -> int:
-    """The cores that this process may use: its affinity, and the quota of its control group."""
-    allowed = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return allowed if quota == "max" else max(1, min(allowed, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return allowed
+def rounded(size: int, to: int) -> int:
+    """The next multiple of `to`."""
+    return -(-size // to) * to

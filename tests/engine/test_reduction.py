@@ -17,9 +17,9 @@ from optimization import OPTIMIZATION, settings
 from processes import Pair
 from torch import nn
 
-from raytrain.engine import reduction
+from raytrain.engine import mapped_memory
 from raytrain.engine.engine import Engine
-from raytrain.engine.reduction import Exchange, SharedMemory, open_exchange
+from raytrain.engine.reduction import Reduction, SharedMemoryReduction, open_reduction
 from raytrain.engine.world import World
 from raytrain.errors import PreflightError, TrainingError
 from raytrain.storage.processes import started_at
@@ -38,7 +38,7 @@ def addend(rank: int, turn: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(SIZES[dtype], generator=generator, dtype=torch.float64).to(dtype)
 
 
-def firsts_of(rank: int, turn: int) -> dict[str, torch.Tensor]:
+def buffers_of(rank: int, turn: int) -> dict[str, torch.Tensor]:
     flags = torch.tensor([rank == 0, turn > 0])
     return {"mean": torch.full((2, 3), 10.0 * rank + turn), "count": torch.tensor(rank + turn), "flags": flags}
 
@@ -49,31 +49,31 @@ def shared_turns(
     """What each turn left in the sums and in the tensors that shall be rank 0's."""
     torch.set_num_threads(1)
     world = World(rank, size, size)
-    opened = open_exchange(SIZES, firsts_of(rank, 0), world, reduction)
-    sums, firsts = [], []
+    opened = open_reduction(SIZES, buffers_of(rank, 0), world, reduction)
+    sums, buffers = [], []
     for turn in range(turns):
         opened.open()
         for dtype, buffer in opened.addends.items():
             buffer.copy_(addend(rank, turn, dtype))
-        mine = firsts_of(rank, turn)
-        opened.share(mine)
+        mine = buffers_of(rank, turn)
+        opened.reduce(mine)
         sums.append({dtype: total.clone() for dtype, total in opened.sums.items()})
-        firsts.append(mine)
-    return opened.kind, sums, firsts
+        buffers.append(mine)
+    return opened.kind, sums, buffers
 
 
 @pytest.mark.parametrize("reduction", ["auto", "collective"])
 def test_every_process_gets_the_same_sums_in_the_order_of_ranks(three: Pair, reduction: str) -> None:
     answers = three.run(shared_turns, 3, reduction, 4)
     assert {kind for kind, _, _ in answers} == {"shared memory" if reduction == "auto" else "collective"}
-    for _, sums, firsts in answers:
+    for _, sums, buffers in answers:
         for turn, found in enumerate(sums):
             for dtype, total in found.items():
                 expected = addend(0, turn, dtype) + addend(1, turn, dtype) + addend(2, turn, dtype)
                 if reduction == "auto":
                     assert torch.equal(total, expected)
                 assert torch.equal(total, answers[0][1][turn][dtype])
-            assert all(torch.equal(firsts[turn][name], first) for name, first in firsts_of(0, turn).items())
+            assert all(torch.equal(buffers[turn][name], buffer) for name, buffer in buffers_of(0, turn).items())
 
 
 def test_two_processes_get_the_bits_that_a_collective_gives(pair: Pair) -> None:
@@ -84,20 +84,20 @@ def test_two_processes_get_the_bits_that_a_collective_gives(pair: Pair) -> None:
 
 
 def test_one_process_needs_no_one() -> None:
-    alone = open_exchange(SIZES, {}, World(), "shared_memory")
-    assert type(alone) is Exchange and alone.sums is alone.addends
+    alone = open_reduction(SIZES, {}, World(), "shared_memory")
+    assert type(alone) is Reduction and alone.sums is alone.addends
 
 
 def out_of_step(rank: int) -> list[float]:
     """Ranks that come late in turn, one of them by more than the naps are long."""
-    opened = open_exchange({torch.float32: 8}, {}, World(rank, 3, 3), "auto")
+    opened = open_reduction({torch.float32: 8}, {}, World(rank, 3, 3), "auto")
     found = []
     for turn in range(30):
         if turn % 3 == rank:
             time.sleep(0.002 if turn < 29 else 0.7)  # 0.7 s: longer than PEER_CHECK_S
         opened.open()
         opened.addends[torch.float32].fill_(float(turn + rank))
-        opened.share({})
+        opened.reduce({})
         found.append(float(opened.sums[torch.float32][3]))
     return found
 
@@ -108,14 +108,14 @@ def test_processes_that_come_late_are_waited_for(three: Pair) -> None:
 
 def growing(rank: int, reduction: str) -> list[list[float]]:
     """A cache that rank 0 makes longer in the second turn, beside statistics that every rank has."""
-    firsts = {"cache": torch.zeros(2), "mean": torch.zeros(3)}
-    opened = open_exchange({torch.float32: 8}, firsts, World(rank, 2, 2), reduction)
+    buffers = {"cache": torch.zeros(2), "mean": torch.zeros(3)}
+    opened = open_reduction({torch.float32: 8}, buffers, World(rank, 2, 2), reduction)
     seen = []
     for length in (2, 5 - 3 * rank, 2):
         mine = {"cache": torch.full((length,), float(rank + 1)), "mean": torch.full((3,), float(rank + 1))}
         opened.open()
-        opened.share(mine)
-        assert list(opened.moved(mine)) == (["cache"] if length == 5 else [])
+        opened.reduce(mine)
+        assert list(opened.unstaged(mine)) == (["cache"] if length == 5 else [])
         seen.append([*mine["cache"].tolist(), *mine["mean"].tolist()])
     return seen
 
@@ -130,15 +130,15 @@ def test_a_buffer_that_grows_on_one_rank_leaves_all_others_as_they_should_be(pai
 
 def seen_fence(rank: int) -> str:
     world = World(rank, 2, 2)
-    reduction.platform = SimpleNamespace(machine=lambda: "aarch64")  # type: ignore[assignment]
+    mapped_memory.platform = SimpleNamespace(machine=lambda: "aarch64")  # type: ignore[assignment]
     try:
-        return open_exchange({torch.float32: 8}, {}, world, "auto").kind + str(shared_turns(rank, 2, "auto", 2)[1])
+        return open_reduction({torch.float32: 8}, {}, world, "auto").kind + str(shared_turns(rank, 2, "auto", 2)[1])
     finally:
-        reduction.platform = platform
+        mapped_memory.platform = platform
 
 
 def test_machines_with_a_weak_memory_order_share_memory_behind_fences(pair: Pair) -> None:
-    if reduction.libatomic_fence() is None:
+    if mapped_memory.libatomic_fence() is None:
         pytest.skip("libatomic.so.1 is not here")
     first, second = pair.run(seen_fence)
     assert first == second and first.startswith("shared memory")
@@ -149,7 +149,7 @@ def without_memfd(rank: int, reduction: str) -> str:
     if rank == 1:
         del os.memfd_create
     try:
-        return open_exchange({torch.float32: 8}, {}, World(rank, 2, 2), reduction).kind
+        return open_reduction({torch.float32: 8}, {}, World(rank, 2, 2), reduction).kind
     except PreflightError as error:
         return str(error)
     finally:
@@ -163,13 +163,13 @@ def test_where_one_process_cannot_share_memory_all_use_collectives(pair: Pair) -
 
 
 def test_more_processes_than_cores_never_spin(three: Pair) -> None:
-    cores = reduction.num_cpus()
+    cores = mapped_memory.num_cpus()
     assert three.run(spins) == [cores >= 3] * 3
 
 
 def spins(rank: int) -> bool:
-    opened = open_exchange({torch.float32: 8}, {}, World(rank, 3, 3), "auto")
-    assert isinstance(opened, SharedMemory)
+    opened = open_reduction({torch.float32: 8}, {}, World(rank, 3, 3), "auto")
+    assert isinstance(opened, SharedMemoryReduction)
     return opened._spins
 
 
@@ -177,7 +177,7 @@ def spins(rank: int) -> bool:
 
 
 def traces() -> set[Path]:
-    return {*Path("/dev/shm").glob("*raytrain*"), *Path("/tmp").glob("raytrain-exchange*")}
+    return {*Path("/dev/shm").glob("*raytrain*"), *Path("/tmp").glob("raytrain-reduction*")}
 
 
 def train_until_killed(rank: int, steps: int, dies: int) -> str:
@@ -226,18 +226,18 @@ def test_a_process_is_dead_when_it_is_gone_or_only_not_buried() -> None:
 
 
 def maps_of(rank: int) -> tuple[int, int]:
-    """How often this process has memory of ours mapped while an exchange stands, and after it is gone."""
+    """How often this process has memory of ours mapped while a reduction stands, and after it is gone."""
 
     def mapped() -> int:
-        return Path("/proc/self/maps").read_text().count("raytrain-exchange")
+        return Path("/proc/self/maps").read_text().count("raytrain-reduction")
 
-    opened = open_exchange({torch.float32: 8}, {}, World(rank, 2, 2), "shared_memory")
+    opened = open_reduction({torch.float32: 8}, {}, World(rank, 2, 2), "shared_memory")
     opened.open()
-    opened.share({})
+    opened.reduce({})
     during = mapped()
     del opened
     return during, mapped()
 
 
-def test_memory_goes_with_the_exchange(pair: Pair) -> None:
+def test_memory_goes_with_the_reduction(pair: Pair) -> None:
     assert pair.run(maps_of) == [(1, 0)] * 2

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -14,9 +15,14 @@ import torch.distributed as dist
 from tasks_for_tests import Exact, Net, Points
 
 from raytrain import ModelReturn
+from raytrain.engine.reduction import CollectiveReduction, SharedMemoryReduction
+from raytrain.storage.state_file import Sheet
 
 MANY = 1 << 20  # weights: a state of 12 MB takes some ms to copy, and some more to write
-INSIDE = {"saving": ("payload.py", "fill"), "reduce": ("exchange.py", "share")}  # where a process is in that phase
+INSIDE = {  # functions that a process is in while it is in that phase
+    "saving": (Sheet.fill,),
+    "reduce": (SharedMemoryReduction.reduce, CollectiveReduction.reduce),
+}
 
 
 class HeavyNet(Net):
@@ -93,18 +99,19 @@ def suffer(gate: Path, phase: str, step: int) -> None:
 def suffer_inside(gate: Path, phase: str, step: int) -> None:
     """Suffers as soon as this thread is in that phase, which it is asked at each call that it makes."""
 
+    codes = [function.__code__ for function in INSIDE[phase]]
+
     def called(frame: FrameType, event: str, argument: Any) -> None:
-        if event == "c_call" and is_in(frame, *INSIDE[phase]):
+        if event == "c_call" and is_in(frame, codes):
             sys.setprofile(None)
             suffer(gate, phase, step)
 
     sys.setprofile(called)
 
 
-def is_in(frame: FrameType | None, file: str, function: str) -> bool:
+def is_in(frame: FrameType | None, codes: Sequence[CodeType]) -> bool:
     while frame is not None:
-        code = frame.f_code
-        if code.co_name == function and code.co_filename.endswith(f"raytrain/{file}"):
+        if frame.f_code in codes:
             return True
         frame = frame.f_back
     return False
