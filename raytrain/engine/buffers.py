@@ -1,16 +1,86 @@
-"""Tensors that every process takes over from rank 0: a model's buffers, as DistributedDataParallel broadcasts them.
+"""A model's buffers (BatchNorm statistics, caches) over a step: each virtual worker's own, virtual worker 0's after it.
 
-A module may put a tensor of another shape in a buffer's place, or add one, and not alike on every
-rank: a cache as long as the longest sequence so far. So what travels is laid out once, by what was
-there when training began, and each process takes of it what fits what it has now.
+A module may put another tensor, of another shape even, in a buffer's place at any time. So they are looked up anew,
+and a buffer takes over only a value of its own shape and dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+
+
+class ModuleBuffers:
+    """The buffers of `model`: what a step begins with is kept, so that each virtual worker begins with it.
+
+    After a step they are virtual worker 0's, as DistributedDataParallel broadcasts rank 0's; after a bad one, what the
+    step began with. One that a module makes anew in another shape (a cache that grows) stays what it made.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._dicts = [module._buffers for module in model.modules()]
+        self._objects: list[torch.Tensor] = []
+        self._places: list[tuple[int, torch.Size]] = []
+        self._tensors: dict[tuple[int, str], torch.Tensor] = {}
+        self._at_start = Snapshot({})
+        self._first_done = False  # whether the first virtual worker of this step has run
+
+    def tensors(self) -> dict[tuple[int, str], torch.Tensor]:
+        """Those that can be written to, by module and name; the same dict while no module puts another in place."""
+        if not (self._tensors or any(self._dicts)):
+            return self._tensors
+        objects = [buffer for named in self._dicts for buffer in named.values() if buffer is not None]
+        places = [(b.data_ptr() if b.layout is torch.strided else 0, b.shape) for b in objects]
+        if places == self._places and all(map(operator.is_, objects, self._objects)):
+            return self._tensors
+        tensors = {}
+        seen: set[int] = set()
+        for index, named in enumerate(self._dicts):
+            for name, buffer in named.items():
+                if buffer is not None and id(buffer) not in seen and buffer.numel() and is_writable(buffer):
+                    seen.add(id(buffer))
+                    tensors[index, name] = buffer.detach()
+        self._objects, self._places, self._tensors = objects, places, tensors
+        return tensors
+
+    def begin_step(self) -> None:
+        """Keep what they are now."""
+        self._first_done = False
+        tensors = self.tensors()
+        if self._at_start.of is not tensors:
+            self._at_start = Snapshot(tensors)
+        self._at_start.take()
+
+    @contextmanager
+    def virtual_worker(self) -> Iterator[None]:
+        """The forward passes of one virtual worker: it begins with what the step began with, the first one's remain."""
+        if not self._first_done:
+            self._first_done = True
+            yield
+            return
+        firsts = {key: buffer.clone() for key, buffer in self.tensors().items()}
+        self.put_back()
+        try:
+            yield
+        finally:
+            self.take_over(firsts)
+
+    def take_over(self, values: Mapping[tuple[int, str], torch.Tensor]) -> None:
+        """Each becomes its value among `values`, where that fits."""
+        copy_fitting(self.tensors(), values)
+
+    def put_back(self) -> None:
+        """They become what the step began with."""
+        self.take_over(self._at_start.values)
+
+    def put_back_if(self, bad: torch.Tensor) -> None:
+        """The same where the scalar `bad` is not 0, without waiting for the device."""
+        put_back_if(bad, self.tensors(), self._at_start.values)
 
 
 def copy_fitting(to: Mapping[Any, torch.Tensor], values: Mapping[Any, torch.Tensor]) -> None:
@@ -60,7 +130,7 @@ class Snapshot:
             self.values[key].copy_(tensor)
 
 
-def put_back(tensors: Mapping[Any, torch.Tensor], before: Mapping[Any, torch.Tensor], bad: torch.Tensor) -> None:
+def put_back_if(bad: torch.Tensor, tensors: Mapping[Any, torch.Tensor], before: Mapping[Any, torch.Tensor]) -> None:
     """Where the scalar `bad` is not 0, each of `tensors` becomes its value `before`; without waiting for the device."""
     fitting = [key for key, tensor in tensors.items() if fits(tensor, before.get(key))]
     for dtype in {tensors[key].dtype for key in fitting}:  # together: a launch for each would take longer than a step

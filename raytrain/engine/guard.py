@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from raytrain.engine.buffers import copy_fitting, fits
-from raytrain.engine.late import LATE_STEPS
+from raytrain.engine.late import LATE_STEPS, LateReader
 
 KINDS = ("", "spike", "nonfinite")  # verdicts, in the order of their numbers; 0: nothing is wrong
 SPIKE, NONFINITE = 1, 2
@@ -160,6 +161,32 @@ class Guard:
         weights = {name: tensor for name, tensor in live.items() if name.startswith("params.")}
         whole = all(fits(tensor, anchor.get(name)) for name, tensor in weights.items())
         self.anchor = {n: t.clone() for n, t in anchor.items()} if whole and self.rollback_every is not None else {}
+
+
+class LateVerdicts:
+    """A guard's verdicts on their way to the host, which hears of each LATE_STEPS after its step."""
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+        self._reader = LateReader(guard.unread.tolist())
+        self._row_norms: deque[list[torch.Tensor]] = deque(maxlen=LATE_STEPS + 1)
+
+    def swap(
+        self, numbers: torch.Tensor, row_norms: list[torch.Tensor]
+    ) -> tuple[list[float], list[torch.Tensor] | None] | None:
+        """Puts this step's in; what was put in LATE_STEPS ago if that step was bad, else None.
+
+        numbers:   (5,) f32: verdict, bad steps in a row, loss, norm, this rank's part of the loss
+        row_norms: the stepper's; those of a step before a resume are not known any more
+        """
+        unread = self._guard.unread
+        if self._guard.rollback_every is not None:  # a run that is resumed in between must hear of it too
+            unread.copy_(torch.cat([unread[1:], numbers[None]]))
+        late = self._reader.swap(numbers)
+        self._row_norms.append(row_norms)
+        if late is None or not late[0]:
+            return None
+        return late, self._row_norms[0] if len(self._row_norms) > LATE_STEPS else None
 
 
 def is_finite(gradient: torch.Tensor | None) -> bool:

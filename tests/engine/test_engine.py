@@ -165,49 +165,6 @@ def test_buffers_are_restored_when_a_virtual_worker_fails() -> None:
     assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
 
 
-class Caches(nn.Module):
-    """BatchNorm, a cache as long as the longest sequence so far, statistics that the first batch makes, a constant."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 3)
-        self.register_buffer("positions", torch.zeros(2), persistent=False)
-        self.norm = nn.BatchNorm1d(4)
-        self.register_buffer("one", torch.ones(1).expand(3))
-
-    def forward(self, x: torch.Tensor, length: int) -> torch.Tensor:
-        if length > len(self.positions):
-            self.positions = torch.arange(float(length))
-        if not hasattr(self, "first"):
-            self.register_buffer("first", x.detach().mean(0))
-        return (self.linear(self.norm(x - self.first)) * self.one).square().mean()
-
-
-def with_caches(rank: int, size: int, reduction: str) -> dict[str, torch.Tensor]:
-    """What the buffers are after three steps; virtual worker 0 sees the longer sequences."""
-    torch.manual_seed(0)
-    model = Caches()
-    engine = engine_of(model, World(rank, size, 2), reduction)
-    for step in range(3):
-        engine.zero_grad()
-        for v in engine.world.block:
-            with engine.virtual_worker():
-                engine.backward(model(inputs(step, v, 0), 5 + step - 3 * v), 0.5)
-                assert len(model.positions) >= 5 + step - 3 * v
-        engine.step(settings(weight_decay=0.1), ())
-    return {name: b.clone() for name, b in model.named_buffers()}
-
-
-@pytest.mark.parametrize("reduction", ["shared_memory", "collective"])
-def test_caches_that_grow_and_buffers_that_come_late_spoil_no_statistics(pair: Pair, reduction: str) -> None:
-    alone = with_caches(0, 1, reduction)
-    assert len(alone["positions"]) == 7
-    for rank, found in enumerate(pair.run(with_caches, 2, reduction)):
-        assert torch.equal(found.pop("positions"), torch.arange(7.0 if rank == 0 else 4.0))
-        for name, buffer in found.items():
-            torch.testing.assert_close(buffer, alone[name], rtol=1e-6, atol=1e-6, msg=name)
-
-
 def test_accumulation_equals_one_large_batch() -> None:
     """Without BatchNorm, in f64."""
 

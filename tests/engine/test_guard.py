@@ -17,7 +17,6 @@ from small_runs import config
 from torch import nn
 
 from raytrain.data.feed import Feed
-from raytrain.engine.buffers import put_back
 from raytrain.engine.engine import Engine, Stepped
 from raytrain.engine.guard import BadStep, Guard
 from raytrain.engine.optim import optimizer_options, stepped_groups
@@ -293,22 +292,6 @@ def test_a_checkpoint_without_a_guard_or_with_an_anchor_of_another_model_is_take
 
 
 # Parts
-
-
-def test_values_are_put_back_without_asking_what_the_verdict_is() -> None:
-    shapes: list[tuple[Any, torch.dtype]] = [
-        ((), torch.int64),
-        ((2, 3), torch.float32),
-        (4, torch.bool),
-        (5, torch.float32),
-    ]
-    before = {i: torch.ones(shape, dtype=dtype) for i, (shape, dtype) in enumerate(shapes)}
-    for bad in (0.0, 1.0):
-        now = {i: torch.zeros_like(tensor) for i, tensor in before.items()} | {9: torch.zeros(7)}
-        now[1] = torch.full((2, 3), NAN)
-        put_back(now, {**before, 3: torch.ones(6)}, torch.tensor(bad))
-        assert (now[0].item(), now[2].all().item(), now[1].isnan().any().item()) == (bad, bool(bad), not bad)
-        assert not now[3].any() and not now[9].any()  # what has no earlier value of its shape stays
 
 
 def test_a_bad_step_is_told_in_one_line() -> None:

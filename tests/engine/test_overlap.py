@@ -50,9 +50,10 @@ def engine_of(rank: int, reduction: str, segment_bytes: int, **changes: Any) -> 
 def trained(rank: int, reduction: str, segment_bytes: int, engine_kind: str) -> dict[str, Any]:
     model, engine = engine_of(rank, reduction, segment_bytes, ENGINE=engine_kind)
     before_the_end: list[int] = []
-    if engine.overlap is not None:
+    overlap = engine.gradients.overlap
+    if overlap is not None:
         # The first layer's gradient is the last to come: what has started by then overlaps with backward.
-        model.first.weight.register_hook(lambda grad: before_the_end.append(engine.overlap._started))
+        model.first.weight.register_hook(lambda grad: before_the_end.append(overlap._started))
     granted, losses = [], []
     for step in range(4):
         engine.zero_grad()
@@ -70,8 +71,8 @@ def trained(rank: int, reduction: str, segment_bytes: int, engine_kind: str) -> 
         "optimizer": engine.optimizer_state()["state"],
         "wishes": granted,
         "loss": losses,
-        "overlaps": engine.overlap is not None,
-        "segments": len(engine.overlap._segments) if engine.overlap else 0,
+        "overlaps": overlap is not None,
+        "segments": len(overlap._segments) if overlap else 0,
         "started": before_the_end,
     }
 
