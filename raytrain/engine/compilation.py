@@ -60,7 +60,7 @@ class Compilation:
                 self._give_up(failed[0])
 
     def _rehearse(self, rehearse: Callable[[], None]) -> None:
-        kept = [
+        before = [
             (module, name, buffer, buffer.clone())
             for module in self.model.modules()
             for name, buffer in module._buffers.items()
@@ -74,17 +74,17 @@ class Compilation:
             self._give_up(f"{type(error).__name__}: {' '.join(str(error).split()):.300}")
         finally:
             with torch.no_grad():
-                for module, name, buffer, value in kept:
+                for module, name, buffer, value in before:
                     buffer.copy_(value)
                     module._buffers[name] = buffer
 
     def _give_up(self, reason: str) -> None:
         self.why_eager = reason
         del self.model.forward  # the instance's; the class's is what it was
-        told = f"COMPILE is given up, the model runs eagerly: {reason}"
-        self.notes.append(told)
+        note = f"COMPILE is given up, the model runs eagerly: {reason}"
+        self.notes.append(note)
         if not self.world.is_first:  # whose journal goes nowhere
-            logging.getLogger("raytrain").warning(told)
+            logging.getLogger("raytrain").warning(note)
 
 
 def open_compilation(

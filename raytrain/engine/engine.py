@@ -101,7 +101,7 @@ class Engine:
         self.readers_done: torch.cuda.Event | None = None  # of what reads the parameters beside the computation
         self.loss_sum: torch.Tensor | None = None
 
-    def wait_for_readers(self) -> None:
+    def _wait_for_readers(self) -> None:
         """What a GPU does from here on comes after the copy of the state that is being made beside it, if one is."""
         if self.readers_done is not None:
             torch.cuda.current_stream().wait_event(self.readers_done)
@@ -147,7 +147,7 @@ class Engine:
             combined = Combined([True] * len(self.params), tuple(wishes), self.loss_sum)
         else:
             combined = self.gradients.combine(self.loss_sum, tuple(wishes))
-        self.wait_for_readers()
+        self._wait_for_readers()
         norm = self.stepper.norm(combined.used)
         step_if_good = self._step_if_good_late if self.reads_late else self._step_if_good
         bad_step = step_if_good(settings, combined.loss, norm)
@@ -177,9 +177,9 @@ class Engine:
         if late is None:
             return None
         (kind, in_a_row, loss_then, norm_then, loss_here), row_norms = late
-        near = [] if row_norms is None else self.stepper.in_bad_rows(row_norms)
+        suspects = [] if row_norms is None else self.stepper.in_bad_rows(row_norms)
         return BadStep(
-            KINDS[int(kind)], LATE_STEPS, int(in_a_row), loss_then, norm_then, loss_here, self._names_of(near)
+            KINDS[int(kind)], LATE_STEPS, int(in_a_row), loss_then, norm_then, loss_here, self._names_of(suspects)
         )
 
     def _names_of(self, params: Sequence[torch.nn.Parameter]) -> list[str]:
@@ -209,7 +209,7 @@ class Engine:
 
     def drop_anchor(self, step: int) -> None:
         """The state as it is after `step` steps is what a rollback goes back to."""
-        self.wait_for_readers()
+        self._wait_for_readers()
         self.guard.drop_anchor(step, self.live_tensors())
 
     @torch.no_grad()

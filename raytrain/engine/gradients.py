@@ -61,11 +61,10 @@ class Gradients:
         unstaged = self.reduction.unstaged(buffers) if self.world.is_first else {}
         self.tail.write(used, (*wishes, bool(unstaged)), loss)
         self.reduction.reduce(buffers)
-        combined = self.tail.read(len(wishes) + 1)
-        *granted, some_unstaged = combined.wishes
-        if some_unstaged and self.world.device.type == "cpu":  # a GPU would learn of it too late
+        summed = self.tail.read(len(wishes) + 1)
+        if summed.wishes[-1] and self.world.device.type == "cpu":  # a GPU would learn of it too late
             self.buffers.take_over(self.world.broadcast_object(unstaged))
-        return combined._replace(wishes=tuple(granted))
+        return Combined(summed.used, summed.wishes[:-1], summed.loss)
 
     def _collect(self) -> list[bool]:
         if self.overlap is not None and self.overlap.armed:

@@ -145,12 +145,12 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint; the tensors live on."""
-        found: dict[str, Any] = {"in_a_row": self.in_a_row, "unread": self.unread}
+        state: dict[str, Any] = {"in_a_row": self.in_a_row, "unread": self.unread}
         if self.window is not None:
-            found["window"] = self.window
+            state["window"] = self.window
         if self.rollback_every is not None:
-            found |= {"anchor": self.anchor, "anchor_step": self.anchor_step}
-        return found
+            state |= {"anchor": self.anchor, "anchor_step": self.anchor_step}
+        return state
 
     def load(self, state: Mapping[str, Any], live: Mapping[str, torch.Tensor]) -> None:
         """Take over what fits of a `state`; an anchor of another model than `live` is not."""

@@ -38,8 +38,8 @@ class StepSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stretch:
-    """The steps from `first_step` on, until the next stretch begins; lr and momentum by steps finished in the run."""
+class SchedulePhase:
+    """The steps from `first_step` on, until the next phase begins; lr and momentum by steps finished in the run."""
 
     first_step: int
     lr: Callable[[int], float]
@@ -50,29 +50,29 @@ class Stretch:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Stretches in their order, the first from step 0 on."""
+    """Phases in their order, the first from step 0 on."""
 
-    stretches: tuple[Stretch, ...]
+    phases: tuple[SchedulePhase, ...]
 
     def at(self, step: int) -> StepSettings:
         """What the step after `step` finished ones is taken with."""
-        index = bisect.bisect_right(self.stretches, step, key=lambda stretch: stretch.first_step) - 1
-        now = self.stretches[index]
+        index = bisect.bisect_right(self.phases, step, key=lambda phase: phase.first_step) - 1
+        now = self.phases[index]
         return StepSettings(now.lr(step), now.momentum(step), now.clip, now.weight_decay)
 
 
 def build_schedule(optim_cfg: Any, steps_per_epoch: int, num_epochs: int) -> Schedule:
     """The schedule that OPTIMIZATION asks for, over num_epochs * steps_per_epoch steps.
 
-    A stretch begins with each of PHASES; its curves are those of a run that had its LR from the start.
+    A phase begins with each of PHASES; its curves are those of a run that had its LR from the start.
     """
     begins = [(0, optim_cfg)]
     begins += [(phase.FROM_EPOCH, optim_cfg.in_force(phase.FROM_EPOCH)) for phase in optim_cfg.PHASES]
-    stretches = []
+    phases = []
     for epoch, now in begins:
         lr, momentum = curves_of(now, steps_per_epoch, num_epochs)
-        stretches.append(Stretch(epoch * steps_per_epoch, lr, momentum, now.GRAD_NORM_CLIP, float(now.WEIGHT_DECAY)))
-    return Schedule(tuple(stretches))
+        phases.append(SchedulePhase(epoch * steps_per_epoch, lr, momentum, now.GRAD_NORM_CLIP, float(now.WEIGHT_DECAY)))
+    return Schedule(tuple(phases))
 
 
 def curves_of(

@@ -66,22 +66,22 @@ class World:
         """Collective. The `value` of one rank, on every rank."""
         if self.size == 1:
             return value
-        box = [value]
-        dist.broadcast_object_list(box, src=source, group=self.objects)
-        return box[0]
+        values = [value]
+        dist.broadcast_object_list(values, src=source, group=self.objects)
+        return values[0]
 
     def all_objects(self, value: Any) -> list[Any]:
         """Collective. Every rank's `value` by rank, on every rank."""
         if self.size == 1:
             return [value]
-        box = [None] * self.size
-        dist.all_gather_object(box, value, group=self.objects)
-        return box
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.objects)
+        return values
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Collective. Every rank's `value` by rank, on rank 0; an empty list elsewhere."""
         if self.size == 1:
             return [value]
-        box = [None] * self.size if self.is_first else None
-        dist.gather_object(value, box, dst=0, group=self.objects)
-        return box or []
+        values = [None] * self.size if self.is_first else None
+        dist.gather_object(value, values, dst=0, group=self.objects)
+        return values or []
