@@ -27,8 +27,6 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[digits,pictures,dev]"
-# BOHB without its servers, which want netifaces, and that a C compiler.
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps hpbandster
 	@touch $@
 
 # Leaves output/ alone: the runs are yours.

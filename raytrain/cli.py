@@ -35,7 +35,7 @@ CONFIG_FLAGS: dict[str, tuple[str, str, str]] = {
 TUNE_FLAGS: dict[str, tuple[str, str, str]] = {
     "--num_samples": ("N", "TUNE.NUM_SAMPLES", "trials"),
     "--scheduler": ("NAME", "TUNE.SCHEDULER", "what stops trials: none, asha, hyperband, median, pbt, pb2"),
-    "--search": ("NAME", "TUNE.SEARCH", "what chooses trials: random, grid, tpe, gp, bohb"),
+    "--search": ("NAME", "TUNE.SEARCH", "what chooses trials: random, grid, tpe, gp"),
     "--metric": ("NAME", "TUNE.METRIC", "what trials are compared by"),
     "--mode": ("max|min", "TUNE.MODE", "whether more of it is better"),
     "--concurrent": ("N", "TUNE.CONCURRENT", "trials at a time"),

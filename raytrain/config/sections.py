@@ -255,6 +255,11 @@ class Budget(Section):
     SECONDS: Positive | None = None  #: of the sweep's wall time
 
 
+BOHB_REMOVED = (
+    "BOHB was removed; use SEARCH tpe with SCHEDULER hyperband or, so that later trials learn from earlier ones, asha"
+)
+
+
 class Tune(Section):
     """A sweep over this config: `raytrain tune`."""
 
@@ -265,7 +270,7 @@ class Tune(Section):
     MODE: Literal["max", "min"] | None = None
     NUM_SAMPLES: Count = 10  #: trials; times the combinations of the SPACE's grids
     SCHEDULER: Literal["none", "asha", "hyperband", "median", "pbt", "pb2"] = "none"  #: what ends trials early
-    SEARCH: Literal["random", "grid", "tpe", "gp", "bohb"] = "random"  #: what chooses the next trial
+    SEARCH: Literal["random", "grid", "tpe", "gp"] = "random"  #: what chooses the next trial
     BUDGET: Budget = Budget()  #: what the sweep may take before it ends
     CONCURRENT: Count | None = None  #: trials at a time; null: what the cluster holds
     SEED: Seed | None = None  #: seed of what the sweep draws; null: the config's
@@ -278,6 +283,13 @@ class Tune(Section):
     PERTURB_EVERY: Count = 2  #: pbt, pb2: how long a generation is
     QUANTILE: Annotated[Positive, Field(le=0.5)] = 0.25  #: pbt, pb2: the worst share goes on from the best
     RESAMPLE: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.25  #: pbt: chance of a new value over a near one
+
+    @field_validator("SCHEDULER", "SEARCH", mode="before")
+    @classmethod
+    def _without_bohb(cls, value: Any) -> Any:
+        if value == "bohb":
+            raise ValueError(BOHB_REMOVED)
+        return value
 
 
 class Config(Section):

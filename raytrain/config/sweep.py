@@ -143,7 +143,7 @@ def _unsuited(path: str, drawn: Distribution, tune: dict[str, Any]) -> str:
     grid = isinstance(drawn, Options) and drawn.crossed
     if search == "grid" and not isinstance(drawn, Options):
         return "SEARCH grid takes lists only; write grid, or set SEARCH to random, which crosses grids with the rest"
-    if search in ("tpe", "gp", "bohb") and grid:
+    if search in ("tpe", "gp") and grid:
         return f"SEARCH {search} chooses each value itself; write choice in place of grid"
     if scheduler in ("pbt", "pb2") and path not in PERTURBED:
         return f"SCHEDULER {scheduler} changes keys in mid-run, and can change {', '.join(PERTURBED)} only"

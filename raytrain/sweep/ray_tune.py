@@ -193,9 +193,7 @@ class Trials(SearchAlgorithm):
         bests = [trial.best for trial in view.trials.values() if trial.best is not None]
         worst = (min if view.mode == "max" else max)(bests, default=None)
         return [
-            Told(lineages[other].base, worst, max(trial.epoch, 1))
-            if trial.why == DIVERGED
-            else Told(lineages[other].base, trial.best, trial.epoch)
+            Told(lineages[other].base, worst if trial.why == DIVERGED else trial.best)
             for other, trial in sorted(view.trials.items())
             if other < number
         ]

@@ -13,21 +13,20 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from raytrain.config.distributions import Distribution, Options, Range, Steps
+from raytrain.config.distributions import Distribution, Range, Steps
 from raytrain.config.sections import Config
 from raytrain.errors import ConfigError
 from raytrain.sweep.space import Combinations, Params, Space, keyed, objective
 
 
 class Told(NamedTuple):
-    """A trial that was made: its params, its best value so far, and the epochs that this took.
+    """A trial that was made: its params, and its best value so far.
 
     value: None for one that has none yet, because it runs or because it failed
     """
 
     params: Params
     value: float | None
-    epochs: int = 1
 
 
 class Search(Protocol):
@@ -49,19 +48,8 @@ def build_search(cfg: Config, seed: int) -> Search:
             "SPACE: {OPTIMIZATION.LR: {loguniform: [1e-4, 1e-1]}}"
         )
     if kind in ("tpe", "gp"):
-        _need(["optuna"], kind, "tune")
+        _need_optuna(kind)
         return OptunaSearch(space, seed, kind, objective(cfg)[1])
-    if kind == "bohb":
-        _need(["hpbandster", "ConfigSpace"], kind, "bohb")
-        search = BohbSearch(space, seed, objective(cfg)[1])
-        try:
-            search.params_of(0, ())
-        except ValueError as error:  # its floats are coarser than ours
-            raise ConfigError(
-                f"TUNE.SEARCH is bohb, whose ConfigSpace cannot draw from this SPACE: {error}. "
-                "Widen that range, or set TUNE.SEARCH to tpe"
-            ) from error
-        return search
     return GridSearch(space.of_lists()) if kind == "grid" or space.is_grid else RandomSearch(space, seed)
 
 
@@ -124,7 +112,7 @@ class OptunaSearch:
         else:
             sampler = samplers.GPSampler(seed=seed, deterministic_objective=True)
         study = optuna.create_study(direction=directions[self.mode], sampler=sampler)
-        for params, value, _ in _known(self.space, told):
+        for params, value in _known(self.space, told):
             coded = {key: _coded(drawn, params[key]) for key, drawn in self.space.entries.items()}
             state = states.RUNNING if value is None else states.COMPLETE
             study.add_trial(
@@ -138,70 +126,18 @@ class OptunaSearch:
         def of(drawn: Distribution) -> Any:
             if isinstance(drawn, Range):
                 return FloatDistribution(drawn.low, drawn.high, log=drawn.log)
-            return (
-                CategoricalDistribution(range(drawn.size)) if _unordered(drawn) else IntDistribution(0, drawn.size - 1)
-            )
+            if isinstance(drawn, Steps):
+                return IntDistribution(0, drawn.size - 1)
+            return CategoricalDistribution(range(drawn.size))
 
         return {key: of(drawn) for key, drawn in self.space.entries.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class BohbSearch:
-    """BOHB's model of good and bad params at the most epochs that enough trials have reached.
-
-    A third of its trials are drawn at random, and so are all until each such group has a key's count and one more.
-    """
-
-    space: Space
-    seed: int
-    mode: str
-
-    def params_of(self, trial: int, told: Sequence[Told]) -> Params | None:
-        with _alone(self.seed, trial):
-            generator = self.generator_of(trial, told)
-            drawn, _ = generator.get_config(None)
-        return _decoded(self.space, dict(drawn))
-
-    def num_trials(self, num_samples: int) -> int:
-        return num_samples
-
-    def generator_of(self, trial: int, told: Sequence[Told]) -> Any:
-        """BOHB's generator that knows `told` and nothing else, without the rest of hpbandster, its servers."""
-        import ConfigSpace
-        from hpbandster.optimizers.config_generators.bohb import BOHB
-
-        def of(key: str, drawn: Distribution) -> Any:
-            if isinstance(drawn, Range):
-                return ConfigSpace.UniformFloatHyperparameter(key, drawn.low, drawn.high, log=drawn.log)
-            if _unordered(drawn):
-                return ConfigSpace.CategoricalHyperparameter(key, list(range(drawn.size)))
-            return ConfigSpace.UniformIntegerHyperparameter(key, 0, drawn.size - 1)
-
-        space = ConfigSpace.ConfigurationSpace(seed=int(keyed(self.seed, trial).integers(2**32)))
-        space.add(*(of(key, drawn) for key, drawn in self.space.entries.items()))
-        generator = BOHB(space)
-        sign = -1.0 if self.mode == "max" else 1.0
-        for params, value, epochs in sorted(_known(self.space, told), key=lambda known: known.epochs):
-            if value is not None:
-                coded = {key: _coded(drawn, params[key]) for key, drawn in self.space.entries.items()}
-                generator.new_result(_Job({"loss": sign * value}, {"budget": epochs, "config": coded}))
-        return generator
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """A finished trial, as BOHB reads it."""
-
-    result: dict[str, float]
-    kwargs: dict[str, Any]
-    exception: None = None
 
 
 def _known(space: Space, told: Sequence[Told]) -> list[Told]:
     """`told` without the trials of another space; a value that is not finite is none."""
     return [
-        Told(params, value if value is not None and math.isfinite(value) else None, epochs)
-        for params, value, epochs in told
+        Told(params, value if value is not None and math.isfinite(value) else None)
+        for params, value in told
         if params.keys() == space.entries.keys()
     ]
 
@@ -216,10 +152,6 @@ def _decoded(space: Space, coded: Params) -> Params:
         return min(max(float(value), drawn.low), drawn.high) if isinstance(drawn, Range) else drawn.at(int(value))
 
     return {key: of(drawn, coded[key]) for key, drawn in space.entries.items()}
-
-
-def _unordered(drawn: Steps | Options) -> bool:
-    return isinstance(drawn, Options) or drawn.size == 1  # a range of one whole number is none to ConfigSpace
 
 
 @contextmanager
@@ -238,10 +170,9 @@ def _alone(seed: int, trial: int) -> Iterator[None]:
         np.random.set_state(state)
 
 
-def _need(packages: Sequence[str], kind: str, extra: str) -> None:
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
+def _need_optuna(kind: str) -> None:
+    if importlib.util.find_spec("optuna") is None:
         raise ConfigError(
-            f"TUNE.SEARCH is {kind}, but {' and '.join(missing)} cannot be imported; "
-            f'pip install "raytrain[{extra}]", or set TUNE.SEARCH to random'
+            f"TUNE.SEARCH is {kind}, but optuna cannot be imported; "
+            'pip install "raytrain[tune]", or set TUNE.SEARCH to random'
         )

@@ -6,7 +6,8 @@ import time
 from typing import Any
 
 from raytrain.config.load import config_diff, dump_config, with_values
-from raytrain.config.sections import Config
+from raytrain.config.schema import at
+from raytrain.config.sections import BOHB_REMOVED, Config
 from raytrain.config.yaml_tree import parse_text
 from raytrain.errors import ConfigError, ResumeError, masked
 from raytrain.journal.run_folder import RunFolder
@@ -86,8 +87,8 @@ class Sweep:
         phases = lineage.config(self.cfg, number).to_tree()["OPTIMIZATION"]["PHASES"]
         for since, params in lineage.phases:
             self.note("clone", trial=number, epoch=since, params=params, config_phases=phases, **{"from": number})
-        for (trial, key, at), record in list(self.known.items()):  # what was told before counts again
-            if trial == number and at < epoch and key == lineage.key(at):
+        for (trial, key, known), record in list(self.known.items()):  # what was told before counts again
+            if trial == number and known < epoch and key == lineage.key(known):
                 self.note(**{name: record[name] for name in record if name != "time"})
 
     def decided(self, number: int, epoch: int) -> str | None:
@@ -182,6 +183,11 @@ def check_same(cfg: Config, folder: RunFolder) -> None:
             f"{error}\nWhat to do: put {CONFIG} of this sweep back from a copy, or remove it: the next launch writes "
             "it anew, without a check that its config is the one that the sweep was begun with"
         ) from None
+    if at(old, "TUNE.SEARCH") == "bohb":
+        raise ResumeError(
+            f"{folder.storage.path_of('')} holds a sweep that SEARCH bohb chose the trials of. {BOHB_REMOVED}. "
+            "What to do: start another sweep (--extra_tag NAME)"
+        )
     order = [list((tree.get("TUNE") or {}).get("SPACE") or {}) for tree in (old, cfg.to_tree())]
     if sorted(order[0]) == sorted(order[1]) and order[0] != order[1]:
         raise ResumeError(

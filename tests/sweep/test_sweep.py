@@ -124,6 +124,14 @@ def test_a_space_in_another_order_is_another_sweep(tmp_path: Path) -> None:
             check_same(turned, sweep.folder)
 
 
+def test_a_sweep_that_bohb_chose_the_trials_of_is_not_gone_on_with_and_says_what_to_use(tmp_path: Path) -> None:
+    with launched(config(tmp_path), tmp_path) as sweep:
+        written = dump_config(config(tmp_path)).replace("SEARCH: random", "SEARCH: bohb")
+        (tmp_path / "sweep" / CONFIG).write_text(written)
+        with pytest.raises(ResumeError, match=r"BOHB was removed; use SEARCH tpe with SCHEDULER hyperband .*--extra_tag"):
+            check_same(config(tmp_path), sweep.folder)
+
+
 def told(sweep: Sweep, number: int, epoch: int) -> None:
     """A result of the trial as this launch has it."""
     key = sweep._retold[number].key(epoch)
