@@ -23,57 +23,57 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from raytrain.errors import StorageError, TaskError
+from raytrain.storage.local import LocalStorage
+from raytrain.storage.lock import JOURNAL
+from raytrain.storage.storage import Storage
 
 Record = dict[str, Any]
 
 
-def read_journal(source: str | os.PathLike[str] | Iterable[str]) -> list[Record]:
-    """The records that count, oldest first, of a journal file or of its lines.
+def read_journal(
+    journal: Storage | str | os.PathLike[str], name: str = JOURNAL, kinds: Collection[str] = ()
+) -> list[Record]:
+    """The records of a journal that count, oldest first; none where there is no file `name`.
 
     Dropped are lines that a killed writer tore, step, eval, pictures and checkpoint records, and events of bad
     steps, that a later resume overwrote, and an evaluation or pictures that were made again at the same step.
+
+    journal: the folder that holds it, or its path, at which there must be one
+    kinds:   only these; few of the other lines are parsed, which takes most of the time
     """
-    if isinstance(source, (str, os.PathLike)):
-        try:
-            source = Path(source).read_text(encoding="utf-8", errors="replace").split("\n")
-        except OSError as error:
-            raise StorageError(f"{source}: no journal to read there ({error.strerror}); name a run folder's") from error
-    effective: list[Record] = []
-    for record in records_of(source):
+    if isinstance(journal, (str, os.PathLike)):
+        path = Path(journal)
+        journal, name = LocalStorage(path.parent), path.name
+        if not journal.exists(name):
+            raise StorageError(f"{path}: no journal to read there; name a run folder's")
+    counting: dict[Any, Record] = {}  # by what a later record is the same as
+    for place, record in enumerate(read_records(journal, name, {*kinds, "run"} if kinds else ())):
+        key: Any = place
         if record["kind"] == "run":
-            effective = [r for r in effective if not _overwritten(r, record.get("step", 0))]
-        if record["kind"] in ("eval", "pictures"):
-            same = record["kind"], record.get("step")
-            effective = [r for r in effective if (r["kind"], r.get("step")) != same]
-        effective.append(record)
-    return effective
+            counting = {k: r for k, r in counting.items() if not _overwritten(r, record.get("step", 0))}
+        elif record["kind"] in ("eval", "pictures"):
+            key = record["kind"], record.get("step")
+            counting.pop(key, None)
+        counting[key] = record
+    return [record for record in counting.values() if not kinds or record["kind"] in kinds]
 
 
-def new_records(path: str | os.PathLike[str], offset: int) -> tuple[list[Record], int]:
-    """Records whose lines were completed since byte `offset`, and the offset to go on from.
+def read_records(storage: Storage, name: str, kinds: Collection[str] = ()) -> list[Record]:
+    """All records in this file of JSON lines, oldest first, but for lines that a killed writer tore; none without it.
 
-    A journal that does not exist yet has none. One that was replaced is read from its start.
+    kinds: only these; a line that names none of them is not parsed
     """
-    try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size < offset:
-                offset = 0
-            file.seek(offset)
-            whole, newline, _ = file.read().rpartition(b"\n")
-    except FileNotFoundError:
-        return [], 0
-    lines = whole.decode("utf-8", errors="replace").split("\n")
-    return records_of(lines), offset + len(whole) + len(newline)
-
-
-def records_of(lines: Iterable[str]) -> list[Record]:
-    """The records in these lines; those that a killed writer tore are dropped."""
-    return list(filter(None, map(_parsed, lines)))
+    if not storage.exists(name):
+        return []
+    lines = storage.read_bytes(name).decode("utf-8", errors="replace").split("\n")
+    words = [f'"{kind}"' for kind in kinds]
+    records = map(_parsed, (line for line in lines if not words or any(word in line for word in words)))
+    return [record for record in records if record is not None and (not kinds or record["kind"] in kinds)]
 
 
 def _parsed(line: str) -> Record | None:
@@ -81,7 +81,9 @@ def _parsed(line: str) -> Record | None:
         record = json.loads(line)
     except (ValueError, RecursionError):  # torn: the start of an object is never an object; or not ours
         return None
-    if not isinstance(record, dict) or "kind" not in record or not isinstance(record.get("step", 0), int):
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return None
+    if not isinstance(record.get("step", 0), int):
         return None
     return record
 

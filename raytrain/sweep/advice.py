@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from raytrain.journal.records import Record, read_journal
+from raytrain.journal.records import read_journal
 from raytrain.storage.lock import JOURNAL
 from raytrain.storage.storage import Storage
 from raytrain.sweep.ledger import SweepView, TrialView, trial_folder
@@ -94,7 +94,8 @@ def norms_of(storage: Storage, trial: TrialView) -> TrialNorms:
     """The norms in the journal of this trial of the sweep, and what its clip did with them."""
     folder = trial_folder(trial.number)
     clips = clips_of(trial, _optimization(storage, folder))
-    steps = [r for r in _journal(storage, folder) if r["kind"] == "step" and r.get("grad_norm") is not None]
+    records = read_journal(storage, f"{folder}/{JOURNAL}", kinds=("step",))
+    steps = [record for record in records if record.get("grad_norm") is not None]
     cut = sum(1 for step in steps if (clip := clip_at(clips, step["epoch"])) is not None and step["grad_norm"] > clip)
     norms = [float(step["grad_norm"]) for step in steps]
     return TrialNorms(trial.number, norms, clips[-1][1], cut / max(1, len(steps)))
@@ -168,13 +169,6 @@ def _rungs(ordered: list[float]) -> list[float]:
     first = bisect.bisect_right(LADDER, quantile(ordered, 0.05)) - 1
     last = bisect.bisect_left(LADDER, quantile(ordered, 0.999)) + 1
     return list(LADDER[max(0, first, last - 10) : last])
-
-
-def _journal(storage: Storage, folder: str) -> list[Record]:
-    name = f"{folder}/{JOURNAL}"
-    if not storage.exists(name):
-        return []
-    return read_journal(storage.read_bytes(name).decode("utf-8", errors="replace").split("\n"))
 
 
 def _optimization(storage: Storage, folder: str) -> Mapping[str, Any]:

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from types import NoneType
 from typing import Any
 
-from raytrain.journal.records import Record, records_of, strict
+from raytrain.journal.records import Record, read_records, strict
 from raytrain.journal.run_folder import RunFolder
 from raytrain.journal.sinks import JsonlSink
 from raytrain.storage.storage import Storage
@@ -74,11 +74,8 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
 
 def read_ledger(storage: Storage) -> list[Record]:
     """The records of the sweep in this folder, oldest first; none where there is no ledger yet."""
-    if not storage.exists(LEDGER):
-        return []
-    records = records_of(storage.read_bytes(LEDGER).decode("utf-8", errors="replace").split("\n"))
     made: set[int] = set()
-    return [record for record in records if _is_sound(record, made)]
+    return [record for record in read_records(storage, LEDGER) if _is_sound(record, made)]
 
 
 def _is_sound(record: Record, made: set[int]) -> bool:

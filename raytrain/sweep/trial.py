@@ -314,8 +314,7 @@ def phases_before(tree: dict[str, Any], epochs: int) -> list[dict[str, Any]]:
 
 def evaluated(storage: Storage, epoch: int, since: int) -> dict[str, Any] | None:
     """The evaluation after `epoch` that the run folder tells of; those up to `since` are of another lineage."""
-    if epoch <= since or not storage.exists(JOURNAL):
+    if epoch <= since:
         return None
-    lines = storage.read_bytes(JOURNAL).decode("utf-8", errors="replace").split("\n")
-    records = read_journal(line for line in lines if '"eval"' in line or '"run"' in line)
-    return next((record for record in records if record["kind"] == "eval" and record["epoch"] == epoch), None)
+    evals = read_journal(storage, kinds=("eval",))
+    return next((record for record in evals if record["epoch"] == epoch), None)

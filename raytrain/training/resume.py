@@ -12,7 +12,6 @@ from raytrain.journal.records import read_journal
 from raytrain.keeper.snapshots import Kept
 from raytrain.progress import Plan, Progress
 from raytrain.storage.checkpoint import MANIFEST, PAYLOAD, Manifest, verify_checkpoint
-from raytrain.storage.lock import JOURNAL
 from raytrain.storage.paths import expanded, parent_and_name
 from raytrain.storage.state_file import load_payload, load_weights_file
 from raytrain.storage.storage import Storage, open_storage
@@ -90,11 +89,8 @@ def vanished(store: Store, found: Saved | None) -> list[tuple[str, str]]:
     Retention never removes that one. Without it a run whose ckpt/ is lost would start over silently.
     """
     storage = store.storage
-    if not storage.exists(JOURNAL):
-        return []
-    lines = storage.read_bytes(JOURNAL).decode("utf-8", errors="replace").split("\n")
-    told = read_journal(line for line in lines if '"checkpoint"' in line or '"run"' in line)
-    saved = [(str(record.get("name")), record.get("step")) for record in told if record["kind"] == "checkpoint"]
+    records = read_journal(storage, kinds=("checkpoint",))
+    saved = [(str(record.get("name")), record.get("step")) for record in records]
     saved = [(name, step) for name, step in saved if NAME.fullmatch(name)]  # what else there may be names none
     if not saved or storage.exists(f"{FOLDER}/{saved[-1][0]}"):
         return []

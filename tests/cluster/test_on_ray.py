@@ -88,7 +88,7 @@ def test_a_run_behind_a_uri_trains_on_two_workers_and_goes_on_in_one_process(ray
         result = raytrain.train(cfg, num_workers=0, quiet=True)
         storage = open_storage(server.uri("bucket/runs/run/default"))
         assert result.status == "finished" and result.run_dir == storage.path_of("")
-        records = read_journal(storage.read_bytes("journal.jsonl").decode().split("\n"))
+        records = read_journal(storage)
         assert [r["step"] for r in records if r["kind"] == "step"] == list(range(1, 19))
         assert [r["epoch"] for r in records if r["kind"] == "eval"] == [1, 2, 3]
         assert storage.list("ckpt") == ["checkpoint_epoch_1", "checkpoint_epoch_2", "checkpoint_epoch_3"]

@@ -8,12 +8,19 @@ import torch
 
 from raytrain.errors import StorageError, TaskError
 from raytrain.journal import heritage_log, records
+from raytrain.storage.local import LocalStorage
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "log_lines.txt"
 
 
 def lines_of(*journal: dict) -> list[str]:
     return [json.dumps(record) for record in journal]
+
+
+def counting(folder: Path, lines: list[str], *kinds: str) -> list[dict]:
+    """The records that a reader of a journal of these lines gets."""
+    (folder / "journal.jsonl").write_text("\n".join(lines))
+    return records.read_journal(LocalStorage(folder), kinds=kinds)
 
 
 def step(number: int, **fields: object) -> dict:
@@ -40,55 +47,47 @@ def test_a_resume_drops_the_records_it_overwrites_and_keeps_events(tmp_path: Pat
     path.write_text("\n".join(journal) + "\n")
     kinds = [(record["kind"], record.get("step")) for record in records.read_journal(path)]
     assert kinds == [("run", 0), ("step", 1), ("step", 2), ("checkpoint", 2), ("event", None), ("run", 2), ("step", 3)]
-    assert records.read_journal(journal) == records.read_journal(path)
+    assert counting(tmp_path, journal) == records.read_journal(path)
 
 
-def test_a_torn_line_is_legal_at_the_end_and_where_a_resume_closed_it() -> None:
+def test_a_torn_line_is_legal_at_the_end_and_where_a_resume_closed_it(tmp_path: Path) -> None:
     whole = lines_of(run(0), step(1), run(1), step(2))
     journal = [*whole[:2], whole[1][:17], *whole[2:], whole[3][:-1]]
-    assert [record["step"] for record in records.read_journal(journal)] == [0, 1, 1, 2]
+    assert [record["step"] for record in counting(tmp_path, journal)] == [0, 1, 1, 2]
 
 
-def test_an_evaluation_done_again_at_the_same_step_counts_once() -> None:
+def test_an_evaluation_done_again_at_the_same_step_counts_once(tmp_path: Path) -> None:
     journal = lines_of(run(0), {"kind": "eval", "step": 4, "n": 1}, run(4), {"kind": "eval", "step": 4, "n": 2})
-    assert [record["n"] for record in records.read_journal(journal) if record["kind"] == "eval"] == [2]
+    assert [record["n"] for record in counting(tmp_path, journal) if record["kind"] == "eval"] == [2]
 
 
-def test_pictures_drawn_again_after_a_resume_count_once() -> None:
+def test_pictures_drawn_again_after_a_resume_count_once(tmp_path: Path) -> None:
     drawn = [{"kind": "pictures", "step": 4, "names": [name]} for name in ("a", "b")]
     journal = lines_of(run(0), drawn[0], run(4), drawn[1])
-    assert [record["names"] for record in records.read_journal(journal) if record["kind"] == "pictures"] == [["b"]]
+    assert [record["names"] for record in counting(tmp_path, journal, "pictures")] == [["b"]]
     journal = lines_of(run(0), drawn[0], run(2), step(3))
-    assert not [record for record in records.read_journal(journal) if record["kind"] == "pictures"]
+    assert counting(tmp_path, journal, "pictures") == []
 
 
-def test_a_run_that_starts_over_drops_every_earlier_step() -> None:
-    assert records.read_journal(lines_of(run(0), step(1), run(0))) == [run(0), run(0)]
+def test_a_run_that_starts_over_drops_every_earlier_step(tmp_path: Path) -> None:
+    assert counting(tmp_path, lines_of(run(0), step(1), run(0))) == [run(0), run(0)]
+
+
+def test_the_records_of_one_kind_are_those_of_all_that_are_of_it(tmp_path: Path) -> None:
+    evals = [{"kind": "eval", "step": number, "metrics": {"run": 1.0}} for number in (2, 4, 6)]
+    journal = lines_of(run(0), step(1), evals[0], evals[1], evals[2], run(4), step(5, disp={"eval": "x"}), evals[2])
+    every = counting(tmp_path, journal)
+    assert counting(tmp_path, journal, "eval") == [r for r in every if r["kind"] == "eval"] == evals
+    assert counting(tmp_path, journal, "step", "run") == [r for r in every if r["kind"] in ("step", "run")]
+
+
+def test_a_folder_without_a_journal_has_no_records(tmp_path: Path) -> None:
+    assert records.read_journal(LocalStorage(tmp_path)) == []
 
 
 def test_a_missing_journal_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"nowhere\.jsonl: no journal"):
         records.read_journal(tmp_path / "nowhere.jsonl")
-
-
-def test_a_reader_that_follows_a_journal_sees_each_record_once_and_whole(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
-    assert records.new_records(path, 0) == ([], 0)
-    text = "".join(line + "\n" for line in lines_of(run(0), step(1), step(2))).encode()
-    seen, offset = [], 0
-    for end in range(0, len(text) + 1, 7):
-        path.write_bytes(text[:end])
-        found, offset = records.new_records(path, offset)
-        seen += found
-    path.write_bytes(text)
-    seen += records.new_records(path, offset)[0]
-    assert seen == [run(0), step(1), step(2)]
-
-
-def test_a_reader_starts_over_when_the_journal_was_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
-    path.write_text(lines_of(run(0))[0] + "\n")
-    assert records.new_records(path, 10_000)[0] == [run(0)]
 
 
 def test_what_is_not_finite_becomes_null_and_is_named() -> None:

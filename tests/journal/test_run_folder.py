@@ -51,8 +51,7 @@ def journal_of(folder: RunFolder) -> Journal:
 
 
 def kinds(uri: str) -> list[str]:
-    text = open_storage(uri).read_bytes("journal.jsonl").decode()
-    return [record["kind"] for record in read_journal(text.split("\n"))]
+    return [record["kind"] for record in read_journal(open_storage(uri))]
 
 
 def event(journal: Journal) -> None:

@@ -128,7 +128,9 @@ def test_a_sweep_that_bohb_chose_the_trials_of_is_not_gone_on_with_and_says_what
     with launched(config(tmp_path), tmp_path) as sweep:
         written = dump_config(config(tmp_path)).replace("SEARCH: random", "SEARCH: bohb")
         (tmp_path / "sweep" / CONFIG).write_text(written)
-        with pytest.raises(ResumeError, match=r"BOHB was removed; use SEARCH tpe with SCHEDULER hyperband .*--extra_tag"):
+        with pytest.raises(
+            ResumeError, match=r"BOHB was removed; use SEARCH tpe with SCHEDULER hyperband .*--extra_tag"
+        ):
             check_same(config(tmp_path), sweep.folder)
 
 

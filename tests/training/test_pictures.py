@@ -36,8 +36,7 @@ def config(output: Path | str, task: str, **sections: Any) -> Config:
 
 
 def kinds(run_dir: str, *wanted: str) -> list[dict[str, Any]]:
-    text = open_storage(run_dir).read_bytes("journal.jsonl").decode()
-    return [record for record in read_journal(text.split("\n")) if record["kind"] in wanted]
+    return read_journal(open_storage(run_dir), kinds=wanted)
 
 
 def images(folder: Path) -> dict[str, list[tuple[int, int, int, bytes]]]:
