@@ -15,6 +15,8 @@ import torch
 from commands import ROOT, Launched, torchrun, wait_for
 
 from raytrain.cli import main
+from raytrain.storage import processes
+from raytrain.training.preflight import driver
 
 pytestmark = pytest.mark.ray
 DIGITS = ROOT / "configs" / "digits.yaml"
@@ -109,3 +111,14 @@ def test_what_keeps_a_run_going_is_torchrun_also_where_a_script_stands_between()
     env = {**os.environ, "TORCHELASTIC_RUN_ID": "a"}
     told = subprocess.run(["bash", "-c", f'bash -c "{code}"; true'], env=env, capture_output=True, text=True)
     assert int(told.stdout) == os.getpid(), told.stderr  # in place of torchrun, in whose environment it is not
+
+
+def test_a_torchrun_that_dies_as_it_is_looked_for_is_told_as_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    monkeypatch.setattr(os, "getppid", lambda: ended.pid)
+    host, pid, started = driver()
+    assert (host, pid) == (processes.host(), ended.pid)
+    assert started is not None and started != processes.started_at(pid)
+    assert processes.parent_of(ended.pid) == 0

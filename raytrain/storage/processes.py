@@ -47,7 +47,9 @@ def is_stopped(pid: int) -> bool:
 
 
 def parent_of(pid: int) -> int:
-    return int(stat_of(pid)[1])
+    """0 if there is no such process, or none above it."""
+    _, *fields = stat_of(pid)
+    return int(fields[0]) if fields else 0
 
 
 def is_of_torchrun(pid: int) -> bool:

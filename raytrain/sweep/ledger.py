@@ -6,7 +6,8 @@ sweep.jsonl holds one JSON object a line; a line that a killed driver tore is pa
 sweep    a launch of the sweep: scheduler, search, metric, mode, num_samples, seed, num_epochs, space, concurrent
 trial    a trial is made: trial, params {dotted key: value}
 start    it trains, again too, from the state after `epoch`: trial, epoch
-result   trial, epoch, step, value, metrics {}, seconds (of training, of this trial, over all launches)
+result   trial, epoch, step, value, metrics {}, seconds (of training, of this trial, over all launches), key;
+         repeated: true where it was known, and not trained again
 clone    it goes on from another trial's state: trial, epoch, from, params, config_phases
 stopped  for good: trial, epoch, why
 done     all its epochs are trained: trial, epoch
@@ -125,10 +126,12 @@ class TrialView:
     def value(self) -> float | None:
         return self.curve[-1][2] if self.curve else None
 
-    def forget_after(self, epoch: int) -> None:
-        """What was measured after `epoch` will be measured again."""
-        self.curve = [point for point in self.curve if point[0] <= epoch]
+    def forget_after(self, epoch: int) -> bool:
+        """What was measured after `epoch` will be measured again. Returns whether the best was, and is to be found."""
+        while self.curve and self.curve[-1][0] > epoch:
+            self.curve.pop()
         self.epoch = epoch
+        return self.best_epoch is not None and self.best_epoch > epoch
 
 
 @dataclasses.dataclass
@@ -239,22 +242,24 @@ def _made(view: SweepView, trial: TrialView, record: Record) -> None:
     trial.params = dict(record["params"])
     trial.history, trial.clones, trial.phases = [(0, trial.params)], [], None
     trial.forget_after(0)
-    _rate(view, trial)
+    _find_best(view, trial)
 
 
 def _started(view: SweepView, trial: TrialView, record: Record) -> None:
-    trial.forget_after(record["epoch"])
+    if trial.forget_after(record["epoch"]):
+        _find_best(view, trial)
     trial.state, trial.why, trial.error, trial.logs = "running", None, None, None
-    _rate(view, trial)
 
 
 def _measured(view: SweepView, trial: TrialView, record: Record) -> None:
-    trial.trained += max(0, record["epoch"] - trial.epoch)
-    trial.forget_after(record["epoch"] - 1)
+    if not record.get("repeated"):
+        trial.trained += max(0, record["epoch"] - trial.epoch)
+    if trial.forget_after(record["epoch"] - 1):
+        _find_best(view, trial)
     trial.curve.append((record["epoch"], record.get("step", 0), record["value"]))
+    _compare(view, trial, record["epoch"], record["value"])
     trial.state, trial.epoch = "running", record["epoch"]
     trial.seconds, trial.metrics = record.get("seconds", trial.seconds), record.get("metrics") or {}
-    _rate(view, trial)
 
 
 def _cloned(view: SweepView, trial: TrialView, record: Record) -> None:
@@ -263,7 +268,7 @@ def _cloned(view: SweepView, trial: TrialView, record: Record) -> None:
     trial.history.append((record["epoch"], trial.params))
     trial.clones.append((record["epoch"], record["from"]))
     trial.phases = record.get("config_phases")
-    _rate(view, trial)
+    trial.best, trial.best_epoch = None, None  # all that was measured was so of other weights
 
 
 def _ended(view: SweepView, trial: TrialView, record: Record) -> None:
@@ -292,10 +297,15 @@ NEEDED = {
 }
 
 
-def _rate(view: SweepView, trial: TrialView) -> None:
-    """Finds the best value anew."""
-    since = trial.clones[-1][0] if trial.clones else -1
+def _find_best(view: SweepView, trial: TrialView) -> None:
+    """Anew, among all that was measured."""
     trial.best, trial.best_epoch = None, None
     for epoch, _, value in trial.curve:
-        if epoch > since and view.better(value, trial.best):
-            trial.best, trial.best_epoch = value, epoch
+        _compare(view, trial, epoch, value)
+
+
+def _compare(view: SweepView, trial: TrialView, epoch: int, value: float | None) -> None:
+    """Makes it the best if it is better, and of the weights that the trial has now."""
+    since = trial.clones[-1][0] if trial.clones else -1
+    if epoch > since and view.better(value, trial.best):
+        trial.best, trial.best_epoch = value, epoch

@@ -75,8 +75,8 @@ class Sweep:
             self._went_another_way(number, result["epoch"])
         told_of = {epoch for epoch, _, _ in self.view.trials[number].curve}
         if place not in self.known or result["epoch"] not in told_of:  # a damaged ledger may have lost one before it
-            told = ("epoch", "step", "value", "metrics", "seconds", "key")
-            self.note("result", trial=number, **{name: result[name] for name in told})
+            fields = {name: result[name] for name in ("epoch", "step", "value", "metrics", "seconds", "key")}
+            self.note("result", trial=number, **fields, **({"repeated": True} if place in self.known else {}))
             self.known[place] = self.view.newest
 
     def _went_another_way(self, number: int, epoch: int) -> None:
@@ -89,7 +89,7 @@ class Sweep:
             self.note("clone", trial=number, epoch=since, params=params, config_phases=phases, **{"from": number})
         for (trial, key, known), record in list(self.known.items()):  # what was told before counts again
             if trial == number and known < epoch and key == lineage.key(known):
-                self.note(**{name: record[name] for name in record if name != "time"})
+                self.note(**{name: record[name] for name in record if name != "time"} | {"repeated": True})
 
     def decided(self, number: int, epoch: int) -> str | None:
         """See schedulers.Past: from the launches before this one."""
@@ -156,7 +156,7 @@ def lengths_of(records: list[dict[str, Any]]) -> dict[int, dict[int, int]]:
     for record in records:
         if record["kind"] == "sweep":
             num_epochs = record["num_epochs"]
-        elif record["kind"] == "result":
+        elif record["kind"] == "result" and not record.get("repeated"):
             found.setdefault(record["trial"], {})[record["epoch"]] = num_epochs
     return found
 

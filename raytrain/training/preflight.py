@@ -110,13 +110,19 @@ def search_path() -> tuple[str, ...]:
 
 
 def driver() -> tuple[Any, ...]:
-    """What keeps a run going: this process, or the torchrun that has started it. Host, pid, start of the process."""
+    """What keeps a run going: this process, or the torchrun that has started it. Host, pid, start of the process.
+
+    One that dies meanwhile is told as one that is dead: with a start that no process has.
+    """
     pid = os.getpid()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         pid = os.getppid()
         while processes.is_of_torchrun(pid):  # a script that torchrun starts, and that has started this command
             pid = processes.parent_of(pid)
-    return processes.host(), pid, processes.started_at(pid)
+    started = processes.started_at(pid)
+    if started is None and processes.started_at(os.getpid()) is not None:  # else there is no /proc to tell
+        started = "gone"
+    return processes.host(), pid, started
 
 
 def launch_after(before: Iterable[str]) -> str:

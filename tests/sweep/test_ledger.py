@@ -7,6 +7,7 @@ import math
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,16 @@ def test_a_clone_keeps_its_own_curve_but_its_best_is_of_the_weights_it_has_now()
     assert (clone.best, clone.best_epoch, clone.clones, clone.phases) == (0.7, 3, [(2, 1)], phases)
     assert [(epoch, params["OPTIMIZATION.LR"]) for epoch, params in clone.history] == [(0, 0.01), (2, 0.02)]
     assert clone.trained == 4
+
+
+def test_a_sweep_of_many_epochs_is_read_in_time_that_grows_with_them() -> None:
+    def read_s(epochs: int) -> float:
+        records = [SWEEP, trial(0), *(result(0, epoch, 1 / epoch) for epoch in range(1, epochs + 1))]
+        began = time.process_time()
+        assert view_of(records).trials[0].best_epoch == 1
+        return time.process_time() - began
+
+    assert min(read_s(20_000) for _ in range(3)) < 40 * min(read_s(1_000) for _ in range(3)), "400 where it is squared"
 
 
 def test_the_best_is_by_the_mode_and_of_equals_the_first() -> None:

@@ -112,6 +112,7 @@ def test_a_damaged_line_of_the_ledger_costs_no_result_but_its_own(tmp_path: Path
         trained(sweep, 1, 2, 3)
         assert [point[0] for point in sweep.view.trials[0].curve] == [1, 2, 3]
         assert sweep.view.best is not None and sweep.view.best.best == 0.3
+        assert sweep.view.trials[0].trained == 3, "what was known is not counted again"
 
 
 def test_a_space_in_another_order_is_another_sweep(tmp_path: Path) -> None:
@@ -154,6 +155,7 @@ def test_a_clone_that_a_later_launch_does_not_repeat_is_the_trial_that_it_was(tm
         told(sweep, 0, 1)
         told(sweep, 0, 2)
         assert sweep.view.trials[0].params == first
+        assert sweep.view.trials[0].trained == 3, "of epochs 1 and 2, and of 2 again, of other weights"
     with launched(config(tmp_path), tmp_path) as sweep:
         trial, lineage = sweep.view.trials[0], sweep.lineages[0]
         assert (lineage.base, lineage.phases, trial.params, trial.clones) == (first, (), first, [])
