@@ -367,13 +367,17 @@ def run_tune(args: argparse.Namespace) -> int:
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(signals_wish_stop())
-        ahead = stack.enter_context(starting_for_trials(cfg, args.address))  # while torch and Ray Tune are imported
+        starting_cluster = stack.enter_context(
+            starting_for_trials(cfg, args.address)
+        )  # while torch and Ray Tune are imported
         from raytrain.sweep.display import SweepDisplay
         from raytrain.sweep.tune import SweepOptions, tune
 
         display = SweepDisplay()
         stack.callback(display.leave)
-        result = tune(cfg, SweepOptions(args.address, args.extend), display.show, stop=stop, ahead=ahead)
+        result = tune(
+            cfg, SweepOptions(args.address, args.extend), display.show, stop=stop, starting_cluster=starting_cluster
+        )
     display.close(result.view, time.time())
     for line in result.lines():
         say(line)

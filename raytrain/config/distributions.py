@@ -74,7 +74,7 @@ class Steps:
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Choices:
     """Some values, each as likely; with `crossed`, a sweep takes each of them with each of the other grids'."""
 
     values: tuple[Any, ...]
@@ -105,7 +105,7 @@ class Options:
         return list(self.values)
 
 
-Distribution = Range | Steps | Options
+Distribution = Range | Steps | Choices
 
 
 def distribution(entry: Any) -> Distribution:
@@ -147,7 +147,7 @@ def _randint(kind: str, values: Sequence[Any]) -> Steps:
     return Steps(low, high - 1)
 
 
-def _options(kind: str, values: Sequence[Any]) -> Options:
+def _choices(kind: str, values: Sequence[Any]) -> Choices:
     if not values:
         raise ValueError(f"{kind} names no value; it needs at least one")
     known: set[str] = set()
@@ -158,7 +158,7 @@ def _options(kind: str, values: Sequence[Any]) -> Options:
         known.add(word)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError("a number must be finite")
-    return Options(tuple(values), crossed=kind == "grid")
+    return Choices(tuple(values), crossed=kind == "grid")
 
 
 _MAKERS: dict[str, Callable[[str, Sequence[Any]], Distribution]] = {
@@ -166,8 +166,8 @@ _MAKERS: dict[str, Callable[[str, Sequence[Any]], Distribution]] = {
     "uniform": _range,
     "quniform": _quniform,
     "randint": _randint,
-    "choice": _options,
-    "grid": _options,
+    "choice": _choices,
+    "grid": _choices,
 }
 
 

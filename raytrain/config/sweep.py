@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from raytrain.config.distributions import Distribution, Options, Range, distribution
+from raytrain.config.distributions import Choices, Distribution, Range, distribution
 from raytrain.config.schema import annotation_at, nearest
 from raytrain.config.yaml_tree import Node, node_of
 
@@ -140,8 +140,8 @@ def _unknown(path: str, tree: dict[str, Any], model: type[BaseModel]) -> str:
 def _unsuited(path: str, drawn: Distribution, tune: dict[str, Any]) -> str:
     """Why the search or the scheduler cannot do with this entry, or nothing."""
     search, scheduler = tune["SEARCH"], tune["SCHEDULER"]
-    grid = isinstance(drawn, Options) and drawn.crossed
-    if search == "grid" and not isinstance(drawn, Options):
+    grid = isinstance(drawn, Choices) and drawn.crossed
+    if search == "grid" and not isinstance(drawn, Choices):
         return "SEARCH grid takes lists only; write grid, or set SEARCH to random, which crosses grids with the rest"
     if search in ("tpe", "gp") and grid:
         return f"SEARCH {search} chooses each value itself; write choice in place of grid"

@@ -19,7 +19,8 @@ import yaml
 from raytrain.journal.records import read_journal
 from raytrain.storage.lock import JOURNAL
 from raytrain.storage.storage import Storage
-from raytrain.sweep.ledger import SweepView, TrialView, trial_folder
+from raytrain.sweep.ledger import trial_folder
+from raytrain.sweep.view import SweepView, TrialView
 
 CLIP = "OPTIMIZATION.GRAD_NORM_CLIP"
 WARM_UP = 0.1  # of a trial's steps

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from raytrain.task import Task
 
-MAX_BYTES = 256 << 20  # larger ones are built by each trial: packed they would take up memory in every process
+MAX_BYTES = 256 << 20  # larger ones are built by each trial: pickled they would take up memory in every process
 # What a data set may depend on: it is not told the other keys of OPTIMIZATION.
 OF_DATA = ("OPTIMIZATION.BATCH_SIZE_PER_GPU", "OPTIMIZATION.ACCUMULATE", "OPTIMIZATION.NUM_EPOCHS")
 
@@ -24,17 +24,17 @@ def are_the_same_for_all(keys: Iterable[str]) -> bool:
     return all(key.startswith("OPTIMIZATION.") and key not in OF_DATA for key in keys)
 
 
-def built_and_packed(task: Task, build: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bytes | None]:
-    """What `build` gives, and the same packed; None where it is large, or is not all that has been built.
+def built_and_pickled(task: Task, build: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bytes | None]:
+    """What `build` gives, and the same pickled; None where it is large, or is not all that has been built.
 
     Left to each trial: data that holds its task or a config, whose values a trial has of its own, that does not
     pickle, and that leaves something in its task (self.num_classes = ...), the task's classes or their modules.
     """
-    before, around = packed(vars(task), of_data=False), surroundings(task)
+    before, around = pickled(vars(task), of_data=False), surroundings(task)
     datasets = build()
-    if before is None or before != packed(vars(task), of_data=False) or around != surroundings(task):
+    if before is None or before != pickled(vars(task), of_data=False) or around != surroundings(task):
         return datasets, None
-    return datasets, packed(datasets)
+    return datasets, pickled(datasets)
 
 
 def surroundings(task: Task) -> list[dict[str, tuple[int, int]]]:
@@ -47,25 +47,25 @@ def surroundings(task: Task) -> list[dict[str, tuple[int, int]]]:
     ]
 
 
-def packed(content: Any, of_data: bool = True) -> bytes | None:
+def pickled(content: Any, of_data: bool = True) -> bytes | None:
     """`content` as `pickle.loads` takes it; None if that is not to be had.
 
     of_data: it is not to be had where a task or a config is in it
     """
     file = io.BytesIO()
     try:
-        Packer(file, of_data).dump(content)
+        DatasetPickler(file, of_data).dump(content)
     except Exception:  # whatever a __reduce__ of the user's raises
         return None
     return file.getvalue() if file.tell() <= MAX_BYTES else None
 
 
-def unpacked(content: bytes) -> Any:
+def unpickled(content: bytes) -> Any:
     """What `packed` was given, anew. For what came from this sweep's own driver only: unpickling runs code."""
     return pickle.loads(content)
 
 
-class Packer(pickle.Pickler):
+class DatasetPickler(pickle.Pickler):
     """Gives up on what `packed` is not to hold, and on large arrays before it copies them."""
 
     def __init__(self, file: io.BytesIO, of_data: bool) -> None:

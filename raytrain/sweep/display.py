@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from raytrain.errors import masked
 from raytrain.journal.records import clean, eta, number
-from raytrain.sweep.ledger import SweepView, TrialView, short_names
+from raytrain.sweep.view import SweepView, TrialView, short_names
 
 if TYPE_CHECKING:
     from rich.console import Console

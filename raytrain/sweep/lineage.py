@@ -6,15 +6,13 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import Any
 
 from raytrain.config.load import with_phase
 from raytrain.config.sections import Config
 from raytrain.journal.records import Record
-from raytrain.sweep.space import trial_config
+from raytrain.sweep.space import Params, trial_config
 
-Params = dict[str, Any]  # by dotted key
-STANDING = "standing.json"  # in what Ray Tune holds as a trial's checkpoint
+RESUME_POINT = "resume_point.json"  # in what Ray Tune holds as a trial's checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,19 +40,19 @@ class Lineage:
 
     def key(self, epoch: int) -> str:
         """Names what its weights after `epoch` epochs follow from."""
-        told = [self.base, [phase for phase in self.phases if phase[0] < epoch]]
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+        causes = [self.base, [phase for phase in self.phases if phase[0] < epoch]]
+        return hashlib.sha256(json.dumps(causes, sort_keys=True).encode()).hexdigest()[:12]
 
     def config(self, cfg: Config, number: int) -> Config:
         """Of the run that trial `number` of the sweep `cfg` is."""
-        found = trial_config(cfg, self.base, number)
+        own = trial_config(cfg, self.base, number)
         for epoch, params in self.phases:
-            found = with_phase(found, epoch, params)
-        return found
+            own = with_phase(own, epoch, params)
+        return own
 
 
 @dataclasses.dataclass(frozen=True)
-class Standing:
+class ResumePoint:
     """Where a trial goes on: from what `trial`, itself or the one that it clones, was after `epoch`.
 
     seconds: of its own training so far
@@ -69,18 +67,18 @@ class Standing:
         return json.dumps(dataclasses.asdict(self)).encode()
 
     @staticmethod
-    def of_json(text: bytes) -> Standing:
-        told = json.loads(text)
-        phases = tuple((epoch, params) for epoch, params in told["lineage"]["phases"])
-        return Standing(**{**told, "lineage": Lineage(told["lineage"]["base"], phases)})
+    def of_json(text: bytes) -> ResumePoint:
+        fields = json.loads(text)
+        phases = tuple((epoch, params) for epoch, params in fields["lineage"]["phases"])
+        return ResumePoint(**{**fields, "lineage": Lineage(fields["lineage"]["base"], phases)})
 
 
 def lineages_of(records: Iterable[Record]) -> dict[int, Lineage]:
     """By trial, as a ledger tells them."""
-    found: dict[int, Lineage] = {}
+    lineages: dict[int, Lineage] = {}
     for record in records:
         if record["kind"] == "trial":
-            found[record["trial"]] = Lineage(record["params"])
+            lineages[record["trial"]] = Lineage(record["params"])
         elif record["kind"] == "clone":
-            found[record["trial"]] = found[record["from"]].changed(record["epoch"], record["params"])
-    return found
+            lineages[record["trial"]] = lineages[record["from"]].changed(record["epoch"], record["params"])
+    return lineages

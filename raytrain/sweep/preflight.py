@@ -12,7 +12,7 @@ from raytrain.engine.determinism import torch_put_back
 from raytrain.engine.randomness import seed_all
 from raytrain.errors import ConfigError
 from raytrain.progress import Plan
-from raytrain.sweep.datasets import are_the_same_for_all, built_and_packed
+from raytrain.sweep.datasets import are_the_same_for_all, built_and_pickled
 from raytrain.sweep.space import objective, workers_of_trial
 from raytrain.task import Task, make_task
 from raytrain.training.contract import checked_metrics, predictions_of
@@ -22,10 +22,10 @@ FEW = 2000  # validation samples that an untrained model is scored on here; of m
 
 
 @dataclasses.dataclass(frozen=True)
-class Prospect:
+class TaskFacts:
     """steps_per_epoch: of a trial.   metrics: that its evaluations give; None where that would take long to find out
 
-    datasets: for every trial, packed; None where each is to build its own
+    datasets: for every trial, pickled; None where each is to build its own
     """
 
     steps_per_epoch: int
@@ -33,11 +33,11 @@ class Prospect:
     datasets: bytes | None
 
 
-def look_ahead(cfg: Config) -> Prospect:
+def inspect_task(cfg: Config) -> TaskFacts:
     """Of the sweep `cfg`; ConfigError if its trials could not be compared as it says."""
     seed_all(cfg.SEED, "task")
     task = make_task(cfg)
-    datasets, for_all = built_and_packed(task, lambda: build_datasets(task, cfg.SEED))
+    datasets, for_all = built_and_pickled(task, lambda: build_datasets(task, cfg.SEED))
     metric, _ = objective(cfg)
     if "val" not in datasets:
         raise ConfigError(
@@ -52,7 +52,7 @@ def look_ahead(cfg: Config) -> Prospect:
         raise ConfigError(
             f"TUNE.METRIC is {metric!r}, which {type(task).__name__} does not give; it gives {', '.join(metrics)}"
         )
-    return Prospect(plan.steps_per_epoch, metrics, for_all if are_the_same_for_all(cfg.TUNE.SPACE) else None)
+    return TaskFacts(plan.steps_per_epoch, metrics, for_all if are_the_same_for_all(cfg.TUNE.SPACE) else None)
 
 
 def metrics_given(task: Task, datasets: dict[str, Any]) -> tuple[str, ...] | None:

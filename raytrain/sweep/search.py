@@ -19,7 +19,7 @@ from raytrain.errors import ConfigError
 from raytrain.sweep.space import Combinations, Params, Space, keyed, objective
 
 
-class Told(NamedTuple):
+class Observation(NamedTuple):
     """A trial that was made: its params, and its best value so far.
 
     value: None for one that has none yet, because it runs or because it failed
@@ -32,7 +32,7 @@ class Told(NamedTuple):
 class Search(Protocol):
     """How a sweep chooses params."""
 
-    def params_of(self, trial: int, told: Sequence[Told]) -> Params | None:
+    def params_of(self, trial: int, observations: Sequence[Observation]) -> Params | None:
         """The params of a trial, `told` being the trials before it; None where the space has no more to try."""
 
     def num_trials(self, num_samples: int) -> int:
@@ -59,7 +59,7 @@ class GridSearch:
 
     points: Combinations
 
-    def params_of(self, trial: int, told: Sequence[Told]) -> Params | None:
+    def params_of(self, trial: int, observations: Sequence[Observation]) -> Params | None:
         return self.points.at(trial) if trial < self.points.size else None
 
     def num_trials(self, num_samples: int) -> int:
@@ -73,7 +73,7 @@ class RandomSearch:
     space: Space
     seed: int
 
-    def params_of(self, trial: int, told: Sequence[Told]) -> Params | None:
+    def params_of(self, trial: int, observations: Sequence[Observation]) -> Params | None:
         points = self.space.of_grids()
         return {**self.space.sample(keyed(self.seed, trial)), **points.at(trial % points.size)}
 
@@ -90,15 +90,15 @@ class OptunaSearch:
     kind: str
     mode: str
 
-    def params_of(self, trial: int, told: Sequence[Told]) -> Params | None:
+    def params_of(self, trial: int, observations: Sequence[Observation]) -> Params | None:
         with _alone(self.seed, trial):
-            drawn = self.study_of(trial, told).ask(self.distributions()).params
+            drawn = self.study_of(trial, observations).ask(self.distributions()).params
         return _decoded(self.space, drawn)
 
     def num_trials(self, num_samples: int) -> int:
         return num_samples
 
-    def study_of(self, trial: int, told: Sequence[Told]) -> Any:
+    def study_of(self, trial: int, observations: Sequence[Observation]) -> Any:
         """A study that knows `told` and nothing else: made anew, so that nothing of an earlier question is in it."""
         import optuna
 
@@ -112,7 +112,7 @@ class OptunaSearch:
         else:
             sampler = samplers.GPSampler(seed=seed, deterministic_objective=True)
         study = optuna.create_study(direction=directions[self.mode], sampler=sampler)
-        for params, value in _known(self.space, told):
+        for params, value in _known(self.space, observations):
             coded = {key: _coded(drawn, params[key]) for key, drawn in self.space.entries.items()}
             state = states.RUNNING if value is None else states.COMPLETE
             study.add_trial(
@@ -133,11 +133,11 @@ class OptunaSearch:
         return {key: of(drawn) for key, drawn in self.space.entries.items()}
 
 
-def _known(space: Space, told: Sequence[Told]) -> list[Told]:
+def _known(space: Space, observations: Sequence[Observation]) -> list[Observation]:
     """`told` without the trials of another space; a value that is not finite is none."""
     return [
-        Told(params, value if value is not None and math.isfinite(value) else None)
-        for params, value in told
+        Observation(params, value if value is not None and math.isfinite(value) else None)
+        for params, value in observations
         if params.keys() == space.entries.keys()
     ]
 

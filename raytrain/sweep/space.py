@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from raytrain.config.distributions import Distribution, Options, distribution
+from raytrain.config.distributions import Choices, Distribution, distribution
 from raytrain.config.load import with_values
 from raytrain.config.sections import Config, Tune
 
@@ -29,7 +29,7 @@ class Space:
     @property
     def is_grid(self) -> bool:
         """Whether nothing is left to chance: a second trial of a combination would be the first one again."""
-        return all(isinstance(drawn, Options) and drawn.crossed for drawn in self.entries.values())
+        return all(isinstance(drawn, Choices) and drawn.crossed for drawn in self.entries.values())
 
     def sample(self, rng: np.random.Generator) -> Params:
         """A value of each key."""
@@ -37,18 +37,18 @@ class Space:
 
     def of_grids(self) -> Combinations:
         """Of the grids alone; one, of nothing, without a grid."""
-        return Combinations({k: d for k, d in self.entries.items() if isinstance(d, Options) and d.crossed})
+        return Combinations({k: d for k, d in self.entries.items() if isinstance(d, Choices) and d.crossed})
 
     def of_lists(self) -> Combinations:
         """Of a space of lists."""
-        return Combinations({k: d for k, d in self.entries.items() if isinstance(d, Options)})
+        return Combinations({k: d for k, d in self.entries.items() if isinstance(d, Choices)})
 
 
 @dataclasses.dataclass(frozen=True)
 class Combinations:
     """Each value of each list with each of the others', the last list's changing fastest."""
 
-    lists: dict[str, Options]
+    lists: dict[str, Choices]
 
     @property
     def size(self) -> int:

@@ -12,9 +12,10 @@ from raytrain.config.yaml_tree import parse_text
 from raytrain.errors import ConfigError, ResumeError, masked
 from raytrain.journal.run_folder import RunFolder
 from raytrain.storage.storage import open_storage
-from raytrain.sweep.ledger import Ledger, SweepView, TrialView, read_ledger, trial_folder, view_of
+from raytrain.sweep.ledger import Ledger, read_ledger, trial_folder
 from raytrain.sweep.lineage import Lineage, Params, lineages_of
 from raytrain.sweep.space import workers_of_trial
+from raytrain.sweep.view import SweepView, TrialView, view_of
 
 CONFIG = "sweep.yaml"
 BEST = "best.yaml"
@@ -29,8 +30,8 @@ FREE = (
 class Sweep:
     """One launch of a sweep: its ledger is read, and written on.
 
-    lineages: of each trial, as far as the sweep has come; what this launch goes through again does not set it back
-    begun:    by trial, the params it had at first
+    lineages:     of each trial, as far as the sweep has come; what this launch goes through again does not set it back
+    first_params: by trial, the params it had at first
     """
 
     def __init__(self, cfg: Config, folder: RunFolder) -> None:
@@ -39,8 +40,10 @@ class Sweep:
         self.view: SweepView = view_of(records)
         self.before: SweepView = view_of(records)
         self.lineages: dict[int, Lineage] = lineages_of(records)
-        self.begun: dict[int, Params] = {r["trial"]: r["params"] for r in reversed(records) if r["kind"] == "trial"}
-        self._retold = {number: Lineage(params) for number, params in self.begun.items()}
+        self.first_params: dict[int, Params] = {
+            r["trial"]: r["params"] for r in reversed(records) if r["kind"] == "trial"
+        }
+        self._replayed = {number: Lineage(params) for number, params in self.first_params.items()}
         self.known = {(r["trial"], r["key"], r["epoch"]): r for r in records if r["kind"] == "result" and "key" in r}
         self.lengths = lengths_of(records)
         self.clones = {(r["trial"], r["epoch"], r["from"]) for r in records if r["kind"] == "clone"}
@@ -51,48 +54,51 @@ class Sweep:
         """One more record, for the ledger and the view."""
         self.view.add(self.ledger.append({"kind": kind, "time": time.time(), **fields}))
 
-    def made(self, number: int, params: Params) -> None:
-        if number not in self.begun:
-            self.begun[number] = params
-            self.lineages[number] = self._retold[number] = Lineage(params)
+    def add_trial(self, number: int, params: Params) -> None:
+        """Nothing new where an earlier launch made it."""
+        if number not in self.first_params:
+            self.first_params[number] = params
+            self.lineages[number] = self._replayed[number] = Lineage(params)
             self.note("trial", trial=number, params=params)
 
-    def cloned(self, number: int, source: int, epoch: int, params: Params) -> Lineage:
-        taken = self._retold[source]
-        lineage = self._retold[number] = taken.changed(epoch, params)
+    def add_clone(self, number: int, source: int, epoch: int, params: Params) -> Lineage:
+        """Trial `number` goes on from what `source` was after `epoch`, with these params; the source's lineage."""
+        source_lineage = self._replayed[source]
+        lineage = self._replayed[number] = source_lineage.changed(epoch, params)
         self._recloned.add((number, epoch, source))
         if (number, epoch, source) not in self.clones:
             self.clones.add((number, epoch, source))
             self.lineages[number] = lineage
             phases = lineage.config(self.cfg, number).to_tree()["OPTIMIZATION"]["PHASES"]
             self.note("clone", trial=number, epoch=epoch, params=params, config_phases=phases, **{"from": source})
-        return taken
+        return source_lineage
 
-    def measured(self, number: int, result: dict[str, Any]) -> None:
+    def add_result(self, number: int, result: dict[str, Any]) -> None:
+        """One that is known already counts, but is not written down again."""
         place = (number, result["key"], result["epoch"])
         before = {clone for clone in self.clones if clone[0] == number and clone[1] < result["epoch"]}
         if before - self._recloned:
-            self._went_another_way(number, result["epoch"])
-        told_of = {epoch for epoch, _, _ in self.view.trials[number].curve}
-        if place not in self.known or result["epoch"] not in told_of:  # a damaged ledger may have lost one before it
+            self._undo_clones(number, result["epoch"])
+        measured = {epoch for epoch, _, _ in self.view.trials[number].curve}
+        if place not in self.known or result["epoch"] not in measured:  # a damaged ledger may have lost one before it
             fields = {name: result[name] for name in ("epoch", "step", "value", "metrics", "seconds", "key")}
             self.note("result", trial=number, **fields, **({"repeated": True} if place in self.known else {}))
             self.known[place] = self.view.newest
 
-    def _went_another_way(self, number: int, epoch: int) -> None:
+    def _undo_clones(self, number: int, epoch: int) -> None:
         """The trial was once a clone, and is none in this launch: another one failed then, and did not now."""
-        lineage = self.lineages[number] = self._retold[number]
+        lineage = self.lineages[number] = self._replayed[number]
         self.clones = {clone for clone in self.clones if clone[0] != number or clone in self._recloned}
         self.note("trial", trial=number, params=lineage.base)
         phases = lineage.config(self.cfg, number).to_tree()["OPTIMIZATION"]["PHASES"]
         for since, params in lineage.phases:
             self.note("clone", trial=number, epoch=since, params=params, config_phases=phases, **{"from": number})
-        for (trial, key, known), record in list(self.known.items()):  # what was told before counts again
+        for (trial, key, known), record in list(self.known.items()):  # what was known before counts again
             if trial == number and known < epoch and key == lineage.key(known):
                 self.note(**{name: record[name] for name in record if name != "time"} | {"repeated": True})
 
-    def decided(self, number: int, epoch: int) -> str | None:
-        """See schedulers.Past: from the launches before this one."""
+    def earlier_decision(self, number: int, epoch: int) -> str | None:
+        """What earlier launches decided for the trial after its result of `epoch`; None where they did not."""
         trial = self.before.trials.get(number)
         if trial is None or epoch > trial.epoch:
             return None
@@ -151,23 +157,23 @@ class Sweep:
 
 def lengths_of(records: list[dict[str, Any]]) -> dict[int, dict[int, int]]:
     """By trial and epoch, the NUM_EPOCHS of the launch that trained it."""
-    found: dict[int, dict[int, int]] = {}
+    lengths: dict[int, dict[int, int]] = {}
     num_epochs = 0
     for record in records:
         if record["kind"] == "sweep":
             num_epochs = record["num_epochs"]
         elif record["kind"] == "result" and not record.get("repeated"):
-            found.setdefault(record["trial"], {})[record["epoch"]] = num_epochs
-    return found
+            lengths.setdefault(record["trial"], {})[record["epoch"]] = num_epochs
+    return lengths
 
 
 def best_config(cfg: Config, lineage: Lineage, best: TrialView) -> Config:
     """The trial's config, to be trained as a run of its own beside the trials."""
     num_workers, virtual_workers = workers_of_trial(cfg)
     scale = {"SCALE.NUM_WORKERS": num_workers, "SCALE.VIRTUAL_WORKERS": virtual_workers}
-    found = with_values(lineage.config(cfg, best.number), scale)
+    of_trial = with_values(lineage.config(cfg, best.number), scale)
     output = open_storage(cfg.OUTPUT).path_of("") if "://" not in cfg.OUTPUT else cfg.OUTPUT  # from any folder
-    return found.model_copy(update={"EXTRA_TAG": f"{cfg.EXTRA_TAG}/best", "OUTPUT": output})
+    return of_trial.model_copy(update={"EXTRA_TAG": f"{cfg.EXTRA_TAG}/best", "OUTPUT": output})
 
 
 def check_same(cfg: Config, folder: RunFolder) -> None:

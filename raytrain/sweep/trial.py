@@ -13,7 +13,6 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,8 @@ from ray.tune import Trainable
 
 from raytrain.cluster import ray_worker
 from raytrain.cluster.mailbox import Mailbox
-from raytrain.config.schema import at
 from raytrain.config.sections import Config
 from raytrain.errors import DivergedError, RaytrainError, TaskError, masked
-from raytrain.journal.records import read_journal
 from raytrain.journal.run_folder import run_dir_of
 from raytrain.keeper import client
 from raytrain.launch import launch, silent
@@ -34,19 +31,21 @@ from raytrain.progress import Progress
 from raytrain.storage.checkpoint import PAYLOAD, write_checkpoint
 from raytrain.storage.lock import JOURNAL
 from raytrain.storage.storage import Storage, open_storage
-from raytrain.storage.store import FOLDER, Saved, Store, newest_verified, verified
-from raytrain.sweep.datasets import unpacked
-from raytrain.sweep.lineage import STANDING, Lineage, Params, Standing
+from raytrain.storage.store import FOLDER, Store, verified
+from raytrain.sweep.datasets import unpickled
+from raytrain.sweep.lineage import RESUME_POINT, Lineage, Params, ResumePoint
+from raytrain.sweep.trial_state import evaluated, is_of, newest_of
 from raytrain.training import job
 from raytrain.training.preflight import BEREAVED_S, LaunchOptions
 
 DIVERGED = "diverged"  # why a trial failed whose losses, gradients or weights did not stay finite
+MAX_PROCESS_DEATHS = 3  # restarts of a trial whose process has died
 POLL_S = 0.2  # how often it is looked whether the sweep shall stop
 LEAVE_S = 60.0  # so long a run may take to save its state and end
 
 
 @dataclasses.dataclass(frozen=True)
-class Orders:
+class TrialSettings:
     """What all trials of a sweep are told.
 
     cfg:      the sweep's, with NUM_WORKERS as it is for every trial: 0 where the actor itself trains
@@ -54,7 +53,7 @@ class Orders:
     known:    results by (trial, Lineage.key, epoch), from earlier launches of the sweep
     launch:   names the mailbox in which the wish to stop is put
     steps_per_epoch: of a trial, by the sweep's config
-    datasets: for every trial, packed; None where each is to build its own
+    datasets: for every trial, pickled; None where each is to build its own
     cwd, search_path: of the driver, as in job.Job
     """
 
@@ -69,12 +68,12 @@ class Orders:
     search_path: tuple[str, ...]
 
 
-class Training:
+class TrainingThread:
     """A run in a thread, which after each evaluation waits until `go_on` or `end`."""
 
     def __init__(self, cfg: Config, options: LaunchOptions) -> None:
         self.stop = threading.Event()
-        self._told: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._train, args=(cfg, options), name="raytrain-trial", daemon=True)
         self._thread.start()
@@ -82,17 +81,17 @@ class Training:
     def _train(self, cfg: Config, options: LaunchOptions) -> None:
         try:
             result = launch(cfg, options, show=silent, stop=self.stop, judge=self._judge)
-            self._told.put(("ended", result.status))
+            self._messages.put(("ended", result.status))
         except BaseException as error:
-            self._told.put(("failed", error))
+            self._messages.put(("failed", error))
 
     def _judge(self, progress: Progress, metrics: dict[str, float]) -> bool:
-        self._told.put(("result", (progress, metrics)))
+        self._messages.put(("result", (progress, metrics)))
         return self._answers.get()
 
     def next(self) -> tuple[str, Any]:
         """("result", (Progress, metrics)), ("ended", status) or ("failed", exception), once it is so."""
-        return self._told.get()
+        return self._messages.get()
 
     def go_on(self) -> None:
         self._answers.put(True)
@@ -112,12 +111,12 @@ class TrialActor(Trainable):
     or "interrupted". One that failed since it diverged holds `why` and a score too.
     """
 
-    def setup(self, config: Params, orders: Orders) -> None:  # type: ignore[override]  # see tune.with_parameters
-        self.orders = orders
-        job.stand_where_the_driver_stands(orders)
-        self.wished = threading.Event()
-        self.training: Training | None = None
-        threading.Thread(target=self._look_for_wish, name="raytrain-wish", daemon=True).start()
+    def setup(self, config: Params, settings: TrialSettings) -> None:  # type: ignore[override]  # see tune.with_parameters
+        self.settings = settings
+        job.stand_where_the_driver_stands(settings)
+        self.stop_requested = threading.Event()
+        self.training: TrainingThread | None = None
+        threading.Thread(target=self._wait_for_stop, name="raytrain-wish", daemon=True).start()
         self._begin(config)
 
     def reset_config(self, new_config: Params) -> bool:
@@ -130,18 +129,18 @@ class TrialActor(Trainable):
         self.source: str | None = None
         self.waits = False
 
-    def _look_for_wish(self) -> None:
-        mailbox = Mailbox(self.orders.launch)
-        while ray.is_initialized() and not self.wished.wait(POLL_S):
+    def _wait_for_stop(self) -> None:
+        mailbox = Mailbox(self.settings.launch)
+        while ray.is_initialized() and not self.stop_requested.wait(POLL_S):
             if mailbox.get("stop") is not None:
-                self.wished.set()
+                self.stop_requested.set()
         if self.training is not None:
             self.training.stop.set()
 
     def step(self) -> dict[str, Any]:
         began = time.monotonic()
         try:
-            known = self.orders.known.get((self.number, self.lineage.key(self.next_epoch), self.next_epoch))
+            known = self.settings.known.get((self.number, self.lineage.key(self.next_epoch), self.next_epoch))
             if self.training is None and known is not None:
                 return self._result(known["epoch"], known["step"], known["metrics"], known["seconds"])
             if self.training is None:
@@ -155,22 +154,22 @@ class TrialActor(Trainable):
     @property
     def next_epoch(self) -> int:
         """After which the next evaluation comes."""
-        every, last = self.orders.cfg.EVAL.EVERY, self.num_epochs
+        every, last = self.settings.cfg.EVAL.EVERY, self.num_epochs
         return min(last, (self.epoch // every + 1) * every) if every else last
 
     @property
     def num_epochs(self) -> int:
-        return int(self.lineage.config(self.orders.cfg, self.number).OPTIMIZATION.NUM_EPOCHS)
+        return int(self.lineage.config(self.settings.cfg, self.number).OPTIMIZATION.NUM_EPOCHS)
 
     def _start(self) -> dict[str, Any] | None:
         """Begin to train from where the run folder stands; or the result that is found there."""
-        cfg = self.lineage.config(self.orders.cfg, self.number)
+        cfg = self.lineage.config(self.settings.cfg, self.number)
         run_dir = run_dir_of(cfg)
         storage = open_storage(run_dir)
         client.take_over(run_dir, BEREAVED_S)  # what the training before a pause still writes and removes
         newest = newest_of(storage)
         if newest is None or not is_of(cfg, self.lineage.base, newest):
-            Store(storage, cfg.CHECKPOINT, f"{self.orders.launch}-{time.time_ns()}").supersede(Progress(-1))
+            Store(storage, cfg.CHECKPOINT, f"{self.settings.launch}-{time.time_ns()}").supersede(Progress(-1))
             if not self._take_source(cfg, storage):
                 storage.remove_tree(JOURNAL)  # of another lineage, and it would tell of checkpoints that are gone
         elif self.epoch < newest.manifest.progress.epoch:
@@ -178,11 +177,11 @@ class TrialActor(Trainable):
             if found is not None:
                 return found
         job.redirect_output(run_dir, 0)
-        if self.wished.is_set():
+        if self.stop_requested.is_set():
             raise InterruptedError
-        packed = self.orders.datasets
-        self.training = Training(cfg, LaunchOptions(datasets=partial(unpacked, packed) if packed else None))
-        if self.wished.is_set():
+        pickled = self.settings.datasets
+        self.training = TrainingThread(cfg, LaunchOptions(datasets=partial(unpickled, pickled) if pickled else None))
+        if self.stop_requested.is_set():
             self.training.stop.set()
         return None
 
@@ -229,12 +228,12 @@ class TrialActor(Trainable):
 
     def _result(self, epoch: int, step: int, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
         self.epoch, self.seconds = epoch, seconds
-        if self.orders.metric not in metrics:
+        if self.settings.metric not in metrics:
             raise TaskError(
-                f"TUNE.METRIC is {self.orders.metric!r}, which the evaluation does not give; it gives "
+                f"TUNE.METRIC is {self.settings.metric!r}, which the evaluation does not give; it gives "
                 f"{', '.join(metrics) or 'nothing'}. Set TUNE.METRIC to one of these"
             )
-        value = metrics[self.orders.metric]
+        value = metrics[self.settings.metric]
         finite = value is not None and abs(value) < float("inf")
         done = epoch >= self.num_epochs
         return {
@@ -250,7 +249,7 @@ class TrialActor(Trainable):
 
     @property
     def worst(self) -> float:
-        return -1e30 if self.orders.mode == "max" else 1e30
+        return -1e30 if self.settings.mode == "max" else 1e30
 
     def _failure(self, error: Exception | SystemExit) -> dict[str, Any]:
         self.cleanup()
@@ -262,20 +261,20 @@ class TrialActor(Trainable):
         if not isinstance(error, DivergedError):
             return failed
         # To the schedulers as if its next evaluation had been the worst there is.
-        step = self.next_epoch * self.orders.steps_per_epoch
+        step = self.next_epoch * self.settings.steps_per_epoch
         return {**failed, "epoch": self.next_epoch, "step": step, "score": self.worst, "why": DIVERGED}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Where this trial stands, which pauses here; its state is in its run folder, and another process may go on."""
         self.cleanup()
-        standing = Standing(self.number, self.lineage, self.epoch, self.seconds)
-        (Path(checkpoint_dir) / STANDING).write_bytes(standing.to_json())
+        resume_point = ResumePoint(self.number, self.lineage, self.epoch, self.seconds)
+        (Path(checkpoint_dir) / RESUME_POINT).write_bytes(resume_point.to_json())
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]  # a folder, as it was saved
-        standing = Standing.of_json((Path(checkpoint_dir) / STANDING).read_bytes())
-        self.epoch, self.seconds = standing.epoch, standing.seconds
-        self.source = run_dir_of(standing.lineage.config(self.orders.cfg, standing.trial))
-        self.lineage = standing.lineage.changed(self.epoch, self.config)
+        resume_point = ResumePoint.of_json((Path(checkpoint_dir) / RESUME_POINT).read_bytes())
+        self.epoch, self.seconds = resume_point.epoch, resume_point.seconds
+        self.source = run_dir_of(resume_point.lineage.config(self.settings.cfg, resume_point.trial))
+        self.lineage = resume_point.lineage.changed(self.epoch, self.config)
 
     def save(self, checkpoint_dir: str | None = None) -> Any:
         """In a folder that goes with the cluster, where Ray would make one that a killed process leaves."""
@@ -290,31 +289,3 @@ class TrialActor(Trainable):
         self.waits = False
         if training is not None:
             training.end()
-
-
-def newest_of(storage: Storage) -> Saved | None:
-    """The newest verified checkpoint of a run folder; None if there is none to trust."""
-    with contextlib.suppress(RaytrainError):
-        return newest_verified(storage)[0]
-    return None
-
-
-def is_of(cfg: Config, keys: Iterable[str], saved: Saved) -> bool:
-    """Whether a checkpoint's weights are what a run of `cfg` has there, as far as the sweep decides it (`keys`)."""
-    told, wanted, progress = saved.manifest.config, cfg.to_tree(), saved.manifest.progress
-    epochs = progress.epoch + (progress.cursor > 0)
-    if any(at(told, key) != at(wanted, key) for key in keys):
-        return False
-    return phases_before(told, epochs) == phases_before(wanted, epochs)
-
-
-def phases_before(tree: dict[str, Any], epochs: int) -> list[dict[str, Any]]:
-    return [phase for phase in tree["OPTIMIZATION"].get("PHASES") or () if phase["FROM_EPOCH"] < epochs]
-
-
-def evaluated(storage: Storage, epoch: int, since: int) -> dict[str, Any] | None:
-    """The evaluation after `epoch` that the run folder tells of; those up to `since` are of another lineage."""
-    if epoch <= since:
-        return None
-    evals = read_journal(storage, kinds=("eval",))
-    return next((record for record in evals if record["epoch"] == epoch), None)

@@ -19,28 +19,28 @@ from raytrain.storage.lock import refuse_links
 from raytrain.storage.paths import joined
 from raytrain.storage.storage import open_storage
 from raytrain.sweep.advice import advice_lines
-from raytrain.sweep.ledger import LEDGER, SweepView
-from raytrain.sweep.preflight import Prospect, look_ahead
+from raytrain.sweep.ledger import LEDGER
+from raytrain.sweep.monitor import ShowSweep, SweepMonitor
+from raytrain.sweep.preflight import TaskFacts, inspect_task
 from raytrain.sweep.ray_tune import (
     TUNES_FOLDER,
-    Places,
-    Show,
-    Trials,
-    Watch,
+    TrialGenerator,
     actors_as_they_stand,
     fit,
     ray_tune_settings,
 )
 from raytrain.sweep.report import HTML, write_report
+from raytrain.sweep.resources import TrialResources
 from raytrain.sweep.search import GridSearch, Search, build_search
 from raytrain.sweep.space import objective, sweep_seed
 from raytrain.sweep.sweep import BEST, Sweep, check_same
+from raytrain.sweep.view import SweepView
 from raytrain.task import load_task_class
 from raytrain.training.control import signals_wish_stop
 from raytrain.training.preflight import ANSWER_S, launch_after
 
 
-def unseen(view: SweepView, now: float) -> None:
+def show_nothing(view: SweepView, now: float) -> None:
     """Shows nothing."""
 
 
@@ -87,14 +87,14 @@ class SweepResult:
 def tune(
     cfg: Config,
     options: SweepOptions | None = None,
-    show: Show | None = None,
+    show: ShowSweep | None = None,
     stop: threading.Event | None = None,
-    ahead: cluster.Cluster | None = None,
+    starting_cluster: cluster.Cluster | None = None,
 ) -> SweepResult:
     """A sweep, begun or gone on with, as `raytrain tune` does it.
 
     show: gets what it has come to, again and again
-    stop: wishes its end, in place of this process's signals.   ahead: the cluster, if it is starting already
+    stop: wishes its end, in place of this process's signals.   starting_cluster: the cluster, if it is starting already
     """
     options = options or SweepOptions()
     cfg = with_values(cfg, {**cfg.TUNE.CONSTANTS, "TUNE.CONSTANTS": {}})
@@ -115,9 +115,9 @@ def tune(
         stack.callback(folder.storage.remove_tree, TUNES_FOLDER)
         check_same(cfg, folder)
         stop = stop or stack.enter_context(signals_wish_stop())
-        used = ahead or stack.enter_context(cluster.starting_for_trials(cfg, options.address))
+        used = starting_cluster or stack.enter_context(cluster.starting_for_trials(cfg, options.address))
         with explained("A look at the task, before any trial,", run_dir):
-            prospect = look_ahead(cfg)
+            task = inspect_task(cfg)
         sweep = Sweep(cfg, folder)
         stack.callback(sweep.close)
         sweep.check_length()
@@ -126,7 +126,7 @@ def tune(
             stack.enter_context(actors_as_they_stand())
             used.wait_for_workers()
         try:
-            status = run_trials(sweep, search, options, prospect, stop, show or unseen)
+            status = run_trials(sweep, search, options, task, stop, show or show_nothing)
         except TrainingError:  # too many trials have failed: what the others came to is shown all the same
             reported(sweep)
             raise
@@ -144,34 +144,34 @@ def reported(sweep: Sweep) -> tuple[Config | None, list[str]]:
 
 
 def run_trials(
-    sweep: Sweep, search: Search, options: SweepOptions, prospect: Prospect, stop: threading.Event, show: Show
+    sweep: Sweep, search: Search, options: SweepOptions, task: TaskFacts, stop: threading.Event, show: ShowSweep
 ) -> str:
     """The trials that are left, on the cluster that this process is connected to; how it ended."""
-    cfg, places = sweep.cfg, Places.of(sweep.cfg)
+    cfg, resources = sweep.cfg, TrialResources.of(sweep.cfg)
     cluster.check_reachable(sweep.folder.storage.path_of(""))
     launch = launch_after(())
     samples = number_of_samples(sweep, options)
-    trials = Trials(sweep, search, search.num_trials(samples), places.concurrent)
+    trials = TrialGenerator(sweep, search, search.num_trials(samples), resources.concurrent)
     sweep.write_config()
-    sweep.note("sweep", extend=options.extend, **facts(cfg, samples, trials.total, places.concurrent))
+    sweep.note("sweep", extend=options.extend, **facts(cfg, samples, trials.total, resources.concurrent))
     mailbox = Mailbox(launch)
-    watch = Watch(sweep, trials, stop, mailbox, show)
+    monitor = SweepMonitor(sweep, trials, stop, mailbox, show)
     try:
         if stop.is_set():
-            watch.stop_all()
+            monitor.stop_all()
         else:
             with ray_tune_settings():
-                fit(sweep, trials, watch, launch, places, prospect)
+                fit(sweep, trials, monitor, launch, resources, task)
     finally:
         mailbox.clear()
-    status = {"": "finished", "budget": "spent"}.get(watch.why, "stopped")
+    status = {"": "finished", "budget": "spent"}.get(monitor.why, "stopped")
     best = sweep.view.best
     sweep.note(
         "end", status=status, best=best and best.number, value=best and best.best, seconds=time.time() - sweep.began
     )
     show(sweep.view, time.time())
-    if watch.failure is not None:
-        raise watch.failure
+    if monitor.failure is not None:
+        raise monitor.failure
     return status
 
 

@@ -44,7 +44,7 @@ RAY_AT = ("cluster", "sweep")
 WITHOUT_TORCH = (
     *("errors", "progress", "config", "storage", "journal", "engine/schedule"),
     *("keeper/keeper", "keeper/client", "keeper/line", "keeper/shared_memory", "keeper/heartbeat", "keeper/watchdog"),
-    *("training/checkpoints", "sweep/ledger", "sweep/advice", "sweep/display"),
+    *("training/checkpoints", "sweep/ledger", "sweep/view", "sweep/advice", "sweep/display"),
 )
 NEEDS_TORCH = ("storage/state_file",)
 

@@ -34,8 +34,9 @@ import raytrain
 from raytrain.cli import main
 from raytrain.config.load import dump_config
 from raytrain.errors import ConfigError, PreflightError, ResumeError, TrainingError
-from raytrain.sweep.ledger import trial_folder, view_of
+from raytrain.sweep.ledger import trial_folder
 from raytrain.sweep.lineage import lineages_of
+from raytrain.sweep.view import view_of
 
 pytestmark = pytest.mark.ray
 

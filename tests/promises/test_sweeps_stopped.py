@@ -31,10 +31,11 @@ from sweeps import (
     under,
 )
 
-from raytrain.sweep import schedulers
-from raytrain.sweep.ledger import trial_folder, view_of
+from raytrain.sweep import population
+from raytrain.sweep.ledger import trial_folder
 from raytrain.sweep.trial import TrialActor
 from raytrain.sweep.tune import tune
+from raytrain.sweep.view import view_of
 
 pytestmark = pytest.mark.ray
 
@@ -104,7 +105,7 @@ def test_a_trial_whose_process_is_killed_as_it_saves_is_cloned_all_the_same(
     tmp_path: Path, undisturbed_sweep: Undisturbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow_to_pause(monkeypatch)
-    waits, killed = schedulers.wait_until_saved, []
+    waits, killed = population.wait_until_saved, []
 
     def kill_and_wait(controller: Any, trial: Trial) -> None:
         if trial.status == Trial.RUNNING and not killed:
@@ -113,7 +114,7 @@ def test_a_trial_whose_process_is_killed_as_it_saves_is_cloned_all_the_same(
             os.kill(killed[0], signal.SIGKILL)
         waits(controller, trial)
 
-    monkeypatch.setattr(schedulers, "wait_until_saved", kill_and_wait)
+    monkeypatch.setattr(population, "wait_until_saved", kill_and_wait)
     run = sweep(tmp_path, PBT)
     view = swept(run).view
     assert killed

@@ -15,8 +15,9 @@ import raytrain
 from raytrain.journal.records import Record, read_journal
 from raytrain.storage.storage import open_storage
 from raytrain.storage.store import newest_verified
-from raytrain.sweep.ledger import SweepView, read_ledger, trial_folder
+from raytrain.sweep.ledger import read_ledger, trial_folder
 from raytrain.sweep.tune import SweepOptions, SweepResult, tune
+from raytrain.sweep.view import SweepView
 
 EPOCHS = 4
 LR, CLIP = "OPTIMIZATION.LR", "OPTIMIZATION.GRAD_NORM_CLIP"

@@ -19,7 +19,8 @@ from raytrain.journal.run_folder import RunFolder
 from raytrain.journal.sinks import JsonlSink
 from raytrain.storage.lock import JOURNAL
 from raytrain.storage.storage import open_storage
-from raytrain.sweep.ledger import LEDGER, Ledger, SweepView, read_ledger, trial_folder, view_of
+from raytrain.sweep.ledger import LEDGER, Ledger, read_ledger, trial_folder
+from raytrain.sweep.view import SweepView, view_of
 
 LR, CLIP, DROPOUT, OPTIMIZER = (
     "OPTIMIZATION.LR",

@@ -25,7 +25,7 @@ from raytrain.sweep.advice import (
     quantile,
     touched,
 )
-from raytrain.sweep.ledger import TrialView
+from raytrain.sweep.view import TrialView
 
 
 def trial_with(folder: Path, norms: list[float | None], optimization: dict[str, Any], per_epoch: int = 2) -> None:

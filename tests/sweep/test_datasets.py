@@ -9,7 +9,7 @@ import yaml
 
 from raytrain import Task
 from raytrain.config.sections import Config
-from raytrain.sweep.datasets import MAX_BYTES, are_the_same_for_all, built_and_packed
+from raytrain.sweep.datasets import MAX_BYTES, are_the_same_for_all, built_and_pickled
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -27,7 +27,7 @@ def test_data_is_built_anew_where_a_sweep_changes_more_than_how_it_is_optimized(
 
 def test_each_trial_unpacks_data_of_its_own(task):
     built = {"train": [torch.arange(3), np.arange(2)]}
-    datasets, content = built_and_packed(task, lambda: built)
+    datasets, content = built_and_pickled(task, lambda: built)
     assert datasets is built
     first, second = pickle.loads(content), pickle.loads(content)
     first["train"][0][0] = first["train"][1][0] = 7
@@ -38,14 +38,14 @@ def test_each_trial_unpacks_data_of_its_own(task):
 def test_data_that_each_trial_has_to_build_is_not_packed(task):
     large = torch.empty(MAX_BYTES + 1, dtype=torch.uint8)
     for data in ([task], [task.cfg.OPTIMIZATION], lambda: None, large, large.numpy()):
-        assert built_and_packed(task, lambda data=data: {"train": data})[1] is None
+        assert built_and_pickled(task, lambda data=data: {"train": data})[1] is None
 
     def leaves_something() -> dict:
         task.num_classes = 10
         return {"train": [1]}
 
-    assert built_and_packed(task, leaves_something)[1] is None
-    assert built_and_packed(task, lambda: {"train": [1]})[1] is not None
+    assert built_and_pickled(task, leaves_something)[1] is None
+    assert built_and_pickled(task, lambda: {"train": [1]})[1] is not None
 
 
 class Vocal(Task):
@@ -63,6 +63,6 @@ def test_data_whose_making_leaves_something_in_the_tasks_class_or_module_is_buil
         monkeypatch.setitem(globals(), "VOCABULARY", ["word"])
         return {"train": [1]}
 
-    assert built_and_packed(vocal, lambda: {"train": [1]})[1] is not None
-    assert built_and_packed(vocal, grows)[1] is None
-    assert built_and_packed(vocal, names)[1] is None
+    assert built_and_pickled(vocal, lambda: {"train": [1]})[1] is not None
+    assert built_and_pickled(vocal, grows)[1] is None
+    assert built_and_pickled(vocal, names)[1] is None

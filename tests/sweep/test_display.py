@@ -14,7 +14,7 @@ from rich.console import Console
 from sweeps_for_tests import SWEEP, of, trial, write_sweep
 
 from raytrain.sweep.display import SweepDisplay, headline_text, rows_shown, trial_text
-from raytrain.sweep.ledger import SweepView, view_of
+from raytrain.sweep.view import SweepView, view_of
 
 
 def result(number: int, epoch: int, value: float, at: float = 1.0) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def test_a_failure_without_an_error_says_that_the_process_died() -> None:
 
 def test_a_sweep_goes_on_when_nobody_reads_any_more() -> None:
     code = (
-        "from raytrain.sweep.ledger import SweepView\nfrom raytrain.sweep.display import SweepDisplay\n"
+        "from raytrain.sweep.view import SweepView\nfrom raytrain.sweep.display import SweepDisplay\n"
         "from sweeps_for_tests import SWEEP, of, trial\nimport sys\n"
         "view, screen = SweepView(), SweepDisplay()\nview.add(SWEEP)\n"
         "for n in range(3000):\n    view.add(trial(n)); view.add(of('done', n, 9)); screen.show(view, n)\n"

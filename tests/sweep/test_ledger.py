@@ -17,7 +17,8 @@ import s3_server
 
 from raytrain.journal.run_folder import RunFolder
 from raytrain.storage.storage import open_storage
-from raytrain.sweep.ledger import LEDGER, Ledger, SweepView, read_ledger, view_of
+from raytrain.sweep.ledger import LEDGER, Ledger, read_ledger
+from raytrain.sweep.view import SweepView, view_of
 
 SWEEP = {
     "kind": "sweep",

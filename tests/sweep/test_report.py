@@ -13,8 +13,9 @@ import pytest
 from sweeps_for_tests import CLIP, DROPOUT, EPOCHS, LR, OPTIMIZER, write_sweep
 
 from raytrain.storage.storage import open_storage
-from raytrain.sweep.ledger import SweepView, view_of
-from raytrain.sweep.report import importance, key_facts, scores_of, sweep_csv, sweep_html, write_report
+from raytrain.sweep.importance import importance, key_facts, scores_of
+from raytrain.sweep.report import sweep_csv, sweep_html, write_report
+from raytrain.sweep.view import SweepView, view_of
 
 CHARTS = ("curves", "parallel", "map", "clip", "cost")
 

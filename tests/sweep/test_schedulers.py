@@ -10,7 +10,8 @@ import pytest
 from ray.tune.experiment import Trial
 
 from raytrain.config.distributions import distribution
-from raytrain.sweep.schedulers import SCORE, Terms, build_scheduler, mutation_of
+from raytrain.sweep.resumable import SCORE, SchedulerSettings
+from raytrain.sweep.schedulers import build_scheduler, mutation_of
 
 pytestmark = pytest.mark.ray  # Ray Tune's import takes its time
 
@@ -18,16 +19,16 @@ pytestmark = pytest.mark.ray  # Ray Tune's import takes its time
 class Once:
     """A sweep whose earlier launch let every trial go on."""
 
-    def decided(self, number: int, epoch: int) -> str | None:
+    def earlier_decision(self, number: int, epoch: int) -> str | None:
         return "CONTINUE"
 
-    def cloned(self, number: int, source: int, epoch: int, params: dict[str, Any]) -> None:
+    def add_clone(self, number: int, source: int, epoch: int, params: dict[str, Any]) -> None:
         raise AssertionError("no population")
 
 
 def test_a_trial_that_median_once_let_go_on_goes_on_also_where_results_come_in_another_order() -> None:
     scheduler: Any = build_scheduler(
-        SimpleNamespace(SCHEDULER="median", GRACE=1), Terms("epoch", 9, "max", 4, 0), Once()
+        SimpleNamespace(SCHEDULER="median", GRACE=1), SchedulerSettings("epoch", 9, "max", 4, 0), Once()
     )
     controller, trials = MagicMock(), []
     for number, score in enumerate((0.9, 0.8, 0.7, 0.6, 0.1)):

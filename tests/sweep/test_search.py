@@ -7,7 +7,7 @@ import pytest
 
 from raytrain.config.sections import Config
 from raytrain.errors import ConfigError
-from raytrain.sweep.search import Search, Told, build_search
+from raytrain.sweep.search import Observation, Search, build_search
 
 LR, CLIP, DEPTH = "OPTIMIZATION.LR", "OPTIMIZATION.GRAD_NORM_CLIP", "MODEL.DEPTH"
 RANGES = {LR: {"loguniform": [1e-5, 1.0]}, CLIP: {"loguniform": [0.01, 100.0]}}
@@ -30,12 +30,12 @@ def loss(params: dict) -> float:
     return (math.log10(params[LR]) + 2) ** 2 + math.log10(params[CLIP]) ** 2
 
 
-def swept(search: Search, trials: int) -> list[Told]:
-    told: list[Told] = []
+def swept(search: Search, trials: int) -> list[Observation]:
+    told: list[Observation] = []
     for trial in range(trials):
         params = search.params_of(trial, told)
         assert params is not None
-        told.append(Told(params, loss(params)))
+        told.append(Observation(params, loss(params)))
     return told
 
 
@@ -51,7 +51,7 @@ def test_a_model_beats_chance_on_a_bowl(kind, trials):
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("mode", ["min", "max"])
 def test_a_model_goes_where_its_mode_points(kind, mode):
-    told = [Told({LR: 10**-exponent, CLIP: 1.0}, exponent) for exponent in (x * 0.25 for x in range(1, 20))]
+    told = [Observation({LR: 10**-exponent, CLIP: 1.0}, exponent) for exponent in (x * 0.25 for x in range(1, 20))]
     search = search_of(kind, RANGES, METRIC="exponent", MODE=mode)
     tried = [-math.log10(search.params_of(trial, told)[LR]) for trial in range(19, 28)]
     assert sorted(tried)[4] < 2 if mode == "min" else sorted(tried)[4] > 3
@@ -61,7 +61,7 @@ def test_a_model_goes_where_its_mode_points(kind, mode):
 def test_a_suggestion_depends_on_seed_trial_and_what_is_told_alone(kind):
     search = search_of(kind, MIXED, seed=3)
     told = swept(search, 12)
-    told.append(Told(search.params_of(12, told), None))
+    told.append(Observation(search.params_of(12, told), None))
     expected = search.params_of(13, told)
     assert search_of(kind, MIXED, seed=3).params_of(13, told) == expected
     assert search_of(kind, MIXED, seed=4).params_of(13, told) != expected
@@ -74,9 +74,9 @@ def test_trials_that_run_that_failed_or_are_of_another_space_are_borne(kind):
     search = search_of(kind, RANGES)
     told = [
         *swept(search, 11),
-        Told({LR: 50.0, CLIP: 1.0}, math.nan),
-        Told({LR: 0.1}, 1.0),
-        Told({LR: 7.0, CLIP: 1.0}, 3.0),
+        Observation({LR: 50.0, CLIP: 1.0}, math.nan),
+        Observation({LR: 0.1}, 1.0),
+        Observation({LR: 7.0, CLIP: 1.0}, 3.0),
     ]
     params = search.params_of(14, told)
     assert params is not None and 1e-5 <= params[LR] <= 1.0

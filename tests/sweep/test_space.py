@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from configs import WHOLE, loaded, refusal
-from raytrain.config.distributions import Options, distribution
+from raytrain.config.distributions import Choices, distribution
 from raytrain.config.load import load_config
 from raytrain.config.sections import Tune
 from raytrain.errors import ConfigError
@@ -44,7 +44,7 @@ def test_each_distribution_gives_what_its_name_says(tmp_path):
 
 
 def test_grids_of_more_combinations_than_memory_holds_are_searched_all_the_same():
-    lists = {f"MODEL.{name}": Options(tuple(range(1000)), crossed=True) for name in "ABCDEFGH"}
+    lists = {f"MODEL.{name}": Choices(tuple(range(1000)), crossed=True) for name in "ABCDEFGH"}
     search, last = GridSearch(Space(lists).of_lists()), 10**24 - 1
     assert (search.num_trials(1), search.params_of(last + 1, [])) == (10**24, None)
     assert search.params_of(last - 1, []) == {**dict.fromkeys(lists, 999), "MODEL.H": 998}

@@ -42,11 +42,11 @@ def launched(cfg: Config, folder: Path, begins: bool = True) -> Iterator[Sweep]:
 
 
 def trained(sweep: Sweep, *epochs: int) -> None:
-    sweep.made(0, {LR: 0.01, CLIP: 1.0})
+    sweep.add_trial(0, {LR: 0.01, CLIP: 1.0})
     for epoch in epochs:
         key = sweep.lineages[0].key(epoch)
         result = {"epoch": epoch, "step": epoch, "value": epoch / 10, "metrics": {}, "seconds": 1.0, "key": key}
-        sweep.measured(0, result)
+        sweep.add_result(0, result)
 
 
 def test_the_best_config_is_of_the_workers_that_a_trial_had(tmp_path: Path) -> None:
@@ -137,18 +137,18 @@ def test_a_sweep_that_bohb_chose_the_trials_of_is_not_gone_on_with_and_says_what
 
 def told(sweep: Sweep, number: int, epoch: int) -> None:
     """A result of the trial as this launch has it."""
-    key = sweep._retold[number].key(epoch)
+    key = sweep._replayed[number].key(epoch)
     result = {"epoch": epoch, "step": epoch, "value": 0.5, "metrics": {}, "seconds": 1.0, "key": key}
-    sweep.measured(number, result)
+    sweep.add_result(number, result)
 
 
 def test_a_clone_that_a_later_launch_does_not_repeat_is_the_trial_that_it_was(tmp_path: Path) -> None:
     first, second, perturbed = ({LR: lr, CLIP: 1.0} for lr in (0.01, 0.02, 0.03))
     with launched(config(tmp_path), tmp_path) as sweep:
         for number, params in enumerate((first, second)):
-            sweep.made(number, params)
+            sweep.add_trial(number, params)
             told(sweep, number, 1)
-        sweep.cloned(0, 1, 1, perturbed)
+        sweep.add_clone(0, 1, 1, perturbed)
         told(sweep, 0, 2)
         assert sweep.view.trials[0].params == perturbed
     with launched(config(tmp_path), tmp_path) as sweep:
@@ -160,7 +160,7 @@ def test_a_clone_that_a_later_launch_does_not_repeat_is_the_trial_that_it_was(tm
         trial, lineage = sweep.view.trials[0], sweep.lineages[0]
         assert (lineage.base, lineage.phases, trial.params, trial.clones) == (first, (), first, [])
         assert [point[0] for point in trial.curve] == [1, 2]
-        assert (sweep.begun[0], sweep.lineages[1].base) == (first, second)
+        assert (sweep.first_params[0], sweep.lineages[1].base) == (first, second)
 
 
 def test_trials_that_extend_adds_are_added_once_where_the_launch_did_not_come_to_its_end(tmp_path: Path) -> None:
