@@ -54,7 +54,7 @@ LAUNCHERS_FLAGS: dict[str, tuple[bool, str]] = {
     "--local_rank": (True, "Ray gives each worker its rank"),
     "--local-rank": (True, "Ray gives each worker its rank"),
 }
-VOID_FLAGS: dict[str, tuple[bool, str]] = {
+IGNORED_FLAGS: dict[str, tuple[bool, str]] = {
     **LAUNCHERS_FLAGS,
     "--fix_random_seed": (False, "every run is seeded (--seed)"),
     "--merge_all_iters_to_one_epoch": (False, "loader workers live all run and read ahead across epochs anyway"),
@@ -66,7 +66,7 @@ VOID_FLAGS: dict[str, tuple[bool, str]] = {
     "--wo_gpu_stat": (False, "no gpustat is called"),
 }
 ALL_EPOCHS = "every epoch is evaluated while it is trained (EVAL.EVERY); journal.jsonl holds the results"
-VOID_EVAL_FLAGS: dict[str, tuple[bool, str]] = {
+IGNORED_EVAL_FLAGS: dict[str, tuple[bool, str]] = {
     **LAUNCHERS_FLAGS,
     "--eval_all": (False, ALL_EPOCHS),
     "--ckpt_dir": (True, ALL_EPOCHS),
@@ -97,10 +97,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RaytrainError as error:
         if error.told:
             return error.exit_status
-        if speaks():
+        if prints_messages():
             print(f"raytrain: {error}", file=sys.stderr)
         elif error.exit_status == EXIT_USAGE:
-            let_the_first_speak()
+            wait_for_rank_0()
         return error.exit_status
     except KeyboardInterrupt:
         print("raytrain: stopped at once; the run folder's newest checkpoint is where it goes on", file=sys.stderr)
@@ -113,9 +113,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ").rstrip(".")
         text = f"raytrain: {message}{'' if message.endswith('?') else '.'} See {self.prog} --help\n"
-        if not speaks():
-            let_the_first_speak()
-        self.exit(EXIT_USAGE, text if speaks() else None)
+        if not prints_messages():
+            wait_for_rank_0()
+        self.exit(EXIT_USAGE, text if prints_messages() else None)
 
 
 def world_of_torchrun() -> tuple[int, int] | None:
@@ -125,13 +125,13 @@ def world_of_torchrun() -> tuple[int, int] | None:
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-def speaks() -> bool:
+def prints_messages() -> bool:
     """Whether this process tells of the run: of those that torchrun starts one does."""
     world = world_of_torchrun()
     return world is None or world[0] == 0
 
 
-def let_the_first_speak() -> None:
+def wait_for_rank_0() -> None:
     """Wait to be ended: torchrun ends all processes once one has, and only rank 0 says what all of them find wrong."""
     time.sleep(10)
 
@@ -140,7 +140,17 @@ def build_parser() -> Parser:
     parser = Parser(prog="raytrain", description="Train PyTorch models on Ray from one YAML file.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"raytrain {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
+    add_train(commands)
+    add_tune(commands)
+    add_eval(commands)
+    add_simulate(commands)
+    add_view(commands)
+    add_checkpoints(commands)
+    add_show_config(commands)
+    return parser
 
+
+def add_train(commands: Any) -> None:
     train = commands.add_parser("train", help="train, or go on training", allow_abbrev=False)
     add_config_arguments(train)
     train.add_argument("--batch_size", type=count, metavar="N", help="samples of a step over all virtual workers")
@@ -161,10 +171,12 @@ def build_parser() -> Parser:
         action="store_true",
         help="resume under a batch size, seed ... that was not the run's",
     )
-    add_void_arguments(train, VOID_FLAGS)
+    add_ignored_arguments(train, IGNORED_FLAGS)
     add_set_argument(train)
     train.set_defaults(run=run_train)
 
+
+def add_tune(commands: Any) -> None:
     tune = commands.add_parser(
         "tune",
         help="sweep what the config's TUNE says, or go on with it",
@@ -180,16 +192,20 @@ def build_parser() -> Parser:
     add_set_argument(tune)
     tune.set_defaults(run=run_tune)
 
+
+def add_eval(commands: Any) -> None:
     evaluate = commands.add_parser("eval", help="evaluate a checkpoint", allow_abbrev=False)
     add_config_arguments(evaluate)
     evaluate.add_argument("--ckpt", metavar="PATH", help="the checkpoint; else the run's best one, else its newest")
     evaluate.add_argument("--batch_size", type=count, metavar="N", help="samples at a time")
     evaluate.add_argument("--eval_tag", default="default", help="last part of the folder for the results")
     evaluate.add_argument("--save_to_file", action="store_true", help="write the predictions too, as predictions.pt")
-    add_void_arguments(evaluate, VOID_EVAL_FLAGS)
+    add_ignored_arguments(evaluate, IGNORED_EVAL_FLAGS)
     add_set_argument(evaluate)
     evaluate.set_defaults(run=run_eval)
 
+
+def add_simulate(commands: Any) -> None:
     simulate = commands.add_parser(
         "simulate", help="write simulated LiDAR scenes as KITTI has them", allow_abbrev=False
     )
@@ -206,16 +222,20 @@ def build_parser() -> Parser:
     add_set_argument(simulate, "config keys, dotted; without --cfg_file those of SIMULATION: --set BEAMS 32")
     simulate.set_defaults(run=run_simulate)
 
-    look = commands.add_parser(
+
+def add_view(commands: Any) -> None:
+    view = commands.add_parser(
         "view", help="draw validation samples, with what a checkpoint predicts", allow_abbrev=False
     )
-    add_config_arguments(look)
-    look.add_argument("--ckpt", metavar="PATH", help="the checkpoint; else the run's best one, its newest, or none")
-    look.add_argument("--count", type=count, metavar="N", help="how many pictures (EVAL.PICTURES)")
-    add_set_argument(look)
-    look.set_defaults(run=run_view)
+    add_config_arguments(view)
+    view.add_argument("--ckpt", metavar="PATH", help="the checkpoint; else the run's best one, its newest, or none")
+    view.add_argument("--count", type=count, metavar="N", help="how many pictures (EVAL.PICTURES)")
+    add_set_argument(view)
+    view.set_defaults(run=run_view)
 
-    look_up = commands.add_parser(
+
+def add_checkpoints(commands: Any) -> None:
+    checkpoints = commands.add_parser(
         "checkpoints",
         help="list a run's checkpoints, and say what a resume would take and why",
         description="Lists the checkpoints of a run, and says what a resume would take and why. Nothing is written; "
@@ -223,18 +243,23 @@ def build_parser() -> Parser:
         "checkpoint is damaged; 2 if this is no run folder.",
         allow_abbrev=False,
     )
-    look_up.add_argument("run_dir", nargs="?", metavar="RUN", help="the run folder, a path or URI; or give --cfg_file")
-    look_up.add_argument("--verify", action="store_true", help="read every byte of every checkpoint, not of one only")
-    add_config_arguments(look_up, required=False)
-    add_set_argument(look_up)
-    look_up.set_defaults(run=run_checkpoints)
+    checkpoints.add_argument(
+        "run_dir", nargs="?", metavar="RUN", help="the run folder, a path or URI; or give --cfg_file"
+    )
+    checkpoints.add_argument(
+        "--verify", action="store_true", help="read every byte of every checkpoint, not of one only"
+    )
+    add_config_arguments(checkpoints, required=False)
+    add_set_argument(checkpoints)
+    checkpoints.set_defaults(run=run_checkpoints)
 
+
+def add_show_config(commands: Any) -> None:
     show = commands.add_parser("show-config", help="print the resolved config", allow_abbrev=False)
     show.add_argument("--reference", action="store_true", help="print every key there is, with default and meaning")
     add_config_arguments(show, required=False)
     add_set_argument(show)
     show.set_defaults(run=run_show_config)
-    return parser
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -245,9 +270,11 @@ def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True)
         parser.add_argument(flag, action="store_true", help=f"{text} ({key})")
 
 
-def add_void_arguments(parser: argparse.ArgumentParser, flags: dict[str, tuple[bool, str]]) -> None:
+def add_ignored_arguments(parser: argparse.ArgumentParser, flags: dict[str, tuple[bool, str]]) -> None:
     for flag, (takes_value, reason) in flags.items():
-        parser.add_argument(flag, nargs="?" if takes_value else 0, action=_Void, help=argparse.SUPPRESS, const=reason)
+        parser.add_argument(
+            flag, nargs="?" if takes_value else 0, action=_IgnoredFlag, help=argparse.SUPPRESS, const=reason
+        )
 
 
 ANY_KEY = "any config keys, dotted: --set OPTIMIZATION.LR 1e-3 MODEL.WIDTH 32"
@@ -271,13 +298,13 @@ def count(word: str, least: int = 1) -> int:
     return int(word)
 
 
-class _Void(argparse.Action):
+class _IgnoredFlag(argparse.Action):
     """A flag that is accepted for the sake of old command lines, with a line on what is so instead."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if option_string == "--launcher" and values == "pytorch" and world_of_torchrun() is not None:
             return
-        if speaks():
+        if prints_messages():
             print(f"note: {option_string} has no effect here: {self.const}", file=sys.stderr)
 
 
@@ -309,7 +336,7 @@ def run_train(args: argparse.Namespace) -> int:
         "arguments": {k: v for k, v in vars(args).items() if k not in ("run", "command")},
     }
     result = train_with_torchrun(cfg, args, options) if world_of_torchrun() else train_as_asked(cfg, options)
-    if result.status == "complete" and speaks():
+    if result.status == "complete" and prints_messages():
         metrics = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
         say(f"already complete: all {cfg.OPTIMIZATION.NUM_EPOCHS} epochs are trained  {metrics}")
         say(f"  run folder   {result.run_dir}")
@@ -417,19 +444,19 @@ def run_view(args: argparse.Namespace) -> int:
 
 
 def run_simulate(args: argparse.Namespace) -> int:
-    found: dict[str, Any] = {}
+    simulation: dict[str, Any] = {}
     words, seed = list(args.set_words), args.seed
     if args.cfg_file is not None:
         from raytrain.config.load import load_config
 
         cfg = load_config(args.cfg_file, words)
-        found, words = cfg.DATA_CONFIG.get("SIMULATION", {}), []
+        simulation, words = cfg.DATA_CONFIG.get("SIMULATION", {}), []
         seed = cfg.SEED if seed is None else seed
     if args.scenes is not None:
-        found = {**found, "NUM_SCENES": {"train": args.scenes, "val": args.scenes}}
+        simulation = {**simulation, "NUM_SCENES": {"train": args.scenes, "val": args.scenes}}
     simulate = importlib.import_module("raytrain.tasks.pointpillars.simulate")  # by its path, as all that is a task's
     splits = ("train", "val") if args.split == "both" else (args.split,)
-    written = simulate.write_scenes(args.out, simulate.simulation_options(found, words), splits, seed or 0)
+    written = simulate.write_scenes(args.out, simulate.simulation_options(simulation, words), splits, seed or 0)
     say(f"{args.out}: {' and '.join(f'{number} scenes of {split}' for split, number in written.items())}")
     say(f"  train on them with --set DATA_CONFIG.SOURCE kitti DATA_CONFIG.DATA_PATH {args.out}")
     return EXIT_FINISHED
@@ -450,9 +477,9 @@ def run_checkpoints(args: argparse.Namespace) -> int:
         console.width = max(console.width, LISTING_COLUMNS)
     storage = open_storage(run_dir_of(cfg) if cfg else args.run_dir)
     check_run_folder(storage, of_config=cfg is not None)
-    found = survey(storage, cfg, args.verify, shown_on(console))
-    say(rendered(found, console, time.time()))
-    return EXIT_FINISHED if found.usable and not (args.verify and found.damaged) else EXIT_FAILED
+    surveyed = survey(storage, cfg, args.verify, shown_on(console))
+    say(rendered(surveyed, console, time.time()))
+    return EXIT_FINISHED if surveyed.usable and not (args.verify and surveyed.damaged) else EXIT_FAILED
 
 
 def run_show_config(args: argparse.Namespace) -> int:

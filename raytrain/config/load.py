@@ -69,14 +69,14 @@ ABSENT = _Absent()
 
 def config_diff(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) of each difference of two plain trees; ABSENT where a key is missing."""
-    found: list[tuple[str, Any, Any]] = []
+    differences: list[tuple[str, Any, Any]] = []
     for key in [*old, *(key for key in new if key not in old)]:
         before, after = old.get(key, ABSENT), new.get(key, ABSENT)
         if isinstance(before, dict) and isinstance(after, dict):
-            found += [(f"{key}.{inner}", *values) for inner, *values in config_diff(before, after)]
+            differences += [(f"{key}.{inner}", *values) for inner, *values in config_diff(before, after)]
         elif before != after or isinstance(before, bool) != isinstance(after, bool):
-            found.append((key, before, after))
-    return found
+            differences.append((key, before, after))
+    return differences
 
 
 def _checked(root: Node) -> Config:

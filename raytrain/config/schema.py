@@ -64,15 +64,15 @@ def annotation_at(model: type[BaseModel], keys: Sequence[str]) -> Any:
 
 def dotted_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     """Every key of the schema, sections included, in their order."""
-    found = []
+    keys = []
     for key, annotation in get_type_hints(model, include_extras=True).items():
         if key not in model.model_fields:
             continue
-        found.append(prefix + key)
+        keys.append(prefix + key)
         section = section_in(annotation)
         if section is not None:
-            found += dotted_keys(section, f"{prefix}{key}.")
-    return found
+            keys += dotted_keys(section, f"{prefix}{key}.")
+    return keys
 
 
 def legal(annotation: Any) -> str:
@@ -243,10 +243,10 @@ def plain(value: Any) -> Any:
 
 def at(tree: Mapping[str, Any], key: str) -> Any:
     """The value at a dotted key, whose parts name keys of mappings and indices of lists; None where there is none."""
-    found: Any = tree
+    value: Any = tree
     for part in key.split("."):
-        if isinstance(found, list):
-            found = found[int(part)] if part.isdecimal() and int(part) < len(found) else None
+        if isinstance(value, list):
+            value = value[int(part)] if part.isdecimal() and int(part) < len(value) else None
         else:
-            found = found.get(part) if isinstance(found, Mapping) else None
-    return found
+            value = value.get(part) if isinstance(value, Mapping) else None
+    return value

@@ -58,7 +58,7 @@ def swept_problems(
     if not tune["SPACE"] and not tune["CONSTANTS"]:
         return []
     own = {key: value for key, value in tree.items() if key != "TUNE"}
-    found: Problems = []
+    problems: Problems = []
     for section in ("CONSTANTS", "SPACE"):
         for path, value in tune[section].items():
             node = _at(root, section, path)
@@ -66,13 +66,13 @@ def swept_problems(
             if not wrong and section == "SPACE":
                 wrong = _unsuited(path, distribution(value), tune)
             if wrong:
-                found.append((node.where, f"TUNE.{section}.{path}: {wrong}"))
+                problems.append((node.where, f"TUNE.{section}.{path}: {wrong}"))
                 continue
             values = [value] if section == "CONSTANTS" else distribution(value).examples()
             refused, own_with = _refused(own, path, values, node.where, faults)
-            found += [(where, f"TUNE.{section}: {line}") for where, line in refused]
+            problems += [(where, f"TUNE.{section}: {line}") for where, line in refused]
             own = own_with if section == "CONSTANTS" and not refused else own
-    return found
+    return problems
 
 
 def _at(root: Node, *keys: str) -> Node:

@@ -183,9 +183,9 @@ class _Builder:
                     merged = {**self.pairs(source, keys), **merged}
                 continue
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _TAG + "str":
-                found = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a collection"
+                shown = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a collection"
                 raise ConfigError(
-                    f"{at}: {_dotted(keys)}: found {found} as a key; keys must be text, so write it in quotes"
+                    f"{at}: {_dotted(keys)}: found {shown} as a key; keys must be text, so write it in quotes"
                 )
             key = key_node.value
             if key in own:

@@ -36,21 +36,20 @@ class Display:
         self._run: Record | None = None
         self._first: Record | None = None  # step record of this launch, the ETA's other end
         self._drawn_at = 0.0
-        self._unseen = False
+        self._is_broken = False
 
     def feed(self, record: Record) -> None:
         """Shows what the record says, if people are to see it.
 
         Training goes on where nothing can be shown any more: `raytrain train | head`, a full disk.
         """
-        if self._unseen:
+        if self._is_broken:
             return
         try:
             self._feed(record)
         except (OSError, SystemExit):  # rich ends the process where a pipe is broken
-            self._unseen = True
-            with contextlib.suppress(OSError, ValueError):  # what is flushed at exit has a place to go
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._console.file.fileno())
+            self._is_broken = True
+            discard_output(self._console)
 
     def _feed(self, record: Record) -> None:
         kind = record["kind"]
@@ -104,6 +103,12 @@ class Display:
         from rich.text import Text
 
         self._console.print(Text(text), soft_wrap=True)
+
+
+def discard_output(console: Console) -> None:
+    """What is flushed at exit has a place to go, where a pipe is broken or a disk is full."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), console.file.fileno())
 
 
 def run_text(run: Record) -> str:

@@ -142,10 +142,10 @@ def _git_commit() -> str | None:
             text = head.read_text().strip()
             if not text.startswith("ref: "):
                 return text
-            ref, packed = folder / ".git" / text[5:], folder / ".git" / "packed-refs"  # the latter after `git gc`
+            ref, packed_refs = folder / ".git" / text[5:], folder / ".git" / "packed-refs"  # the latter after `git gc`
             if ref.is_file():
                 return ref.read_text().strip()
-            lines = packed.read_text().splitlines() if packed.is_file() else []
+            lines = packed_refs.read_text().splitlines() if packed_refs.is_file() else []
             return next((line.split()[0] for line in lines if line.endswith(f" {text[5:]}")), None)
     return None
 

@@ -67,8 +67,8 @@ class ClipAdvice:
 def clip_advice(storage: Storage, view: SweepView) -> ClipAdvice:
     """Reads the journals of the sweep in this folder. A trial without one has no norms."""
     ranked = [trial for trial in view.ranked() if trial.curve]
-    found = [norms_of(storage, trial) for trial in ranked]
-    return advice_of([norms for norms in found if norms.norms])
+    journals = (norms_of(storage, trial) for trial in ranked)
+    return advice_of([trial for trial in journals if trial.norms])
 
 
 def advice_of(trials: list[TrialNorms]) -> ClipAdvice:

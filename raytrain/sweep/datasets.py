@@ -61,12 +61,12 @@ def pickled(content: Any, of_data: bool = True) -> bytes | None:
 
 
 def unpickled(content: bytes) -> Any:
-    """What `packed` was given, anew. For what came from this sweep's own driver only: unpickling runs code."""
+    """What `pickled` was given, anew. For what came from this sweep's own driver only: unpickling runs code."""
     return pickle.loads(content)
 
 
 class DatasetPickler(pickle.Pickler):
-    """Gives up on what `packed` is not to hold, and on large arrays before it copies them."""
+    """Gives up on what `pickled` is not to hold, and on large arrays before it copies them."""
 
     def __init__(self, file: io.BytesIO, of_data: bool) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)

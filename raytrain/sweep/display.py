@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from raytrain.errors import masked
+from raytrain.journal.display import discard_output
 from raytrain.journal.records import clean, eta, number
 from raytrain.sweep.view import SweepView, TrialView, short_names
 
@@ -34,10 +33,10 @@ class SweepDisplay:
         self._console = console or Console()
         self._in_place = self._console.is_terminal and not self._console.is_dumb_terminal
         self._live: Live | None = None
-        self._told: dict[int, str] = {}  # the state of each trial that a line has told of
+        self._printed: dict[int, str] = {}  # the state of each trial that was printed last
         self._best: float | None = None
         self._drawn_at = float("-inf")
-        self._unseen = False
+        self._is_broken = False
 
     def show(self, view: SweepView, now: float) -> None:
         """Shows what has changed. Cheap: call it with each record, and once a second. now: unix seconds
@@ -57,32 +56,31 @@ class SweepDisplay:
             self._live = None
 
     def _guarded(self, act: Any, *what: Any) -> None:
-        if self._unseen:
+        if self._is_broken:
             return
         try:
             act(*what)
         except (OSError, SystemExit):  # rich ends the process where a pipe is broken
-            self._unseen = True
-            with contextlib.suppress(OSError, ValueError):  # what is flushed at exit has a place to go
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._console.file.fileno())
+            self._is_broken = True
+            discard_output(self._console)
 
     def _show(self, view: SweepView, now: float) -> None:
-        for line in self._news(view):
+        for line in self._new_lines(view):
             self._print(line)
         if self._in_place and abs(now - self._drawn_at) >= REDRAW_S:
             self._drawn_at = now
             self._draw(view, now)
 
-    def _news(self, view: SweepView) -> list[str]:
+    def _new_lines(self, view: SweepView) -> list[str]:
         """Lines on what is new: on a terminal only failures, the table tells the rest.
 
         At first only failures too: the others have ended in earlier launches.
         """
-        lines, only_failures = [], self._in_place or not self._told
+        lines, only_failures = [], self._in_place or not self._printed
         for trial in view.trials.values():
-            if trial.state in FINAL and self._told.get(trial.number) != trial.state:
+            if trial.state in FINAL and self._printed.get(trial.number) != trial.state:
                 lines += [trial_text(trial, view)] if trial.state == "failed" or not only_failures else []
-            self._told[trial.number] = trial.state
+            self._printed[trial.number] = trial.state
         best = view.best
         if best is not None and view.better(best.best, self._best):
             self._best = best.best

@@ -109,13 +109,13 @@ def key_facts(view: SweepView, key: str) -> dict[str, Any]:
     positive = numbers and bool(values) and min(values) > 0
     listed = kind in ("choice", "grid", "")
     log = positive and (kind == "loguniform" or (listed and max(values) >= WIDE * min(values)))
-    inside = not listed and numbers and bool(values) and bounds[0] <= min(values) and max(values) <= bounds[1]
+    is_within = not listed and numbers and bool(values) and bounds[0] <= min(values) and max(values) <= bounds[1]
     return {
         "key": key,
         "name": short_names(view.keys)[key],
         "kind": "number" if numbers else "choice",
         "log": log,
-        "range": [float(bounds[0]), float(bounds[1])] if inside else None,
+        "range": [float(bounds[0]), float(bounds[1])] if is_within else None,
     }
 
 

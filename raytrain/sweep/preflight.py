@@ -18,7 +18,7 @@ from raytrain.task import Task, make_task
 from raytrain.training.contract import checked_metrics, predictions_of
 from raytrain.training.worker import build_datasets
 
-FEW = 2000  # validation samples that an untrained model is scored on here; of more the first trial's evaluation tells
+MAX_SCORED = 2000  # validation samples of an untrained model; with more the first trial's evaluation tells the metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +60,14 @@ def metrics_given(task: Task, datasets: dict[str, Any]) -> tuple[str, ...] | Non
     val = datasets["val"]
     if not task.has_predict():
         return ("loss",)
-    if len(val) > FEW:
+    if len(val) > MAX_SCORED:
         return None
     with torch_put_back(), torch.no_grad():
         torch.set_num_threads(1)
         model = task.build_model(datasets["train"]).eval()
-        found: list[Any] = []
+        predictions: list[Any] = []
         for first in range(0, len(val), 32):
             ids = range(first, min(first + 32, len(val)))
             batch = task.to_device(task.collate([val[i] for i in ids]), torch.device("cpu"))
-            found += predictions_of(task, model, batch, len(ids))
-        return tuple(checked_metrics(task.score(found, val), task))
+            predictions += predictions_of(task, model, batch, len(ids))
+        return tuple(checked_metrics(task.score(predictions, val), task))

@@ -33,7 +33,7 @@ class Search(Protocol):
     """How a sweep chooses params."""
 
     def params_of(self, trial: int, observations: Sequence[Observation]) -> Params | None:
-        """The params of a trial, `told` being the trials before it; None where the space has no more to try."""
+        """The params of a trial, given those before it; None where the space has no more to try."""
 
     def num_trials(self, num_samples: int) -> int:
         """How many trials a sweep of so many samples has."""
@@ -99,7 +99,7 @@ class OptunaSearch:
         return num_samples
 
     def study_of(self, trial: int, observations: Sequence[Observation]) -> Any:
-        """A study that knows `told` and nothing else: made anew, so that nothing of an earlier question is in it."""
+        """A study of these trials alone: made anew, so that nothing of an earlier question is in it."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -134,7 +134,7 @@ class OptunaSearch:
 
 
 def _known(space: Space, observations: Sequence[Observation]) -> list[Observation]:
-    """`told` without the trials of another space; a value that is not finite is none."""
+    """Those of trials of this space; a value that is not finite is none."""
     return [
         Observation(params, value if value is not None and math.isfinite(value) else None)
         for params, value in observations

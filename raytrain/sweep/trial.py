@@ -144,9 +144,9 @@ class TrialActor(Trainable):
             if self.training is None and known is not None:
                 return self._result(known["epoch"], known["step"], known["metrics"], known["seconds"])
             if self.training is None:
-                found = self._start()
-                if found is not None:
-                    return self._result(found["epoch"], found["step"], found["metrics"], self.seconds)
+                evaluation = self._start()
+                if evaluation is not None:
+                    return self._result(evaluation["epoch"], evaluation["step"], evaluation["metrics"], self.seconds)
             return self._next_result(began)
         except (Exception, SystemExit) as error:  # a task may call sys.exit
             return self._failure(error)
@@ -173,9 +173,10 @@ class TrialActor(Trainable):
             if not self._take_source(cfg, storage):
                 storage.remove_tree(JOURNAL)  # of another lineage, and it would tell of checkpoints that are gone
         elif self.epoch < newest.manifest.progress.epoch:
-            found = evaluated(storage, self.next_epoch, since=self.lineage.phases[-1][0] if self.lineage.phases else 0)
-            if found is not None:
-                return found
+            since = self.lineage.phases[-1][0] if self.lineage.phases else 0
+            evaluation = evaluated(storage, self.next_epoch, since)
+            if evaluation is not None:
+                return evaluation
         job.redirect_output(run_dir, 0)
         if self.stop_requested.is_set():
             raise InterruptedError
@@ -191,9 +192,9 @@ class TrialActor(Trainable):
             return False
         source, name = open_storage(self.source), f"{FOLDER}/checkpoint_epoch_{self.epoch}"
         with contextlib.suppress(RaytrainError, OSError):  # retention may take it away meanwhile
-            found = verified(source, name.removeprefix(f"{FOLDER}/"))
-            if is_of(cfg, self.lineage.base, found):
-                write_checkpoint(storage, name, source.read_bytes(f"{name}/{PAYLOAD}"), found.manifest)
+            saved = verified(source, name.removeprefix(f"{FOLDER}/"))
+            if is_of(cfg, self.lineage.base, saved):
+                write_checkpoint(storage, name, source.read_bytes(f"{name}/{PAYLOAD}"), saved.manifest)
                 return True
         return False
 
@@ -203,13 +204,13 @@ class TrialActor(Trainable):
             if self.waits:
                 self.training.go_on()
                 self.waits = False
-            kind, told = self.training.next()
+            kind, content = self.training.next()
             if kind == "failed":
-                raise told
+                raise content
             if kind == "ended":
                 return {"ended": "interrupted", "done": True, "epoch": self.epoch}
             self.waits = True
-            progress, metrics = told
+            progress, metrics = content
             if progress.epoch > self.epoch:
                 break
         if progress.epoch >= self.num_epochs:
@@ -222,9 +223,9 @@ class TrialActor(Trainable):
         assert self.training is not None
         training, self.training, self.waits = self.training, None, False
         training.go_on()
-        kind, told = training.next()
+        kind, content = training.next()
         if kind == "failed":
-            raise told
+            raise content
 
     def _result(self, epoch: int, step: int, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
         self.epoch, self.seconds = epoch, seconds

@@ -23,11 +23,11 @@ def newest_of(storage: Storage) -> Saved | None:
 
 def is_of(cfg: Config, keys: Iterable[str], saved: Saved) -> bool:
     """Whether a checkpoint's weights are what a run of `cfg` has there, as far as the sweep decides it (`keys`)."""
-    told, wanted, progress = saved.manifest.config, cfg.to_tree(), saved.manifest.progress
+    trained, wanted, progress = saved.manifest.config, cfg.to_tree(), saved.manifest.progress
     epochs = progress.epoch + (progress.cursor > 0)
-    if any(at(told, key) != at(wanted, key) for key in keys):
+    if any(at(trained, key) != at(wanted, key) for key in keys):
         return False
-    return phases_before(told, epochs) == phases_before(wanted, epochs)
+    return phases_before(trained, epochs) == phases_before(wanted, epochs)
 
 
 def phases_before(tree: dict[str, Any], epochs: int) -> list[dict[str, Any]]:

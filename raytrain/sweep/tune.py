@@ -1,4 +1,4 @@
-"""From a Config with a TUNE section to a finished sweep: checks -> Ray Tune with actors that train -> what it found."""
+"""From a Config with a TUNE section to a finished sweep: checks -> Ray Tune with actors that train -> a report."""
 
 from __future__ import annotations
 
@@ -98,12 +98,7 @@ def tune(
     """
     options = options or SweepOptions()
     cfg = with_values(cfg, {**cfg.TUNE.CONSTANTS, "TUNE.CONSTANTS": {}})
-    search = build_search(cfg, sweep_seed(cfg))
-    if options.extend and isinstance(search, GridSearch):
-        raise ConfigError(
-            f"--extend {options.extend}: TUNE.SPACE is a grid, which has as many trials as it has points "
-            f"({search.points.size}). Leave --extend out, or start another sweep over more values (--extra_tag NAME)"
-        )
+    search = checked_search(cfg, options.extend)
     load_task_class(cfg.TASK)
     run_dir = run_dir_of(cfg)
     check_writable(open_storage(run_dir, ANSWER_S), TUNES_FOLDER)
@@ -134,13 +129,24 @@ def tune(
     return SweepResult(status, run_dir, sweep.view, best, advice)
 
 
+def checked_search(cfg: Config, extend: int) -> Search:
+    """What chooses the trials; ConfigError where it cannot add as many samples."""
+    search = build_search(cfg, sweep_seed(cfg))
+    if extend and isinstance(search, GridSearch):
+        raise ConfigError(
+            f"--extend {extend}: TUNE.SPACE is a grid, which has as many trials as it has points "
+            f"({search.points.size}). Leave --extend out, or start another sweep over more values (--extra_tag NAME)"
+        )
+    return search
+
+
 def reported(sweep: Sweep) -> tuple[Config | None, list[str]]:
     """best.yaml and the report are written; what best.yaml holds, and lines for people."""
     best = sweep.write_best()
-    found = write_report(sweep.folder.storage, sweep.view, dump_config(best) if best is not None else "")
+    advice = write_report(sweep.folder.storage, sweep.view, dump_config(best) if best is not None else "")
     if best is None:
         return None, [f"no trial has a finite {sweep.view.metric}, so there is no {BEST}"]
-    return best, [*advice_lines(found), *sweep.lengthened()]
+    return best, [*advice_lines(advice), *sweep.lengthened()]
 
 
 def run_trials(

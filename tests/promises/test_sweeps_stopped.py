@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -31,10 +30,9 @@ from sweeps import (
     under,
 )
 
-from raytrain.sweep import population
+from raytrain.sweep import population, ray_tune
 from raytrain.sweep.ledger import trial_folder
 from raytrain.sweep.trial import TrialActor
-from raytrain.sweep.tune import tune
 from raytrain.sweep.view import view_of
 
 pytestmark = pytest.mark.ray
@@ -165,7 +163,7 @@ def slow_to_pause(monkeypatch: pytest.MonkeyPatch) -> None:
             time.sleep(0.5)
             return super().save_checkpoint(checkpoint_dir)
 
-    monkeypatch.setattr(sys.modules[tune.__module__], "TrialActor", SlowToPause)
+    monkeypatch.setattr(ray_tune, "TrialActor", SlowToPause)
 
 
 def test_a_sweep_whose_node_dies_goes_on_on_another(tmp_path: Path, undisturbed_sweep: Undisturbed) -> None:
