@@ -25,7 +25,7 @@ ERROR_LENGTH = 200
 
 
 class SweepDisplay:
-    """Shows a sweep's view as it changes; see sweep/ledger.py."""
+    """Shows a sweep's view as it changes; see sweep/view.py."""
 
     def __init__(self, console: Console | None = None) -> None:
         from rich.console import Console

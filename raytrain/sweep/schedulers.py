@@ -31,7 +31,7 @@ ASYNCHRONOUS = ("asha", "median")  # compare a trial with those that came as far
 
 
 def build_scheduler(tune_cfg: Any, settings: SchedulerSettings, sweep: Sweep) -> TrialScheduler:
-    """The one that TUNE asks for, with `Orderly` mixed in."""
+    """The one that TUNE asks for, with `ResumableScheduler` mixed in."""
     made: Any = MAKERS[tune_cfg.SCHEDULER](tune_cfg, settings)
     made.sweep, made.settings = sweep, settings
     made.asynchronous, made.synchronous = tune_cfg.SCHEDULER in ASYNCHRONOUS, tune_cfg.SCHEDULER in SYNCHRONOUS

@@ -40,6 +40,18 @@ ERROR = "Traceback (most recent call last):\nRuntimeError: <script>document.titl
 SWEEP = {"kind": "sweep", "time": 0.0, "metric": "accuracy", "mode": "max", "num_samples": 4, "num_epochs": 9}
 
 
+def sweep_under_way(params: list[dict[str, Any]], curves: list[list[float | None]], **launch: Any) -> SweepView:
+    """Trials with these parameters and these values after epochs 1, 2, ..., all under way."""
+    facts = {"metric": "accuracy", "mode": "max", "num_epochs": 9, "num_samples": len(params), "space": {}, **launch}
+    records: list[dict[str, Any]] = [{"kind": "sweep", "time": 0.0, **facts}]
+    for number, (own, curve) in enumerate(zip(params, curves, strict=True)):
+        records.append({"kind": "trial", "time": 1.0, "trial": number, "params": own})
+        for epoch, value in enumerate(curve, 1):
+            measured = {"epoch": epoch, "step": epoch, "value": value, "metrics": {}, "seconds": float(epoch)}
+            records.append({"kind": "result", "time": 2.0, "trial": number, **measured})
+    return view_of(records)
+
+
 def write_sweep(folder: Path, num_trials: int = 24, seed: int = 0, failed: int | None = 5) -> SweepView:
     """A finished sweep under ASHA: rungs at 1, 3 and 9 epochs, a third goes on; one trial failed, one gave nan."""
     rng = random.Random(seed)

@@ -6,30 +6,15 @@ import csv
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import browser
 import pytest
-from sweeps_for_tests import CLIP, DROPOUT, EPOCHS, LR, OPTIMIZER, write_sweep
+from sweeps_for_tests import CLIP, DROPOUT, EPOCHS, LR, OPTIMIZER, sweep_under_way, write_sweep
 
 from raytrain.storage.storage import open_storage
-from raytrain.sweep.importance import importance, key_facts, scores_of
 from raytrain.sweep.report import sweep_csv, sweep_html, write_report
-from raytrain.sweep.view import SweepView, view_of
 
 CHARTS = ("curves", "parallel", "map", "clip", "cost")
-
-
-def sweep(params: list[dict[str, Any]], curves: list[list[float | None]], **launch: Any) -> SweepView:
-    """Trials with these parameters and these values after epochs 1, 2, ..., all under way."""
-    facts = {"metric": "accuracy", "mode": "max", "num_epochs": 9, "num_samples": len(params), "space": {}, **launch}
-    records: list[dict[str, Any]] = [{"kind": "sweep", "time": 0.0, **facts}]
-    for number, (own, curve) in enumerate(zip(params, curves, strict=True)):
-        records.append({"kind": "trial", "time": 1.0, "trial": number, "params": own})
-        for epoch, value in enumerate(curve, 1):
-            measured = {"epoch": epoch, "step": epoch, "value": value, "metrics": {}, "seconds": float(epoch)}
-            records.append({"kind": "result", "time": 2.0, "trial": number, **measured})
-    return view_of(records)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +56,7 @@ def test_the_csv_has_a_row_for_each_trial_and_a_column_for_each_parameter(folder
 
 
 def test_a_trial_that_has_not_begun_is_in_the_csv_with_its_parameters() -> None:
-    lines = sweep_csv(sweep([{LR: 0.1}], [[]])).splitlines()
+    lines = sweep_csv(sweep_under_way([{LR: 0.1}], [[]])).splitlines()
     assert lines[1] == "0,waiting,0.1,0,,,,0.0,,"
 
 
@@ -154,7 +139,7 @@ def test_a_phone_scrolls_only_downwards_and_both_schemes_can_be_read(
 
 
 def test_a_clone_is_marked_in_its_curve(chromium: browser.Browser, tmp_path: Path) -> None:
-    view = sweep([{LR: 0.1}, {LR: 0.2}], [[0.5, 0.6], [0.3, 0.2]])
+    view = sweep_under_way([{LR: 0.1}, {LR: 0.2}], [[0.5, 0.6], [0.3, 0.2]])
     view.add({"kind": "clone", "time": 3.0, "trial": 1, "epoch": 2, "from": 0, "params": {LR: 0.12}})
     (tmp_path / "sweep.html").write_text(sweep_html(view))
     chromium.open(tmp_path / "sweep.html")
@@ -166,14 +151,18 @@ def test_a_clone_is_marked_in_its_curve(chromium: browser.Browser, tmp_path: Pat
 )
 def test_a_sweep_with_little_to_show_is_drawn_too(chromium: browser.Browser, tmp_path: Path, trials: str) -> None:
     view = {
-        "none": sweep([], []),
-        "waiting": sweep([{LR: 0.1, CLIP: 1.0}], [[]]),
-        "one": sweep([{LR: 0.1, CLIP: 1.0}], [[0.5]]),
-        "nan": sweep([{LR: 0.1, CLIP: 1.0}] * 2, [[None], [None, None]]),
-        "one value each": sweep([{LR: 0.1, CLIP: None}, {LR: 0.1, CLIP: 3.0}], [[0.5, 0.5], [0.5]]),
-        "nearly one value": sweep([{LR: 1.0, CLIP: 1.0}, {LR: 1 + 2**-52, CLIP: 3.0}], [[0.5], [0.5 + 2**-53]]),
-        "out of reach": sweep([{LR: 10**400, CLIP: -1.7e308}, {LR: 1, CLIP: 1.7e308}], [[1.7e308], [-1.7e308]]),
-        "named": sweep([{"MODEL.NAME": name} for name in ("a", "<b>")], [[0.1], [0.2]], mode="min"),
+        "none": sweep_under_way([], []),
+        "waiting": sweep_under_way([{LR: 0.1, CLIP: 1.0}], [[]]),
+        "one": sweep_under_way([{LR: 0.1, CLIP: 1.0}], [[0.5]]),
+        "nan": sweep_under_way([{LR: 0.1, CLIP: 1.0}] * 2, [[None], [None, None]]),
+        "one value each": sweep_under_way([{LR: 0.1, CLIP: None}, {LR: 0.1, CLIP: 3.0}], [[0.5, 0.5], [0.5]]),
+        "nearly one value": sweep_under_way(
+            [{LR: 1.0, CLIP: 1.0}, {LR: 1 + 2**-52, CLIP: 3.0}], [[0.5], [0.5 + 2**-53]]
+        ),
+        "out of reach": sweep_under_way(
+            [{LR: 10**400, CLIP: -1.7e308}, {LR: 1, CLIP: 1.7e308}], [[1.7e308], [-1.7e308]]
+        ),
+        "named": sweep_under_way([{"MODEL.NAME": name} for name in ("a", "<b>")], [[0.1], [0.2]], mode="min"),
     }[trials]
     (tmp_path / "sweep.html").write_text(sweep_html(view))
     chromium.events.clear()
@@ -185,75 +174,12 @@ def test_a_sweep_with_little_to_show_is_drawn_too(chromium: browser.Browser, tmp
 
 def test_a_thousand_trials_of_150_epochs_are_drawn(chromium: browser.Browser, tmp_path: Path) -> None:
     params = [{LR: 10 ** (-4 + n / 250), CLIP: 1.0 + n % 7} for n in range(1000)]
-    view = sweep(params, [[1.5 + n % 13 + 10 / epoch for epoch in range(1, 151)] for n in range(1000)], mode="min")
+    view = sweep_under_way(
+        params, [[1.5 + n % 13 + 10 / epoch for epoch in range(1, 151)] for n in range(1000)], mode="min"
+    )
     write_report(open_storage(str(tmp_path)), view)
     chromium.events.clear()
     chromium.open(tmp_path / "sweep.html")
     assert chromium.complaints() == []
     assert chromium.js("document.documentElement.dataset.drawn") == "true"
     assert marks(chromium, "#curves path.line") == 1000
-
-
-def test_a_trial_that_was_stopped_early_is_compared_where_it_was() -> None:
-    slow_start = [0.1, 0.2, 0.9]
-    view = sweep([{LR: 0.1}] * 3, [slow_start, [0.3], [0.2, 0.1]])
-    assert scores_of(view) == {0: 0.5, 1: 1.0, 2: 0.0}  # 0 loses to 1 at epoch 1 and beats 2 at epoch 2
-
-
-def test_importance_finds_a_best_value_in_the_middle_of_a_range_and_takes_off_what_chance_explains() -> None:
-    rates = [10 ** (-4 + 0.2 * i) for i in range(21)]
-    params = [{LR: rate, CLIP: float(i * 7 % 21), OPTIMIZER: "ab"[i % 2]} for i, rate in enumerate(rates)]
-    curves: list[list[float | None]] = [[1 - 0.1 * abs(i - 10)] for i in range(21)]
-    found = importance(sweep(params, curves, space={LR: {"loguniform": [1e-4, 1.0]}}))
-    assert found[0].key == LR
-    assert found[0].share > 0.8
-    assert found[0].says == "best near 0.01"
-    assert all(factor.share < 0.2 for factor in found[1:])
-    assert found == importance(sweep(params, curves, space={LR: {"loguniform": [1e-4, 1.0]}}))
-
-
-def test_importance_of_a_choice_names_the_best_one() -> None:
-    params = [{OPTIMIZER: "ab"[i % 2]} for i in range(8)]
-    found = importance(sweep(params, [[0.1 + 0.5 * (i % 2) + 0.01 * i] for i in range(8)]))
-    assert (found[0].name, found[0].says) == ("OPTIMIZER", "best with b")
-    assert found[0].share > 0.7
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        [0.1] * 5,
-        [0, 1e-300, 0, 1e-300, 0],
-        [0, 1e-17, 1, 1e-17, 0],
-        [1, 1 + 2**-52, 1, 1, 1 + 2**-52],
-        [5e-324, 0, 5e-324, 0, 0],
-        [-1e300, 0, 1e300, 5e299, -1e300],
-        [1.7e308, -1.7e308, 1.7e308, 0, 1],
-        [10**400, 1, 10**400, 10, 1],
-        [10**400, -(10**400), 0, 1, 2],
-        [1e-300, 1e300, 1.0, 1e-300, 1e300],
-    ],
-)
-def test_importance_of_values_that_are_all_one_or_out_of_reach_is_a_share_without_a_warning(values: list[Any]) -> None:
-    params = [{LR: value} for value in values]  # warnings are errors here
-    for space in ({}, {LR: {"loguniform": [1e-320, 1.0]}}):
-        (found,) = importance(sweep(params, [[0.1], [0.4], [0.3], [0.2], [0.5]], space=space))
-        assert 0 <= found.share <= 1
-        assert "nan" not in found.says and "inf" not in found.says
-
-
-def test_an_axis_is_logarithmic_where_the_space_says_so_or_a_choice_spans_decades() -> None:
-    params = [
-        {"A.LR": 0.1, "B.LR": 1.0, "C": 3, "D": None, "E": 1},
-        {"A.LR": 0.2, "B.LR": 1000.0, "C": 4, "D": 1.0, "E": 10**400},
-    ]
-    space = {"A.LR": {"loguniform": [0.01, 1]}, "B.LR": {"choice": [1, 1000]}, "C": {"uniform": [0, 10]}}
-    view = sweep(params, [[0.5], [0.6]], space=space)
-    facts = [key_facts(view, key) for key in view.keys]
-    assert [(f["name"], f["kind"], f["log"], f["range"]) for f in facts] == [
-        ("A.LR", "number", True, [0.01, 1.0]),
-        ("B.LR", "number", True, None),
-        ("C", "number", False, [0.0, 10.0]),
-        ("D", "choice", False, None),
-        ("E", "number", True, None),
-    ]
