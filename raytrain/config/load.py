@@ -14,7 +14,8 @@ from raytrain.config.overrides import apply_overrides, put_value
 from raytrain.config.schema import Tree, complaints, shown
 from raytrain.config.sections import Config, Phase
 from raytrain.config.sweep import swept_problems
-from raytrain.config.yaml_tree import Node, dump_tree, node_of, read_tree
+from raytrain.config.yaml_text import Node, dump_tree, node_of
+from raytrain.config.yaml_tree import read_tree
 from raytrain.errors import ConfigError
 
 PHASED = {f"OPTIMIZATION.{key}": key for key in Phase.model_fields if key != "FROM_EPOCH"}  # dotted -> key of a phase

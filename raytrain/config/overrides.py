@@ -11,7 +11,8 @@ from typing import Any, get_origin
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from raytrain.config.schema import annotation_at, legal, nearest, section_in, shown
-from raytrain.config.yaml_tree import BASE, Node, node_of, parse_text
+from raytrain.config.yaml_text import Node, node_of, parse_text
+from raytrain.config.yaml_tree import BASE
 from raytrain.errors import ConfigError
 
 _NO = object()  # "not of that type"

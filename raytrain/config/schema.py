@@ -13,7 +13,7 @@ from pydantic import BaseModel, GetCoreSchemaHandler, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import core_schema
 
-from raytrain.config.yaml_tree import Node
+from raytrain.config.yaml_text import Node
 
 _LIMITS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 _WORDS = {

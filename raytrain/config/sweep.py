@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from raytrain.config.distributions import Choices, Distribution, Range, distribution
 from raytrain.config.schema import annotation_at, nearest
-from raytrain.config.yaml_tree import Node, node_of
+from raytrain.config.yaml_text import Node, node_of
 
 Problems = list[tuple[str, str]]  # (place, what is wrong) of each
 

@@ -8,7 +8,7 @@ from typing import Any
 from raytrain.config.load import config_diff, dump_config, with_values
 from raytrain.config.schema import at
 from raytrain.config.sections import BOHB_REMOVED, Config
-from raytrain.config.yaml_tree import parse_text
+from raytrain.config.yaml_text import parse_text
 from raytrain.errors import ConfigError, ResumeError, masked
 from raytrain.journal.run_folder import RunFolder
 from raytrain.storage.storage import open_storage

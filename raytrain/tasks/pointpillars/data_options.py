@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, ValidationError, create_model, field_vali
 
 from raytrain.config.schema import Tree, complaints, plain
 from raytrain.config.sections import Count, Flag, Natural, Positive, Section
-from raytrain.config.yaml_tree import node_of
+from raytrain.config.yaml_text import node_of
 from raytrain.errors import ConfigError
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]

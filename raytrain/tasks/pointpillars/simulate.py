@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from raytrain.config.overrides import apply_overrides
 from raytrain.config.schema import plain
 from raytrain.config.sections import Count, Natural, NonNegative, Positive, Section
-from raytrain.config.yaml_tree import node_of
+from raytrain.config.yaml_text import node_of
 from raytrain.errors import DataError
 from raytrain.tasks.pointpillars.data_options import Number, read_section
 from raytrain.tasks.pointpillars.frames import IMAGE_SIZE, Annotations, Calibration, Frame, boxes_of, corners, wrapped
