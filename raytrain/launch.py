@@ -136,7 +136,7 @@ def result_of(start: Start, status: str) -> Result:
     return Result(
         status,
         start.run_dir,
-        newest.manifest.found if newest else {},
+        newest.manifest.metrics_with_nan if newest else {},
         newest.path if newest else None,
         best.path if best else None,
     )

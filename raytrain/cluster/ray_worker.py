@@ -18,7 +18,7 @@ from raytrain.cluster.mailbox import Mailbox, attempt
 from raytrain.engine.world import World
 from raytrain.errors import failure_of
 from raytrain.journal.records import Record
-from raytrain.keeper.checkpointer import Pending
+from raytrain.keeper.checkpointer import PendingSave
 from raytrain.progress import Progress
 from raytrain.storage.paths import joined
 from raytrain.training.control import Control
@@ -52,7 +52,7 @@ class RayControl(Control):
         self._number, self._sent, self._step_sent = 0, 0, None
         self._stop = threading.Event()
         self._ending = threading.Event()
-        self._reports: queue.Queue[tuple[Pending | None, dict[str, float]] | None] = queue.Queue()
+        self._reports: queue.Queue[tuple[PendingSave | None, dict[str, float]] | None] = queue.Queue()
         self._threads = [threading.Thread(target=self._report, name="raytrain-report", daemon=True)]
         if rank == 0:
             self._threads.append(threading.Thread(target=self._post, name="raytrain-post", daemon=True))
@@ -82,7 +82,7 @@ class RayControl(Control):
             else:
                 self._posted = [*self._posted, numbered][-RECENT:]
 
-    def saved(self, save: Pending | None, metrics: dict[str, float]) -> None:
+    def saved(self, save: PendingSave | None, metrics: dict[str, float]) -> None:
         self._reports.put((save, metrics))
 
     def failed(self, failure: dict[str, Any]) -> None:

@@ -87,9 +87,9 @@ class RunFolder:
         self.storage.write_bytes("config.yaml", config_yaml.encode())
         self.storage.write_bytes("environment.json", json.dumps(environment(arguments), indent=1).encode() + b"\n")
 
-    def locked(self, patience_s: float = 30.0) -> contextlib.AbstractContextManager[None]:
+    def locked(self, timeout_s: float = 30.0) -> contextlib.AbstractContextManager[None]:
         """See the function `locked`."""
-        return locked(self.storage, patience_s)
+        return locked(self.storage, timeout_s)
 
 
 class _Publisher:

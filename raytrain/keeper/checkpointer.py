@@ -19,7 +19,8 @@ import torch
 
 from raytrain.engine.state import RunState, manifest_of, payload_of
 from raytrain.errors import CheckpointError, RaytrainError, StorageError
-from raytrain.keeper.snapshots import WITHOUT, Kept, Memory, TooSmall
+from raytrain.keeper.client import WITHOUT, KeeperClient
+from raytrain.keeper.snapshots import Snapshots, TooSmall
 from raytrain.progress import Progress
 from raytrain.storage.checkpoint import Manifest
 from raytrain.storage.state_file import dumps
@@ -32,7 +33,7 @@ HEAVY_S = 0.25  # a first copy that took as long is not done again right away
 ERRORS = {error.__name__: error for error in (StorageError, CheckpointError)}
 
 
-class Pending:
+class PendingSave:
     """A save that was asked for. Another thread may wait for it.
 
     name:    of its checkpoint
@@ -45,7 +46,7 @@ class Pending:
         self._over, self._exists = threading.Event(), False
 
     @classmethod
-    def of_old(cls, progress: Progress) -> Pending:
+    def of_old(cls, progress: Progress) -> PendingSave:
         """Of a checkpoint that stands already."""
         save = cls(progress, may_be_replaced=False)
         save.over(exists=True)
@@ -100,28 +101,28 @@ class Pace:
 class Order:
     """What the keeper was asked to write: the state in a slot, or the metrics of a checkpoint."""
 
-    save: Pending | None
+    save: PendingSave | None
     slot: int | None
     message: dict[str, Any]
 
 
-class Saves:
+class Checkpointer:
     """The states of one run on their way to memory and storage.
 
     notes: lines for the journal, to be taken out
     """
 
-    def __init__(self, store: Store, kept: Kept | None) -> None:
+    def __init__(self, store: Store, kept: KeeperClient | None) -> None:
         """kept: None where nothing is copied to memory. Then a save is written before it returns."""
         self.store, self.policy = store, store.policy
         self._kept = kept if kept is not None and kept.keeps else None
-        self._memory = Memory(self._kept) if self._kept else None
+        self._snapshots = Snapshots(self._kept) if self._kept else None
         self.notes: list[str] = []
         self._about: dict[str, Any] = {}
         self._orders: dict[int, Order] = {}
         self._number = 0
-        self._answers = self._kept.board.answers if self._kept else 0
-        self._done: list[Pending] = []
+        self._answers = self._kept.status.answers if self._kept else 0
+        self._done: list[PendingSave] = []
         self._saved_at: float | None = None
         self._due, self._heard_at = False, time.monotonic()
         self._interval_s = LEAST_S
@@ -136,33 +137,33 @@ class Saves:
 
     def prepare(self, run: RunState) -> None:
         """Have memory for the states fetched from the system before the first one is copied."""
-        if self._memory is not None:
+        if self._snapshots is not None:
             try:
-                self._memory.prepare(run)
+                self._snapshots.prepare(run)
             except OSError as error:
                 self._do_without(error)
 
     def after_step(self, run: RunState) -> bool:
         """Keep the state in memory if that is due; whether it was. What failed in the background is raised here."""
-        if self._kept is None or self._memory is None:
+        if self._kept is None or self._snapshots is None:
             return False
         now = time.monotonic()
-        if self._kept.board.answers != self._answers or now - self._heard_at > HEAR_S:
+        if self._kept.status.answers != self._answers or now - self._heard_at > HEAR_S:
             self._heard_at = now
             self._hear()
-        self._memory.settle(wait=False)
+        self._snapshots.settle(wait=False)
         self._due = self._pace.is_due(self.policy.SNAPSHOT_EVERY)
         # An epoch's end may have more to it than the state: that is save()'s, or after_epoch()'s if nothing is saved.
         return self._due and run.progress.cursor > 0 and self._keep(run)
 
     def after_epoch(self, run: RunState) -> bool:
         """Keep the state at the end of an epoch that is neither saved nor evaluated, if that is due; whether it was."""
-        return self._memory is not None and self._due and self._keep(run)
+        return self._snapshots is not None and self._due and self._keep(run)
 
     def _keep(self, run: RunState) -> bool:
         """Copy the run's state to memory, if there is a place for it; whether it was."""
-        assert self._memory is not None
-        slot = self._memory.free_slot(self._used())
+        assert self._snapshots is not None
+        slot = self._snapshots.free_slot(self._used())
         if slot is None:
             return False
         began = time.perf_counter()
@@ -171,7 +172,7 @@ class Saves:
         except OSError as error:
             self._do_without(error)
             return False
-        self._memory.settle(wait=False)
+        self._snapshots.settle(wait=False)
         self._pace.took(time.perf_counter() - began, first)
         return True
 
@@ -182,20 +183,20 @@ class Saves:
         every = self.policy.EVERY_SECONDS
         return every is not None and now - self._saved_at >= (self._interval_s if every == "auto" else every)
 
-    def finished(self) -> list[Pending]:
+    def finished(self) -> list[PendingSave]:
         """The saves that are on the storage since this was last asked."""
         done, self._done = self._done, []
         return done
 
     def save(
         self, run: RunState, metrics: dict[str, float | None] | None, now: float, may_be_replaced: bool = False
-    ) -> Pending:
+    ) -> PendingSave:
         """Begin to save the run's state, which is finite. One that waits gives way to a newer one, if it may."""
         began = time.perf_counter()
-        save = Pending(run.progress, may_be_replaced)
+        save = PendingSave(run.progress, may_be_replaced)
         self._saved_at = now
         manifest = manifest_of(run, metrics)
-        slot = self._filled(run) if self._memory is not None else None
+        slot = self._filled(run) if self._snapshots is not None else None
         if slot is None:
             self.store.save(dumps(payload_of(run)), manifest, now)
             save.stall_s = time.perf_counter() - began
@@ -219,9 +220,9 @@ class Saves:
 
     def _filled(self, run: RunState) -> int | None:
         """A slot with the run's state, once there is a free one; None if there is no memory for it."""
-        assert self._memory is not None
-        self._memory.settle(wait=True)
-        while self._is_full() or (slot := self._memory.free_slot(self._used())) is None:
+        assert self._snapshots is not None
+        self._snapshots.settle(wait=True)
+        while self._is_full() or (slot := self._snapshots.free_slot(self._used())) is None:
             if self._orders:
                 self._hear(wait=True)
             else:
@@ -232,25 +233,25 @@ class Saves:
         except OSError as error:
             self._do_without(error)
             return None
-        self._memory.settle(wait=True)
+        self._snapshots.settle(wait=True)
         self._pace.begin_anew()
         return slot
 
     def _do_without(self, error: OSError) -> None:
         """No state is kept in memory from here on: the system gives none."""
         self.settle()
-        self._kept = self._memory = None
+        self._kept = self._snapshots = None
         self.notes.append(f"{WITHOUT}: {error.strerror or error}")
 
     def _put(self, run: RunState, slot: int, finite: torch.Tensor) -> bool:
         """Copies the run's state; whether it was the first of its shape there."""
-        assert self._memory is not None
+        assert self._snapshots is not None
         try:
-            return self._memory.put(run, slot, finite)
+            return self._snapshots.put(run, slot, finite)
         except TooSmall as found:
             self.settle()  # the keeper still reads from the old ones
-            self._memory.make_room(found.size_bytes)
-            return self._memory.put(run, slot, finite)
+            self._snapshots.make_room(found.size_bytes)
+            return self._snapshots.put(run, slot, finite)
 
     def _used(self) -> set[int | None]:
         return {order.slot for order in self._orders.values()}
@@ -260,7 +261,7 @@ class Saves:
         saves = [order.save for order in self._orders.values() if order.save is not None]
         return len(saves) > 1 and not saves[-1].may_be_replaced
 
-    def _order(self, save: Pending | None, slot: int | None, **message: Any) -> None:
+    def _order(self, save: PendingSave | None, slot: int | None, **message: Any) -> None:
         self._number += 1
         self._orders[self._number] = Order(save, slot, message)
         self._say(number=self._number, slot=slot, **message)
@@ -268,19 +269,19 @@ class Saves:
     def _say(self, **message: Any) -> None:
         assert self._kept is not None
         try:
-            self._kept.line.say(**message)
+            self._kept.channel.send(**message)
         except OSError:
             self._replace_keeper()
 
     def _hear(self, wait: bool = False) -> None:
         """Takes the keeper's answers that are there; with `wait`, at least one."""
         assert self._kept is not None
-        self._answers = self._kept.board.answers
-        line = self._kept.line
+        self._answers = self._kept.status.answers
+        channel = self._kept.channel
         try:
-            answers = [line.hear()] if wait else []
-            while line.hears():
-                answers.append(line.hear())
+            answers = [channel.receive()] if wait else []
+            while channel.poll():
+                answers.append(channel.receive())
         except (EOFError, OSError):
             self._replace_keeper()
             return
@@ -311,7 +312,7 @@ class Saves:
                 self._record(order.save, time.perf_counter() - began, 0.0)
         kept.close()
         kept.join()
-        self._memory, self._answers = Memory(kept), kept.board.answers
+        self._snapshots, self._answers = Snapshots(kept), kept.status.answers
         self._say(op="about", **self._about)
 
     def _take(self, number: int, **answer: Any) -> None:
@@ -327,7 +328,7 @@ class Saves:
         elif save is not None:
             self._record(save, **answer)
 
-    def _record(self, save: Pending, seconds: float, cpu_s: float) -> None:
+    def _record(self, save: PendingSave, seconds: float, cpu_s: float) -> None:
         """It is saved, which took so long, and so much of a core."""
         save.save_s = seconds
         save.over(exists=True)

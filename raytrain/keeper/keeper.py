@@ -22,9 +22,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from raytrain.errors import CheckpointError, RaytrainError, StorageError
+from raytrain.keeper.channel import Channel, is_own
 from raytrain.keeper.client import address_of
-from raytrain.keeper.line import Line, is_own
-from raytrain.keeper.shared_memory import Board, Slots
+from raytrain.keeper.shared_memory import Slots, StatusTable
 from raytrain.keeper.watchdog import Watchdog
 from raytrain.progress import Progress
 from raytrain.storage.checkpoint import Manifest
@@ -46,7 +46,7 @@ class Order:
     data, progress: that state
     """
 
-    line: Line
+    channel: Channel
     number: int
     slot: int | None
     manifest: dict[str, Any]
@@ -62,34 +62,34 @@ class Keeper:
 
     def __init__(self, listener: socket.socket, run_uri: str, launch: str) -> None:
         self.listener, self.run_uri, self.launch = listener, run_uri, launch
-        self.board = Board.made()
+        self.status = StatusTable.made()
         self.slots: Slots | None = None
-        self.lines: list[Line] = []
+        self.channels: list[Channel] = []
         self.telling = threading.Lock()
-        self.workers: set[Line] = set()
+        self.workers: set[Channel] = set()
         self.about: dict[str, Any] = {}
         self.writer = Writer(self)
-        self.watchdog = Watchdog(self.board, run_uri)
+        self.watchdog = Watchdog(self.status, run_uri)
         self.alone_since = time.monotonic()
-        self.takers: list[tuple[Line, float]] = []
+        self.takers: list[tuple[Channel, float]] = []
         self.held_since: float | None = None
         self.retry_at = 0.0
 
     def live(self) -> None:
         """Until the run has ended, or all that took part in it is gone."""
         while True:
-            for ready in wait([self.listener, *self.lines], TICK_S):  # type: ignore[list-item]
+            for ready in wait([self.listener, *self.channels], TICK_S):  # type: ignore[list-item]
                 if ready is self.listener:
                     self.accept()
-                elif isinstance(ready, Line) and self.has_more(ready) and self.answer(ready):
+                elif isinstance(ready, Channel) and self.has_more(ready) and self.answer(ready):
                     return
             if self.workers or not self.writer.is_idle:
                 self.alone_since = time.monotonic()
             if self.is_left():
                 return
-            for line, until in self.takers:
+            for channel, until in self.takers:
                 if time.monotonic() > until:
-                    self.tell(line, busy=True)
+                    self.tell(channel, busy=True)
             self.takers = [taker for taker in self.takers if time.monotonic() <= taker[1]]
 
     def is_left(self) -> bool:
@@ -114,9 +114,9 @@ class Keeper:
             self.held_since = now
             note(self.run_uri, f"the newest state is held in memory, since it could not be saved: {why}")
         self.retry_at = now + RETRY_S
-        slot = self.board.newest()
-        for line, _ in self.takers:
-            self.tell(line, unsaved=why, step=self.board.progress(slot).step if slot is not None else 0)
+        slot = self.status.newest()
+        for channel, _ in self.takers:
+            self.tell(channel, unsaved=why, step=self.status.progress(slot).step if slot is not None else 0)
         self.takers = []
         return now - self.held_since > HOLD_S
 
@@ -127,103 +127,103 @@ class Keeper:
     def accept(self) -> None:
         sock, _ = self.listener.accept()
         if is_own(sock):
-            self.lines.append(Line(sock))
+            self.channels.append(Channel(sock))
         else:
             sock.close()
 
-    def has_more(self, line: Line) -> bool:
+    def has_more(self, channel: Channel) -> bool:
         """Whether it has something to say, or has ended, and nobody has seen to that yet."""
-        return line in self.lines and line.hears()
+        return channel in self.channels and channel.poll()
 
-    def answer(self, line: Line) -> bool:
+    def answer(self, channel: Channel) -> bool:
         """Does what one message asks for; True if it was the last."""
         try:
-            message = line.hear()
-            return bool(getattr(self, f"on_{message.pop('op')}")(line, **message))
+            message = channel.receive()
+            return bool(getattr(self, f"on_{message.pop('op')}")(channel, **message))
         except (EOFError, OSError):
-            self.drop(line)
+            self.drop(channel)
             return False
 
-    def drop(self, line: Line) -> None:
-        self.watchdog.drop(line)
-        self.workers.discard(line)
-        self.takers = [taker for taker in self.takers if taker[0] is not line]
-        if line in self.lines:
-            self.lines.remove(line)
-            line.close()
+    def drop(self, channel: Channel) -> None:
+        self.watchdog.drop(channel)
+        self.workers.discard(channel)
+        self.takers = [taker for taker in self.takers if taker[0] is not channel]
+        if channel in self.channels:
+            self.channels.remove(channel)
+            channel.close()
 
-    def tell(self, line: Line, **answer: Any) -> None:
+    def tell(self, channel: Channel, **answer: Any) -> None:
         with self.telling, contextlib.suppress(OSError):  # it has died: then nobody wants to know
-            line.say(**answer)
-            self.board.answered()
+            channel.send(**answer)
+            self.status.answered()
 
-    def on_hello(self, line: Line, launch: str) -> bool:
+    def on_hello(self, channel: Channel, launch: str) -> bool:
         """A worker of this launch, or one of another: that has to take over.
 
         What the dead before it have said comes first: the slots that they want written must not be filled again.
         """
-        for other in [other for other in self.lines if other is not line]:
+        for other in [other for other in self.channels if other is not channel]:
             while self.has_more(other):
                 if self.answer(other):
                     return True
         if launch != self.launch:
-            self.tell(line, other=self.launch)
+            self.tell(channel, other=self.launch)
             return False
-        self.workers.add(line)
+        self.workers.add(channel)
         slots = self.slots
         self.tell(
-            line,
+            channel,
             slot_bytes=slots.slot_bytes if slots else 0,
-            hangs=[hang.told for hang in self.watchdog.hangs],
+            hangs=[hang.report for hang in self.watchdog.hangs],
         )
-        line.give(self.board.descriptor)
+        channel.send_descriptor(self.status.descriptor)
         if slots:
-            line.give(slots.descriptor)
+            channel.send_descriptor(slots.descriptor)
         return False
 
-    def on_about(self, line: Line, **about: Any) -> None:
+    def on_about(self, channel: Channel, **about: Any) -> None:
         """What is to be known to write a state that nobody asked to be saved: manifest, policy, driver."""
         self.about = about
 
-    def on_slots(self, line: Line, slot_bytes: int) -> None:
+    def on_slots(self, channel: Channel, slot_bytes: int) -> None:
         """Larger memory, in place of what there was."""
-        self.slots = slots = Slots(line.take(), slot_bytes)
+        self.slots = slots = Slots(channel.receive_descriptor(), slot_bytes)
         threading.Thread(target=slots.fetch, args=[lambda: self.slots is slots], daemon=True).start()
 
-    def on_save(self, line: Line, slot: int, **order: Any) -> None:
-        self.writer.take(Order(line, slot=slot, data=self.state(slot), progress=self.board.progress(slot), **order))
+    def on_save(self, channel: Channel, slot: int, **order: Any) -> None:
+        self.writer.take(Order(channel, slot=slot, data=self.state(slot), progress=self.status.progress(slot), **order))
 
-    def on_metrics(self, line: Line, **order: Any) -> None:
-        self.writer.take(Order(line, manifest={}, **order))
+    def on_metrics(self, channel: Channel, **order: Any) -> None:
+        self.writer.take(Order(channel, manifest={}, **order))
 
-    def on_watch(self, line: Line, **worker: Any) -> None:
-        """This worker's pulse shall be looked at."""
-        self.tell(line, place=self.watchdog.add(line, line.take(), **worker))
+    def on_watch(self, channel: Channel, **worker: Any) -> None:
+        """This worker's heartbeat shall be looked at."""
+        self.tell(channel, place=self.watchdog.add(channel, channel.receive_descriptor(), **worker))
 
-    def on_hangs(self, line: Line) -> None:
+    def on_hangs(self, channel: Channel) -> None:
         """Somebody wants to know why a worker has died."""
-        self.tell(line, hangs=[hang.told for hang in self.watchdog.hangs])
+        self.tell(channel, hangs=[hang.report for hang in self.watchdog.hangs])
 
-    def on_newest(self, line: Line) -> None:
+    def on_newest(self, channel: Channel) -> None:
         """Somebody wants to know what is held here."""
-        slot = self.board.newest()
-        self.tell(line, newest=None if slot is None else dataclasses.astuple(self.board.progress(slot)))
+        slot = self.status.newest()
+        self.tell(channel, newest=None if slot is None else dataclasses.astuple(self.status.progress(slot)))
 
-    def on_take_over(self, line: Line, patience_s: float) -> None:
-        self.takers.append((line, time.monotonic() + patience_s))
+    def on_take_over(self, channel: Channel, timeout_s: float) -> None:
+        self.takers.append((channel, time.monotonic() + timeout_s))
         self.retry_at = 0.0
 
-    def on_end(self, line: Line) -> bool:
+    def on_end(self, channel: Channel) -> bool:
         """The run is over and saved: nothing in here is needed any more."""
         self.writer.close()
         return True
 
     def flush(self) -> None:
         """The newest state is in the run's checkpoints, unless those have a newer one, or another launch runs."""
-        slot = self.board.newest()
+        slot = self.status.newest()
         if self.slots is None or slot is None or not self.about:
             return
-        progress = self.board.progress(slot)
+        progress = self.status.progress(slot)
         store = self.store()
         if store.storage.is_local and not any(map(store.storage.exists, ("ckpt", JOURNAL))):
             return  # somebody has removed the run
@@ -242,7 +242,7 @@ class Keeper:
 
     def state(self, slot: int) -> memoryview:
         assert self.slots is not None, "something was written there"
-        return self.slots.view(slot, self.board.size_bytes(slot))
+        return self.slots.view(slot, self.status.size_bytes(slot))
 
     def save(self, store: Store, data: memoryview, progress: Progress, manifest: dict[str, Any]) -> None:
         store.save(data, Manifest(progress, **manifest), time.time())
@@ -268,7 +268,7 @@ class Writer:
             if waiting is not None and waiting.may_be_replaced and order.slot is not None:
                 self._replaced.add(waiting)
                 self._reads(waiting, -1)
-                self._keeper.tell(waiting.line, number=waiting.number, replaced=True)
+                self._keeper.tell(waiting.channel, number=waiting.number, replaced=True)
             if order.slot is not None:
                 self._waiting = order
             self._reads(order, 1)
@@ -291,13 +291,13 @@ class Writer:
                 outcome = self._outcome(order)
                 with self._lock:
                     self._reads(order, -1)
-                self._keeper.tell(order.line, number=order.number, **outcome)
+                self._keeper.tell(order.channel, number=order.number, **outcome)
             with self._lock:
                 self.is_idle = self._orders.empty()
 
     def _reads(self, order: Order, change: int) -> None:
         if order.slot is not None:
-            self._keeper.board.read_by(order.slot, change)
+            self._keeper.status.read_by(order.slot, change)
 
     def _outcome(self, order: Order) -> dict[str, Any]:
         began, began_cpu = time.monotonic(), time.thread_time()
@@ -321,15 +321,15 @@ class Writer:
     def _save_again(self, store: Store, order: Order) -> None:
         """Somebody has removed the checkpoint that these metrics are of: it is saved with them, if it is the newest."""
         keeper = self._keeper
-        slot = keeper.board.newest()
-        if slot is None or checkpoint_name(keeper.board.progress(slot)) != order.name:
+        slot = keeper.status.newest()
+        if slot is None or checkpoint_name(keeper.status.progress(slot)) != order.name:
             return  # memory holds what came after it
-        keeper.board.read_by(slot, 1)
+        keeper.status.read_by(slot, 1)
         try:
             manifest = {**keeper.about["manifest"], "metrics": order.metrics}
-            keeper.save(store, keeper.state(slot), keeper.board.progress(slot), manifest)
+            keeper.save(store, keeper.state(slot), keeper.status.progress(slot), manifest)
         finally:
-            keeper.board.read_by(slot, -1)
+            keeper.status.read_by(slot, -1)
 
 
 def main(run_uri: str, launch: str) -> None:

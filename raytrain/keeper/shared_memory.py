@@ -1,6 +1,6 @@
-"""What workers and the keeper of their host share: memory, and a line to talk over.
+"""What workers and the keeper of their host share: memory, and a channel to talk over.
 
-The memory has no name in any folder (memfd): it is gone with the last process that has it. The line is a
+The memory has no name in any folder (memfd): it is gone with the last process that has it. The channel is a
 socket in the kernel's own namespace; only processes of the same user are answered.
 """
 
@@ -20,15 +20,15 @@ USED_SLOTS = 3  # as long as the writer keeps up
 MADV_POPULATE_READ = 22  # module mmap does not know it yet
 FETCH_BYTES = 4 << 20  # a few milliseconds, in which no other thread of the interpreter runs
 PAGE = 4096
-BOARD_BYTES = 64 * 1024
+STATUS_BYTES = 64 * 1024
 WORD = 8
-LINE = 8  # words in a cache line
-FIRST_SLOT = LINE  # word number; the first line counts what the keeper has answered
-FIRST_PULSE, PULSE_WORDS = 64 * LINE, 2 * LINE
-PULSES = (BOARD_BYTES // WORD - FIRST_PULSE) // PULSE_WORDS  # so many workers can be watched on a host
+CACHE_LINE = 8  # words
+FIRST_SLOT = CACHE_LINE  # word number; the first cache line counts what the keeper has answered
+FIRST_HEARTBEAT, HEARTBEAT_WORDS = 64 * CACHE_LINE, 2 * CACHE_LINE
+HEARTBEATS = (STATUS_BYTES // WORD - FIRST_HEARTBEAT) // HEARTBEAT_WORDS  # so many workers can be watched on a host
 
 
-class Board:
+class StatusTable:
     """A few numbers that workers and keeper see as soon as they are written.
 
     answers: how many answers the keeper has sent; who waits for one looks here, not at the socket
@@ -37,12 +37,12 @@ class Board:
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         weakref.finalize(self, os.close, descriptor)
-        self._words = memoryview(mmap.mmap(descriptor, BOARD_BYTES)).cast("q")
+        self._words = memoryview(mmap.mmap(descriptor, STATUS_BYTES)).cast("q")
 
     @classmethod
-    def made(cls) -> Board:
-        descriptor = os.memfd_create("raytrain-board")
-        os.ftruncate(descriptor, BOARD_BYTES)
+    def made(cls) -> StatusTable:
+        descriptor = os.memfd_create("raytrain-status")
+        os.ftruncate(descriptor, STATUS_BYTES)
         return cls(descriptor)
 
     @property
@@ -54,43 +54,43 @@ class Board:
 
     def begin(self, slot: int) -> None:
         """From now on nothing in this slot counts."""
-        self._words[FIRST_SLOT + slot * LINE] = 0
+        self._words[FIRST_SLOT + slot * CACHE_LINE] = 0
 
     def commit(self, slot: int, progress: Progress, size_bytes: int) -> None:
         """The slot holds a whole checkpoint.pth, and is the newest one."""
-        at = FIRST_SLOT + slot * LINE
-        newest = max(self._words[FIRST_SLOT + s * LINE] for s in range(SLOTS))
+        at = FIRST_SLOT + slot * CACHE_LINE
+        newest = max(self._words[FIRST_SLOT + s * CACHE_LINE] for s in range(SLOTS))
         for offset, value in enumerate((progress.epoch, progress.cursor, progress.step, size_bytes), start=1):
             self._words[at + offset] = value
         self._words[at] = newest + 1
 
     def newest(self) -> int | None:
         """The slot that was committed last; None if none is whole."""
-        turn, slot = max((self._words[FIRST_SLOT + s * LINE], s) for s in range(SLOTS))
+        turn, slot = max((self._words[FIRST_SLOT + s * CACHE_LINE], s) for s in range(SLOTS))
         return slot if turn else None
 
     def progress(self, slot: int) -> Progress:
-        at = FIRST_SLOT + slot * LINE
+        at = FIRST_SLOT + slot * CACHE_LINE
         return Progress(*self._words[at + 1 : at + 4])
 
     def size_bytes(self, slot: int) -> int:
-        return self._words[FIRST_SLOT + slot * LINE + 4]
+        return self._words[FIRST_SLOT + slot * CACHE_LINE + 4]
 
     def read_by(self, slot: int, change: int) -> None:
         """So many more, or fewer, saves are to be written from this slot. The keeper's to say."""
-        self._words[FIRST_SLOT + slot * LINE + 5] += change
+        self._words[FIRST_SLOT + slot * CACHE_LINE + 5] += change
 
     def is_read(self, slot: int) -> bool:
         """Whether the keeper has still to write what is in this slot, for workers that may be dead by now."""
-        return self._words[FIRST_SLOT + slot * LINE + 5] > 0
+        return self._words[FIRST_SLOT + slot * CACHE_LINE + 5] > 0
 
-    def pulse(self, place: int) -> memoryview:
+    def heartbeat(self, place: int) -> memoryview:
         """The words in which the worker at this place says what it is at (keeper/heartbeat.py)."""
-        return self._words[FIRST_PULSE + place * PULSE_WORDS :][:PULSE_WORDS]
+        return self._words[FIRST_HEARTBEAT + place * HEARTBEAT_WORDS :][:HEARTBEAT_WORDS]
 
-    def pulses(self) -> list[memoryview]:
+    def heartbeats(self) -> list[memoryview]:
         """Those of all places, taken or not."""
-        return [self.pulse(place) for place in range(PULSES)]
+        return [self.heartbeat(place) for place in range(HEARTBEATS)]
 
     def forget_all_but(self, kept: int | None) -> None:
         """No other slot is whole any more."""

@@ -1,4 +1,4 @@
-"""The keeper's watch over the workers of its host: one whose pulse stands still is asked for its stacks, and killed.
+"""The keeper's watch over its host's workers: one whose heartbeat stands still is asked for its stacks, and killed.
 
 What started the workers (Ray, torchrun) sees one die then, and does what it does with any that dies.
 """
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.errors import EXIT_FAILED, is_ours, is_users
-from raytrain.keeper.client import asked
+from raytrain.keeper.channel import Channel
+from raytrain.keeper.client import query
 from raytrain.keeper.heartbeat import BEAT_NS, PHASES, REDUCE, REST, STEP
 from raytrain.keeper.heartbeat import PHASE as PHASE_WORD
-from raytrain.keeper.line import Line
-from raytrain.keeper.shared_memory import PULSE_WORDS, PULSES, Board
+from raytrain.keeper.shared_memory import HEARTBEAT_WORDS, HEARTBEATS, StatusTable
 from raytrain.storage.processes import DUMP, below, started_at, status_of
 from raytrain.storage.storage import open_storage
 
@@ -35,10 +35,10 @@ KILLED = "It was killed because it made no progress for SCALE.HANG_TIMEOUT secon
 
 
 @dataclasses.dataclass
-class Watched:
+class WatchedWorker:
     """A worker of this host, by its process and when that began; `thread` is the one that trains.
 
-    beat:    of its pulse, when that was last looked at
+    beat:    of its heartbeat, when that was last looked at
     still_s: seconds that it has been seen to stand still since
     """
 
@@ -55,8 +55,8 @@ class Watched:
     still_s: float = 0.0
 
     @property
-    def phase(self) -> int:
-        return self.words[PHASE_WORD]
+    def phase(self) -> str:
+        return PHASES[self.words[PHASE_WORD]]
 
     @property
     def step(self) -> int:
@@ -88,49 +88,49 @@ class Watched:
 class Hang:
     """A worker that was killed for it.
 
-    told:   rank, step, phase, message (a line), calls (the user's that it was in, innermost first)
+    report: rank, step, phase, message (a line), calls (the user's that it was in, innermost first)
     at:     when, by the monotonic clock
     stacks: of all its threads and its loader workers, as text
     """
 
-    told: dict[str, Any]
+    report: dict[str, Any]
     at: float
     stacks: str
 
 
 class Watchdog:
-    """Looks at the pulses of this host's workers.
+    """Looks at the heartbeats of this host's workers.
 
     hangs: what became of those that hung, until workers that were started after that make progress
     """
 
-    def __init__(self, board: Board, run_uri: str) -> None:
-        self._board, self._run_uri = board, run_uri
-        self._watched: dict[Line, Watched] = {}
+    def __init__(self, status: StatusTable, run_uri: str) -> None:
+        self._status, self._run_uri = status, run_uri
+        self._watched: dict[Channel, WatchedWorker] = {}
         self._looked = time.monotonic()
         self.hangs: list[Hang] = []
         threading.Thread(target=self._look_often, name="raytrain-watchdog", daemon=True).start()
 
-    def add(self, line: Line, stacks: int, **worker: Any) -> int:
-        """The place of its pulse on the board."""
+    def add(self, channel: Channel, stacks: int, **worker: Any) -> int:
+        """The place of its heartbeat in the status table."""
         taken = {each.place for each in self._watched.values()}
-        place = next(place for place in range(PULSES) if place not in taken)
+        place = next(place for place in range(HEARTBEATS) if place not in taken)
         words = self._cleared(place)
-        self._watched[line] = Watched(
+        self._watched[channel] = WatchedWorker(
             **worker, place=place, stacks=stacks, words=words, added=time.monotonic(), beat=words[BEAT_NS]
         )
         return place
 
-    def drop(self, line: Line) -> None:
+    def drop(self, channel: Channel) -> None:
         """That worker is gone."""
-        gone = self._watched.pop(line, None)
+        gone = self._watched.pop(channel, None)
         if gone is not None:
             self._cleared(gone.place)
             os.close(gone.stacks)
 
     def _cleared(self, place: int) -> memoryview:
-        words = self._board.pulse(place)
-        for word in range(PULSE_WORDS):
+        words = self._status.heartbeat(place)
+        for word in range(HEARTBEAT_WORDS):
             words[word] = 0
         return words
 
@@ -156,7 +156,7 @@ class Watchdog:
             for each in watched:  # they wait for what is to come instead
                 each.still_s = 0.0
 
-    def _end(self, worker: Watched) -> None:
+    def _end(self, worker: WatchedWorker) -> None:
         if not worker.lives:
             return
         hang = hang_of(worker)
@@ -168,7 +168,7 @@ class Watchdog:
 
     def _write(self, hang: Hang) -> None:
         with contextlib.suppress(Exception):  # what matters is told to the workers that come after
-            open_storage(self._run_uri).write_bytes(file_of(hang.told["rank"]), hang.stacks.encode())
+            open_storage(self._run_uri).write_bytes(file_of(hang.report["rank"]), hang.stacks.encode())
 
 
 def file_of(rank: int) -> str:
@@ -176,7 +176,7 @@ def file_of(rank: int) -> str:
     return f"logs/hang_rank_{rank}.txt"
 
 
-def culprits_of(watched: Sequence[Watched]) -> list[Watched]:
+def culprits_of(watched: Sequence[WatchedWorker]) -> list[WatchedWorker]:
     """Those that have stood still for too long and keep the others waiting.
 
     Who stands in reduce waits for the others, unless it is stopped or they are ahead of it. If all wait, they do so for
@@ -191,9 +191,9 @@ def culprits_of(watched: Sequence[Watched]) -> list[Watched]:
     return [each for each in late if each.still_s > WAIT_FACTOR * (each.timeout_s or 0.0)]
 
 
-def hang_of(worker: Watched) -> Hang:
+def hang_of(worker: WatchedWorker) -> Hang:
     """What there is to tell of a worker that stands still."""
-    phase, still_s, state = PHASES[worker.phase], worker.still_s, state_of(worker.pid)
+    phase, still_s, state = worker.phase, worker.still_s, state_of(worker.pid)
     stacks = [] if worker.is_stopped else dumped(worker)
     calls = calls_of(stacks, worker.thread)
     where = f", in {calls[0]}" if calls else ""
@@ -201,8 +201,8 @@ def hang_of(worker: Watched) -> Hang:
         f"rank {worker.rank} (process {worker.pid} on {socket.gethostname()}) hung: no progress for {still_s:.0f} s "
         f"in {phase} at step {worker.step}{where}{state}"
     )
-    told = {"rank": worker.rank, "step": worker.step, "phase": phase, "message": message, "calls": calls[:SHOWN]}
-    return Hang(told, time.monotonic(), f"{time.strftime('%F %T')} {message}\n\n" + "\n".join(stacks))
+    report = {"rank": worker.rank, "step": worker.step, "phase": phase, "message": message, "calls": calls[:SHOWN]}
+    return Hang(report, time.monotonic(), f"{time.strftime('%F %T')} {message}\n\n" + "\n".join(stacks))
 
 
 def state_of(pid: int) -> str:
@@ -220,7 +220,7 @@ def state_of(pid: int) -> str:
     return ""
 
 
-def dumped(worker: Watched) -> list[str]:
+def dumped(worker: WatchedWorker) -> list[str]:
     """The stacks of the process, then those of its loader workers, one text each; those that come in time."""
     until, at, texts = time.monotonic() + DUMP_S, 0, []
     for pid in (worker.pid, *below(worker.pid)):
@@ -277,8 +277,8 @@ def shown(file: str, line: str, function: str) -> str:
 
 
 def hangs_here(run_uri: str) -> list[dict[str, Any]]:
-    """Hang.told of the workers that this host's keeper has killed since workers last made progress."""
-    return list(asked(run_uri, "hangs").get("hangs", ()))
+    """Hang.report of the workers that this host's keeper has killed since workers last made progress."""
+    return list(query(run_uri, "hangs").get("hangs", ()))
 
 
 def failure_by(hang: dict[str, Any], run_uri: str) -> dict[str, Any]:

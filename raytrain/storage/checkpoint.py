@@ -49,7 +49,7 @@ class Manifest:
     files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
-    def found(self) -> dict[str, float]:
+    def metrics_with_nan(self) -> dict[str, float]:
         """The metrics as they were found, NaN where they were not finite; none where nothing was evaluated yet."""
         return {name: float("nan") if value is None else value for name, value in (self.metrics or {}).items()}
 

@@ -38,7 +38,7 @@ def refuse_links(storage: Storage, continued: str = JOURNAL) -> None:
 
 
 @contextlib.contextmanager
-def locked(storage: Storage, patience_s: float = 30.0) -> Iterator[None]:
+def locked(storage: Storage, timeout_s: float = 30.0) -> Iterator[None]:
     """Only one process at a time writes in this run folder; one that is just dying is waited for.
 
     Local and NFS folders only: object stores have no locks.
@@ -50,15 +50,15 @@ def locked(storage: Storage, patience_s: float = 30.0) -> Iterator[None]:
         with as_storage_error("lock this run folder", storage.path_of(LOCK)):
             file = stack.enter_context(open(storage.local_path(LOCK), "a+"))
             closed_in_forks(file)
-            _wait_for_lock(file, storage.path_of(""), patience_s)
+            _wait_for_lock(file, storage.path_of(""), timeout_s)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}")
             file.flush()
         yield
 
 
-def _wait_for_lock(file: Any, folder: str, patience_s: float) -> None:
-    give_up = time.monotonic() + patience_s
+def _wait_for_lock(file: Any, folder: str, timeout_s: float) -> None:
+    give_up = time.monotonic() + timeout_s
     while True:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

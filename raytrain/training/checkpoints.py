@@ -146,7 +146,7 @@ def _survey(store: Store, entries: list[Listed], states: dict[str, str], cfg: An
 
 def in_memory(storage: Storage, entries: list[Listed]) -> list[str]:
     """What the keeper of this host holds, if that is newer than every checkpoint."""
-    held = client.held(storage.path_of(""))
+    held = client.newest_progress(storage.path_of(""))
     if held is None or any(e.manifest and e.manifest.progress >= held for e in entries):
         return []
     return [f"in memory on this host: the state after step {held.step}; it is saved when the run ends, however it ends"]
@@ -254,7 +254,7 @@ def cells(row: Row, metric: str | None, now: float) -> list[str]:
     if row.manifest is None:
         return [row.name, *[""] * 7, row.state, marks]
     manifest, progress = row.manifest, row.manifest.progress
-    metrics = manifest.found
+    metrics = manifest.metrics_with_nan
     shown = {metric: metrics[metric]} if metric in metrics else dict(list(metrics.items())[:1])
     return [
         row.name,

@@ -12,7 +12,7 @@ from typing import Any
 from raytrain.data.feed import Feed
 from raytrain.engine.state import RunState
 from raytrain.journal.records import Record
-from raytrain.keeper.checkpointer import Pending
+from raytrain.keeper.checkpointer import PendingSave
 from raytrain.progress import Progress
 
 # Given a run's progress and the metrics of the evaluation just made: whether it is to go on. A sweep's, for its trials.
@@ -63,7 +63,7 @@ class Control:
     def stop_wished(self) -> bool:
         return False
 
-    def saved(self, save: Pending | None, metrics: dict[str, float]) -> None:
+    def saved(self, save: PendingSave | None, metrics: dict[str, float]) -> None:
         """Collective. A checkpoint is on its way (`save` on rank 0, None elsewhere), perhaps with metrics."""
 
     def goes_on(self, progress: Progress, metrics: dict[str, float]) -> bool:

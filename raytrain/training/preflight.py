@@ -153,7 +153,7 @@ def find_start(cfg: Config, options: LaunchOptions) -> Start:
         raise ConfigError("--dashboard is Ray's, of a cluster that is started for the run; this run starts none")
     run_dir = run_dir_of(cfg)
     check_writable(open_storage(run_dir, ANSWER_S))
-    client.take_over(run_dir, patience_s=0)  # what an earlier launch still holds in memory is to be found as well
+    client.take_over(run_dir, timeout_s=0)  # what an earlier launch still holds in memory is to be found as well
     storage = open_storage(run_dir)
     refuse_links(storage)
     store = Store(

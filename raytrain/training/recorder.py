@@ -19,8 +19,8 @@ from raytrain.errors import DivergedError, RaytrainError
 from raytrain.journal.heritage_log import header_lines, model_lines
 from raytrain.journal.journal import Journal
 from raytrain.journal.run_folder import RunFolder
-from raytrain.keeper.checkpointer import Pending, Saves
-from raytrain.keeper.heartbeat import Pulse
+from raytrain.keeper.checkpointer import Checkpointer, PendingSave
+from raytrain.keeper.heartbeat import Heartbeat
 from raytrain.progress import Progress
 from raytrain.storage.store import checkpoint_name
 from raytrain.task import ModelReturn
@@ -47,13 +47,15 @@ class Recorder:
     """
 
     def __init__(
-        self, run: RunState, feed: Feed, saves: Saves, journal: Journal, control: Control, heartbeat: Pulse
+        self, run: RunState, feed: Feed, saves: Checkpointer, journal: Journal, control: Control, heartbeat: Heartbeat
     ) -> None:
         self.run, self.feed, self.task = run, feed, feed.task
         self.saves, self.journal, self.control, self.heartbeat = saves, journal, control, heartbeat
         self.validation: Validation | None = None
         self.notes: list[str] = []
-        self._save: Pending | None = Pending.of_old(run.progress)  # what an evaluation at the very start belongs to
+        self._save: PendingSave | None = PendingSave.of_old(
+            run.progress
+        )  # what an evaluation at the very start belongs to
         self._save_wished = False
         self._steps: deque[Step] = deque(maxlen=LATE_STEPS + 1)
         self._next_step_begins()
@@ -67,13 +69,13 @@ class Recorder:
         try:
             yield
         except BaseException:
-            self.heartbeat.phase("checkpoint")
+            self.heartbeat.beat("checkpoint")
             with contextlib.suppress(RaytrainError):  # the failure above is the one to tell
                 self._tell_saved(wait=True)
-            self.heartbeat.phase("rest")
+            self.heartbeat.beat("rest")
             raise
         self._tell_saved(wait=True)
-        self.heartbeat.phase("rest")
+        self.heartbeat.beat("rest")
 
     def wishes(self) -> tuple[bool, bool]:
         """Whether this rank wants the run to stop after the step under way, and to be saved."""
@@ -81,7 +83,7 @@ class Recorder:
 
     def stepped(self, step: Step, taken: Taken) -> bool:
         """Collective. All that follows a step; False if the run is to stop here."""
-        self.heartbeat.phase("checkpoint")
+        self.heartbeat.beat("checkpoint")
         if not self._steps:
             self.notes += untrained(self.run)
         self._steps.append(step)
@@ -128,7 +130,7 @@ class Recorder:
     def evaluated(self, validation: Validation) -> bool:
         """Collective. Write the metrics to the journal and to the epoch's checkpoint; whether the run is to go on."""
         run, metrics = self.run, validation.metrics
-        self.heartbeat.phase("checkpoint")
+        self.heartbeat.beat("checkpoint")
         is_last = run.plan.finished(run.progress)
         if is_last:  # predictions of earlier epochs would take up memory while training goes on
             self.validation = validation
@@ -141,14 +143,14 @@ class Recorder:
         if run.world.is_first and name is not None:
             self.saves.add_metrics(name, metrics)
         self.control.saved(self._save, metrics)
-        self.heartbeat.phase("rest")  # the answer may take its time
+        self.heartbeat.beat("rest")  # the answer may take its time
         goes_on = run.world.broadcast_object(run.world.is_first and self.control.goes_on(run.progress, metrics))
         self._next_step_begins()
         return bool(goes_on) or is_last
 
     # What the run's start calls besides
 
-    def save(self, metrics: dict[str, float | None] | None = None, may_be_replaced: bool = False) -> Pending | None:
+    def save(self, metrics: dict[str, float | None] | None = None, may_be_replaced: bool = False) -> PendingSave | None:
         """Rank 0 begins to save the run's state; one with NaN in it is refused, so the last good one stays the newest.
 
         metrics: none, {}, where no evaluation is to follow;  None where it is owed, or the epoch is not over
@@ -223,7 +225,7 @@ class Recorder:
 
     def _tell_stragglers(self) -> None:
         if self.heartbeat.stragglers is not None:
-            for message in self.heartbeat.stragglers.found(time.monotonic()):
+            for message in self.heartbeat.stragglers.warnings(time.monotonic()):
                 self.journal.write("event", event="straggler", message=message)
 
     def _tell_saved(self, wait: bool = False) -> None:
@@ -256,7 +258,7 @@ class Recorder:
         if run.world.broadcast_object(missing):
             self.control.saved(self.save(), {})
             self._tell_saved(wait=True)
-        self.heartbeat.phase("reduce")
+        self.heartbeat.beat("reduce")
         run.world.all_objects(None)  # whoever ends first takes the others along, and rank 0 has to save
         kept = f"{name} holds the state, which is good" if trained else "not one step was good, so nothing is lost"
         raise DivergedError(

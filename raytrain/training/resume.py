@@ -9,7 +9,8 @@ from raytrain.config.load import config_diff
 from raytrain.engine.state import RunState, load_pretrained, restore, restore_heritage
 from raytrain.errors import CheckpointError, ResumeError
 from raytrain.journal.records import read_journal
-from raytrain.keeper.snapshots import Kept
+from raytrain.keeper.client import KeeperClient
+from raytrain.keeper.snapshots import load_newest
 from raytrain.progress import Plan, Progress
 from raytrain.storage.checkpoint import MANIFEST, PAYLOAD, Manifest, verify_checkpoint
 from raytrain.storage.paths import expanded, parent_and_name
@@ -228,7 +229,7 @@ def is_complete(origin: Origin | None, num_epochs: int) -> bool:
     return manifest is not None and manifest.progress.epoch >= num_epochs and manifest.metrics is not None
 
 
-def bring_to_start(run: RunState, store: Store, job: Job, kept: Kept | None) -> tuple[Origin | None, list[str]]:
+def bring_to_start(run: RunState, store: Store, job: Job, kept: KeeperClient | None) -> tuple[Origin | None, list[str]]:
     """Collective. Bring `run` to where it goes on; rank 0 chooses. Returns the origin, and what a user should know."""
     origin = None
     if run.world.is_first:
@@ -252,7 +253,7 @@ def bring_to_start(run: RunState, store: Store, job: Job, kept: Kept | None) -> 
     if job.pretrained is not None:
         notes.append(f"--pretrained_model {job.pretrained} is not used: the run resumes from {origin.path}")
     if origin.manifest is not None and origin.manifest.metrics:
-        run.metrics = origin.manifest.found
+        run.metrics = origin.manifest.metrics_with_nan
         if store.is_better(run.metrics, run.best):
             run.best = {"epoch": run.progress.epoch, "step": run.progress.step, "metrics": run.metrics}
     elif origin.name is not None and run.progress.cursor == 0 and run.progress.epoch > 0:
@@ -264,14 +265,14 @@ def bring_to_start(run: RunState, store: Store, job: Job, kept: Kept | None) -> 
     return origin, notes
 
 
-def bring_from_memory(run: RunState, kept: Kept | None, origin: Origin | None) -> Origin | None:
+def bring_from_memory(run: RunState, kept: KeeperClient | None, origin: Origin | None) -> Origin | None:
     """Collective. Bring `run` to the newest state that is kept in memory, if that is newer than `origin`; else None."""
     offers = run.world.all_objects(kept.newest if kept else None)
     newest = max((offer for offer in offers if offer is not None), default=None)
     stored = origin.manifest.progress if origin and origin.manifest else None
     if newest is None or (stored is not None and (newest.epoch, newest.cursor) <= (stored.epoch, stored.cursor)):
         return None
-    payload: Any = kept.load() if kept and offers[run.world.rank] == newest else None
+    payload: Any = load_newest(kept) if kept and offers[run.world.rank] == newest else None
     if any(offer != newest for offer in offers):  # some are on a host that has it not
         payload = run.world.broadcast_object(payload, offers.index(newest))
     path = f"the memory of its host, step {newest.step}"

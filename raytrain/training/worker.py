@@ -21,10 +21,9 @@ from raytrain.engine.randomness import seed_all
 from raytrain.engine.state import RunState, build_run, compile_model
 from raytrain.engine.world import World
 from raytrain.journal.run_folder import RunFolder
-from raytrain.keeper.checkpointer import Saves
-from raytrain.keeper.client import is_possible
-from raytrain.keeper.heartbeat import Pulse, Stacks, Stragglers, watched
-from raytrain.keeper.snapshots import Kept, join_keeper, keeper_begun
+from raytrain.keeper.checkpointer import Checkpointer
+from raytrain.keeper.client import KeeperClient, is_possible, join_keeper, start_keeper
+from raytrain.keeper.heartbeat import Heartbeat, Stacks, Stragglers, start_heartbeat
 from raytrain.progress import Plan, Progress
 from raytrain.storage.store import Store, checkpoint_name
 from raytrain.task import Task, make_task
@@ -56,9 +55,9 @@ class Home:
     """
 
     folder: RunFolder
-    checkpointer: Saves
-    keeper: Kept | None
-    heartbeat: Pulse
+    checkpointer: Checkpointer
+    keeper: KeeperClient | None
+    heartbeat: Heartbeat
     origin: Origin | None
     notes: list[str]
 
@@ -82,7 +81,7 @@ def run_job(
 def prepare(job: Job, world: World) -> threading.Thread | None:
     """What comes before the user's code: torch's settings, and the keeper, which starts meanwhile."""
     prepare_torch(job.cfg, world.device)
-    return keeper_begun(job.run_uri, job.launch) if world.is_first and is_possible() else None
+    return start_keeper(job.run_uri, job.launch) if world.is_first and is_possible() else None
 
 
 def build(
@@ -119,7 +118,7 @@ def restore(
     if keeper_starts is not None:
         keeper_starts.join()
     keeper, no_keeper = join_keeper(job.run_uri, job.launch, run.world)
-    heartbeat = Pulse()
+    heartbeat = Heartbeat()
     if keeper is not None:
         stack.callback(keeper.close)
         if torch.distributed.is_initialized():  # else nothing would start this process again, or a debugger has it
@@ -128,7 +127,7 @@ def restore(
     if run.world.is_first:
         stack.enter_context(folder.locked())
         store.clean_leftovers()
-    checkpointer = Saves(store, keeper)
+    checkpointer = Checkpointer(store, keeper)
     checkpointer.notes += no_keeper
     origin, notes = bring_to_start(run, store, job, keeper)
     return Home(folder, checkpointer, keeper, heartbeat, origin, notes)
@@ -173,14 +172,14 @@ def train(recorder: Recorder, home: Home) -> Outcome:
     return Outcome(status, run.progress, run.metrics, run.best)
 
 
-def watch(run: RunState, feed: Feed, keeper: Kept) -> Pulse:
+def watch(run: RunState, feed: Feed, keeper: KeeperClient) -> Heartbeat:
     """From now on the keeper kills this process if it stops making progress, and rank 0 looks for stragglers."""
     stacks = Stacks()
     timeout_s = run.config["SCALE"]["HANG_TIMEOUT"]
-    heartbeat = watched(keeper.line, keeper.board, stacks, run.world.rank, len(run.world.block), timeout_s)
+    heartbeat = start_heartbeat(keeper, stacks, run.world.rank, len(run.world.block), timeout_s)
     if run.world.is_first:
-        heartbeat.stragglers = Stragglers(keeper.board, time.monotonic())
-    feed.stacks_path, feed.beat, run.engine.beat = stacks.path, heartbeat.phase, heartbeat.phase
+        heartbeat.stragglers = Stragglers(keeper.status, time.monotonic())
+    feed.stacks_path, feed.beat, run.engine.beat = stacks.path, heartbeat.beat, heartbeat.beat
     return heartbeat
 
 

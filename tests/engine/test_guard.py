@@ -25,8 +25,8 @@ from raytrain.engine.state import RunState, build_run
 from raytrain.engine.world import World
 from raytrain.journal.journal import Journal
 from raytrain.journal.run_folder import RunFolder
-from raytrain.keeper.checkpointer import Saves
-from raytrain.keeper.heartbeat import Pulse
+from raytrain.keeper.checkpointer import Checkpointer
+from raytrain.keeper.heartbeat import Heartbeat
 from raytrain.storage.store import Store
 from raytrain.task import load_task_class
 from raytrain.training import loop
@@ -347,9 +347,9 @@ def spoilt_run(folder: Path, late: bool) -> tuple[RunState, list[dict[str, Any]]
     feed = Feed(task, datasets, run.plan, run.world, cfg.LOADER, cfg.SEED, lambda epoch: False)
     kept = Kept()
     with contextlib.closing(Journal([kept], cfg.LOG)) as journal:
-        saves = Saves(Store(RunFolder(str(folder)).storage, cfg.CHECKPOINT, "launch"), None)
+        saves = Checkpointer(Store(RunFolder(str(folder)).storage, cfg.CHECKPOINT, "launch"), None)
         feed.start(run.progress)
-        assert loop.train_model(run, task, feed, Recorder(run, feed, saves, journal, Control(), Pulse()))
+        assert loop.train_model(run, task, feed, Recorder(run, feed, saves, journal, Control(), Heartbeat()))
     return run, [record for record in kept.records if record["kind"] == "event"]
 
 

@@ -43,8 +43,8 @@ RAY_AT = ("cluster", "sweep")
 # Without torch and numpy: what a command reads before it starts anything, and the keeper, which is small and quick.
 WITHOUT_TORCH = (
     *("errors", "progress", "config", "storage", "journal", "engine/schedule"),
-    *("keeper/keeper", "keeper/client", "keeper/line", "keeper/shared_memory", "keeper/heartbeat", "keeper/watchdog"),
-    *("training/checkpoints", "sweep/ledger", "sweep/view", "sweep/advice", "sweep/display"),
+    *("keeper/keeper", "keeper/client", "keeper/channel", "keeper/shared_memory", "keeper/heartbeat"),
+    *("keeper/watchdog", "training/checkpoints", "sweep/ledger", "sweep/view", "sweep/advice", "sweep/display"),
 )
 NEEDS_TORCH = ("storage/state_file",)
 

@@ -114,11 +114,11 @@ def test_step_records_alone_are_not_copied_to_an_object_store() -> None:
 def test_a_folder_that_trains_is_refused_to_a_second_run(tmp_path: Path) -> None:
     first, second = RunFolder(str(tmp_path)), RunFolder(str(tmp_path))
     with first.locked():
-        with pytest.raises(PreflightError) as raised, second.locked(patience_s=0.0):
+        with pytest.raises(PreflightError) as raised, second.locked(timeout_s=0.0):
             pass
         said = f"{tmp_path}: another run is training in this folder (process {os.getpid()} on "
         assert str(raised.value).startswith(said) and "--extra_tag" in str(raised.value)
-    with second.locked(patience_s=0.0):
+    with second.locked(timeout_s=0.0):
         pass
 
 
@@ -142,7 +142,7 @@ def test_the_lock_of_a_killed_run_is_free_at_once(tmp_path: Path) -> None:
 def test_a_dying_run_is_waited_for(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(RunFolder(str(tmp_path)).locked())
-        waiting = RunFolder(str(tmp_path)).locked(patience_s=20.0)
+        waiting = RunFolder(str(tmp_path)).locked(timeout_s=20.0)
         threading.Timer(0.3, stack.pop_all().close).start()
         with waiting:
             pass
@@ -177,7 +177,7 @@ def test_the_commit_of_the_current_folder_is_written_down(tmp_path: Path, monkey
 def test_a_launch_on_ray_into_a_folder_that_a_run_trains_in_is_refused_before_ray_is_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raytrain.cluster.on_ray.locked", functools.partial(locked, patience_s=0.0))
+    monkeypatch.setattr("raytrain.cluster.on_ray.locked", functools.partial(locked, timeout_s=0.0))
     cfg = config(tmp_path, "PointsTask", {})
     folder = Path(run_dir_of(cfg))
     folder.mkdir(parents=True)
@@ -201,7 +201,7 @@ def test_a_process_that_the_task_forks_does_not_hold_the_run_folder(tmp_path: Pa
         process.kill()
         process.wait()
         try:
-            with locked(open_storage(str(tmp_path)), patience_s=5.0):
+            with locked(open_storage(str(tmp_path)), timeout_s=5.0):
                 assert Path(f"/proc/{child}").exists()
         finally:
             os.kill(child, signal.SIGKILL)

@@ -24,9 +24,10 @@ from raytrain.engine.state import RunState, build_run, payload_of
 from raytrain.engine.world import World
 from raytrain.errors import PreflightError, StorageError
 from raytrain.journal.run_folder import RunFolder
-from raytrain.keeper import client, line, shared_memory
-from raytrain.keeper.checkpointer import LEAST_S, Pace, Saves
-from raytrain.keeper.snapshots import Kept, Memory
+from raytrain.keeper import channel, client, shared_memory
+from raytrain.keeper.checkpointer import LEAST_S, Checkpointer, Pace
+from raytrain.keeper.client import KeeperClient
+from raytrain.keeper.snapshots import Snapshots, load_newest
 from raytrain.progress import Progress
 from raytrain.storage.state_file import loads
 from raytrain.storage.store import Store
@@ -53,8 +54,8 @@ class Scene:
         self.uri = str(folder / "run")
         self.store = Store(RunFolder(self.uri).storage, cfg.CHECKPOINT, launch)
         self.store.storage.write_bytes("journal.jsonl", b"")  # what a run begins with
-        self.kept = Kept(self.uri, launch)
-        self.saves = Saves(self.store, self.kept)
+        self.kept = KeeperClient(self.uri, launch)
+        self.saves = Checkpointer(self.store, self.kept)
         self.saves.describe(self.run, driver())
 
     def stand_at(self, step: int) -> None:
@@ -113,8 +114,8 @@ def test_the_newest_state_in_memory_is_that_of_the_last_step(tmp_path: Path, dev
         scene.stand_at(99)
         scene.saves.after_step(scene.run)  # what has arrived counts from now on
     assert scene.kept.newest == Progress(0, 5, 5)
-    again = Kept(scene.uri, scene.store.launch, leads=False, keeps=False)  # as a worker that was started again
-    assert weights(again.load()) == {5.0}
+    again = KeeperClient(scene.uri, scene.store.launch, leads=False, keeps=False)  # as a worker that was started again
+    assert weights(load_newest(again)) == {5.0}
     assert scene.names == []
     again.close()
     scene.kept.end()
@@ -220,18 +221,18 @@ def test_the_state_that_a_dead_launch_had_in_memory_is_saved_before_another_begi
         monkeypatch.context() as patched,
         pytest.raises(PreflightError, match="another run is training in this folder"),
     ):
-        patched.setattr("raytrain.keeper.snapshots.TAKE_OVER_S", 0.3)
-        Kept(first.uri, "20260102-b")
+        patched.setattr("raytrain.keeper.client.TAKE_OVER_S", 0.3)
+        KeeperClient(first.uri, "20260102-b")
     first.kept.close()
-    second = Kept(first.uri, "20260102-b")
+    second = KeeperClient(first.uri, "20260102-b")
     assert second.newest is None and first.names == ["checkpoint_step_5"]
     second.end()
 
 
 def test_a_keeper_that_is_stopped_is_named_instead_of_waited_for(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(line, "ANSWER_S", 0.1)
+    monkeypatch.setattr(channel, "ANSWER_S", 0.1)
     os.kill(scene.keeper, signal.SIGSTOP)
-    for ask in (lambda: client.take_over(scene.uri, 0.0), lambda: Kept(scene.uri, "20260102-b")):
+    for ask in (lambda: client.take_over(scene.uri, 0.0), lambda: KeeperClient(scene.uri, "20260102-b")):
         with pytest.raises(PreflightError, match=rf"{scene.keeper}, .* is stopped .* `kill -CONT {scene.keeper}`"):
             ask()
     os.kill(scene.keeper, signal.SIGCONT)
@@ -243,7 +244,7 @@ def test_a_state_that_grows_moves_to_larger_memory(scene: Scene) -> None:
     scene.run.model.register_buffer("cache", torch.full((100_000,), 2.0))
     scene.stand_at(2)
     scene.saves.after_step(scene.run)
-    kept = loads(scene.kept.state(scene.kept.board.newest() or 0), "memory")
+    kept = loads(scene.kept.state(scene.kept.status.newest() or 0), "memory")
     assert kept["it"] == 2 and torch.equal(kept["model_state"]["cache"], payload_of(scene.run)["model_state"]["cache"])
 
 
@@ -251,10 +252,10 @@ def test_the_newest_state_moves_along_to_larger_memory(tmp_path: Path) -> None:
     scene = Scene(tmp_path)
     scene.stand_at(1)
     scene.saves.after_step(scene.run)
-    Memory(scene.kept).make_room(10_000_000)
-    assert scene.kept.newest == Progress(0, 1, 1) and weights(scene.kept.load()) == {1.0}
+    Snapshots(scene.kept).make_room(10_000_000)
+    assert scene.kept.newest == Progress(0, 1, 1) and weights(load_newest(scene.kept)) == {1.0}
     scene.kept.close()  # as the kernel does for a process that is killed
-    Kept(scene.uri, "20260102-b").end()
+    KeeperClient(scene.uri, "20260102-b").end()
     assert scene.names == ["checkpoint_step_1"]
 
 
@@ -281,7 +282,7 @@ def test_a_state_copied_while_its_memory_is_being_fetched_is_whole(scene: Scene)
     for step in range(1, 5):
         scene.stand_at(step)
         scene.saves.after_step(scene.run)
-        state = scene.kept.load()["model_state"]
+        state = load_newest(scene.kept)["model_state"]
         assert torch.equal(state["cache"], scene.run.model.cache)  # type: ignore[arg-type]
 
 
@@ -334,7 +335,7 @@ def test_a_copy_that_was_held_up_once_does_not_put_the_next_ones_off(monkeypatch
 
 def test_the_interval_between_saves_follows_what_they_cost(scene: Scene) -> None:
     policy = scene.store.policy.model_copy(update={"EVERY_SECONDS": "auto"})
-    saves = Saves(Store(scene.store.storage, policy, "b"), None)
+    saves = Checkpointer(Store(scene.store.storage, policy, "b"), None)
     assert not saves.time_due(0.0) and saves.time_due(LEAST_S)
     scene.stand_at(1)
     save = saves.save(scene.run, {}, 1000.0)
@@ -368,8 +369,8 @@ def test_what_a_dead_worker_wanted_written_is_not_filled_again_by_the_next_one(s
     scene.save(3)
     scene.kept.close()  # as the kernel does for a process that is killed
     threading.Timer(0.2, os.kill, (keeper, signal.SIGCONT)).start()
-    scene.kept = Kept(scene.uri, scene.store.launch)
-    scene.saves = Saves(scene.store, scene.kept)
+    scene.kept = KeeperClient(scene.uri, scene.store.launch)
+    scene.saves = Checkpointer(scene.store, scene.kept)
     scene.saves.describe(scene.run, driver())
     for step in range(4, 9):
         scene.stand_at(step)
@@ -391,7 +392,7 @@ def test_several_saves_that_fail_at_once_end_the_wait_for_them(scene: Scene) -> 
     scene.saves.add_metrics("checkpoint_step_2", {"accuracy": 0.5})
     os.kill(keeper, signal.SIGCONT)
     deadline, before = time.monotonic() + 20, scene.saves._answers
-    while scene.kept.board.answers < before + 2:
+    while scene.kept.status.answers < before + 2:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     with pytest.raises(StorageError, match="the checkpoint of step 2 could not be saved"):
@@ -403,7 +404,7 @@ def test_the_end_of_an_epoch_that_nobody_saves_stands_in_memory(scene: Scene) ->
     scene.run.progress = Progress(1, 0, 7)
     assert not scene.saves.after_step(scene.run)  # the loop does not know yet whether it is saved
     assert scene.saves.after_epoch(scene.run)
-    assert client.held(scene.uri) == Progress(1, 0, 7)
+    assert client.newest_progress(scene.uri) == Progress(1, 0, 7)
 
 
 def test_a_keeper_that_dies_has_a_successor_within_a_second(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,10 +415,12 @@ def test_a_keeper_that_dies_has_a_successor_within_a_second(scene: Scene, monkey
     os.kill(first, signal.SIGKILL)
     scene.stand_at(2)
     wait_for(lambda: scene.saves.after_step(scene.run) and keepers_of(scene.uri) not in ([], [first]), "another one")
-    assert client.held(scene.uri) == Progress(0, 2, 2)
+    assert client.newest_progress(scene.uri) == Progress(0, 2, 2)
 
 
 def test_a_clock_that_is_set_back_holds_up_no_save(tmp_path: Path) -> None:
-    saves = Saves(Store(RunFolder(str(tmp_path)).storage, config(tmp_path, "PointsTask", {}).CHECKPOINT, "a"), None)
+    saves = Checkpointer(
+        Store(RunFolder(str(tmp_path)).storage, config(tmp_path, "PointsTask", {}).CHECKPOINT, "a"), None
+    )
     saves.policy = saves.policy.model_copy(update={"EVERY_SECONDS": 10.0})
     assert [saves.time_due(now) for now in (5000.0, 1400.0, 1405.0, 1410.0)] == [False, False, False, True]

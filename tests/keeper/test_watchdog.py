@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from raytrain.keeper.heartbeat import DATA, FORWARD, PHASE, REDUCE, STEP
-from raytrain.keeper.shared_memory import Board
+from raytrain.keeper.heartbeat import DATA, FORWARD, NUMBER, PHASE, REDUCE, STEP
+from raytrain.keeper.shared_memory import StatusTable
 from raytrain.keeper.watchdog import Watchdog
 from raytrain.storage.processes import started_at
 
@@ -21,15 +21,15 @@ TIMEOUT_S = 1.0
 
 
 @contextlib.contextmanager
-def watched(folder: Path, phases: list[int], steps: list[int]) -> Iterator[tuple[Watchdog, list[Any]]]:
+def watched(folder: Path, phases: list[str], steps: list[int]) -> Iterator[tuple[Watchdog, list[Any]]]:
     """A watchdog, and a process for each phase that does nothing at this step of it."""
-    board = Board.made()
-    watchdog = Watchdog(board, str(folder))
+    status = StatusTable.made()
+    watchdog = Watchdog(status, str(folder))
     processes = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in phases]
     for rank, (process, phase, step) in enumerate(zip(processes, phases, steps, strict=True)):
         worker = {"rank": rank, "pid": process.pid, "started": started_at(process.pid), "thread": 0}
         place = watchdog.add(object(), os.memfd_create("stacks"), **worker, timeout_s=TIMEOUT_S)  # type: ignore[arg-type]
-        board.pulse(place)[STEP], board.pulse(place)[PHASE] = step, phase
+        status.heartbeat(place)[STEP], status.heartbeat(place)[PHASE] = step, NUMBER[phase]
     try:
         yield watchdog, processes
     finally:
@@ -50,7 +50,7 @@ def ended(processes: list[Any]) -> list[int]:
 def test_who_waits_for_the_others_is_not_the_one_that_hangs(tmp_path: Path) -> None:
     with watched(tmp_path, [REDUCE, DATA, FORWARD], [5, 5, 6]) as (watchdog, processes):
         assert ended(processes) == [1]
-        assert [hang.told["rank"] for hang in watchdog.hangs] == [1]
+        assert [hang.report["rank"] for hang in watchdog.hangs] == [1]
 
 
 def test_one_that_the_others_are_ahead_of_waits_for_nobody(tmp_path: Path) -> None:
@@ -66,4 +66,4 @@ def test_a_process_that_is_stopped_is_killed_unless_all_are(tmp_path: Path) -> N
         assert not watchdog.hangs
         os.kill(processes[1].pid, signal.SIGCONT)
         assert ended(processes) == [0]
-        assert "was stopped (SIGSTOP)" in watchdog.hangs[0].told["message"]
+        assert "was stopped (SIGSTOP)" in watchdog.hangs[0].report["message"]

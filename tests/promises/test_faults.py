@@ -58,7 +58,7 @@ def run(tmp_path: Path, undisturbed: Run) -> Iterator[Run]:
 def assert_tidy(run: Run) -> None:
     """Nothing but checkpoints in ckpt/, and no keeper."""
     assert [name for name in names_in(run.ckpt) if not name.startswith("checkpoint_")] == []
-    assert client.connected(str(run.run_dir)) is None
+    assert client.connect(str(run.run_dir)) is None
 
 
 class Forked:

@@ -21,7 +21,7 @@ MEMORY = {"CHECKPOINT.SNAPSHOT_EVERY": 1, "CHECKPOINT.EVERY_STEPS": None}
 
 
 def keeper_is_gone(run: Run) -> bool:
-    line = client.connected(str(run.run_dir))
+    line = client.connect(str(run.run_dir))
     if line is not None:
         line.close()
     return line is None
@@ -104,12 +104,12 @@ def test_a_second_launch_does_not_take_the_state_of_one_that_trains(tmp_path: Pa
     run.hold(3)
     launched = run.start("--num_workers", "0")
     run.held(1, launched)
-    wait_for(lambda: client.held(str(run.run_dir)) is not None, "a state in memory")
+    wait_for(lambda: client.newest_progress(str(run.run_dir)) is not None, "a state in memory")
     check = [sys.executable, "-m", "raytrain", "checkpoints", str(run.run_dir)]
     told = subprocess.run(check, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "200"})
     assert "in memory on this host: the state after step 3" in told.stdout
     began = time.monotonic()
-    client.take_over(str(run.run_dir), patience_s=0.5)
+    client.take_over(str(run.run_dir), timeout_s=0.5)
     assert time.monotonic() - began > 0.4
     assert not keeper_is_gone(run)
     run.release()

@@ -57,7 +57,7 @@ def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_left_alone(tmp_p
     print(f"steps repeated: {repeated(run)}, after {KILLS} kills")
     assert repeated(run) < KILLS * EVERY_STEPS
     assert all(path.name.startswith("checkpoint_") for path in run.ckpt.iterdir())
-    assert client.connected(str(run.run_dir)) is None
+    assert client.connect(str(run.run_dir)) is None
 
 
 def steps_begun(run: Run) -> list[int]:

@@ -13,7 +13,7 @@ import raytrain
 from raytrain.config.sections import Config
 from raytrain.engine.world import World
 from raytrain.journal.records import read_journal
-from raytrain.keeper.checkpointer import Pending
+from raytrain.keeper.checkpointer import PendingSave
 from raytrain.launch import Result
 from raytrain.storage.state_file import load_weights_file
 from raytrain.training.control import Control
@@ -81,5 +81,5 @@ class Watched(Control):
     def now(self) -> float:
         return 1_800_000_000.0 + 10 * self.place().get("step", 0)
 
-    def saved(self, save: Pending | None, metrics: dict[str, float]) -> None:
+    def saved(self, save: PendingSave | None, metrics: dict[str, float]) -> None:
         self.told.append((save, metrics))

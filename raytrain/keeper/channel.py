@@ -17,7 +17,7 @@ from raytrain.storage.processes import closed_in_forks, is_stopped
 ANSWER_S = 5.0
 
 
-class Line:
+class Channel:
     """One end of the talk between a worker and the keeper: dicts as JSON, and file descriptors."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -28,19 +28,19 @@ class Line:
     def fileno(self) -> int:
         return self._connection.fileno()
 
-    def say(self, **message: Any) -> None:
+    def send(self, **message: Any) -> None:
         """OSError if the other end is gone."""
         self._connection.send_bytes(json.dumps(message).encode())
 
-    def hear(self) -> dict[str, Any]:
+    def receive(self) -> dict[str, Any]:
         """The next message; EOFError or OSError if the other end is gone."""
-        heard: dict[str, Any] = json.loads(self._connection.recv_bytes())
-        return heard
+        message: dict[str, Any] = json.loads(self._connection.recv_bytes())
+        return message
 
-    def hear_within(self, timeout_s: float) -> dict[str, Any]:
-        """As `hear`, of a keeper; PreflightError if it is stopped, or says nothing for so long."""
+    def receive_within(self, timeout_s: float) -> dict[str, Any]:
+        """As `receive`, of a keeper; PreflightError if it is stopped, or says nothing for so long."""
         until = time.monotonic() + timeout_s
-        while not self.hears(min(ANSWER_S, timeout_s)):
+        while not self.poll(min(ANSWER_S, timeout_s)):
             stopped = is_stopped(self.peer)
             if stopped or time.monotonic() > until:
                 why = "is stopped (SIGSTOP)" if stopped else f"has not answered for {timeout_s:g} s"
@@ -49,16 +49,16 @@ class Line:
                     f"lets it go on, and save that; `kill -9 {self.peer}` gives up what is in no checkpoint. "
                     "Then run the same command again"
                 )
-        return self.hear()
+        return self.receive()
 
-    def hears(self, timeout_s: float = 0.0) -> bool:
+    def poll(self, timeout_s: float = 0.0) -> bool:
         """Whether a message, or the end, is there."""
         return self._connection.poll(timeout_s)
 
-    def give(self, descriptor: int) -> None:
+    def send_descriptor(self, descriptor: int) -> None:
         reduction.send_handle(self._connection, descriptor, None)
 
-    def take(self) -> int:
+    def receive_descriptor(self) -> int:
         return int(reduction.recv_handle(self._connection))
 
     def close(self) -> None:
