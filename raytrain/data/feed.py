@@ -11,30 +11,15 @@ import dataclasses
 import functools
 import itertools
 import os
-import pickle
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader
-
-from raytrain.data.loader import (
-    BatchKey,
-    KeyedBatches,
-    _as_it_is,
-    _init_loader_worker,
-    _Keys,
-    _loader_context,
-    _main_module_hidden,
-    _QuietDataLoader,
-    _signals_held_back,
-    check_loader_workers,
-)
+from raytrain.data.loader import BatchKey, KeyedBatches, check_loader_workers, start_loader
 from raytrain.data.sampler import cut, epoch_order, step_samples
-from raytrain.data.transfer import Delivery
+from raytrain.data.transfer import DeviceTransfer
 from raytrain.engine.world import World
-from raytrain.errors import DataError, LostLoaderError, TaskError
+from raytrain.errors import DataError, LostLoaderError
 from raytrain.progress import Plan, Progress
 from raytrain.task import Task
 
@@ -64,6 +49,7 @@ class Feed:
     finished; it must answer as the loop does, since the loader reads ahead.
 
     beat:        told what this rank is at, by the names of keeper.heartbeat.PHASES
+    current:     the key of the batch that was asked for last
     stacks_path: where loader workers write their stacks when they are asked
     """
 
@@ -80,7 +66,7 @@ class Feed:
     ) -> None:
         self.task, self.datasets, self.plan, self.world = task, datasets, plan, world
         self.loader_cfg, self.seed, self.evaluate_after = loader_cfg, seed, evaluate_after
-        self._delivery = Delivery(task, world.device, channels_last)
+        self._transfer = DeviceTransfer(task, world.device, channels_last)
         self._batches: Iterator[tuple[BatchKey, Any]] | None = None
         self._reader: KeyedBatches | None = None
         self._wait_s = 0.0
@@ -98,27 +84,8 @@ class Feed:
         if workers == 0 and self.world.device.type == "cpu":  # nothing to read ahead with, nothing to pin
             self._reader = reader
             return
-        loader: DataLoader[Any] = _QuietDataLoader(
-            reader,
-            batch_size=None,
-            sampler=_Keys(keys),
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            prefetch_factor=self.loader_cfg.PREFETCH if workers else None,
-            pin_memory=self.world.device.type == "cuda",
-            multiprocessing_context=_loader_context(type(self.task).__module__) if workers else None,
-            worker_init_fn=functools.partial(_init_loader_worker, self.stacks_path) if workers else None,
-        )
-        with _main_module_hidden(), _signals_held_back(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Got pickle error")  # the TaskError says it
-            try:
-                self._batches = iter(loader)
-            except (pickle.PicklingError, AttributeError, TypeError) as error:
-                raise TaskError(
-                    f"{type(self.task).__name__} and its data sets go to {workers} loader workers by pickle, which "
-                    f"fails: {error}. Keep lambdas, open files, locks and classes made inside functions out of them, "
-                    "or load in the training process (--workers 0)"
-                ) from error
+        pins = self.world.device.type == "cuda"
+        self._batches = start_loader(reader, keys, self.loader_cfg, pins, self.stacks_path)
 
     def epoch_steps(self, progress: Progress) -> Iterator[Step]:
         """What is left of the epoch that `progress` stands in."""
@@ -147,14 +114,14 @@ class Feed:
         self.beat("data" if key.split == "train" else "eval")
         began = time.perf_counter()
         if self._reader is not None:
-            got, batch = self._reader[key]
+            batch_key, batch = self._reader[key]
         else:
             assert self._batches is not None, "Feed.start() comes first"
-            got, batch = self._next(self._batches)
+            batch_key, batch = self._next(self._batches)
         if isinstance(batch, DataError):
             raise batch
-        assert got == key, f"the loop asked for {key}, the stream holds {got}"
-        batch = self._delivery.bring(batch)
+        assert batch_key == key, f"the loop asked for {key}, the stream holds {batch_key}"
+        batch = self._transfer.to_device(batch)
         self._wait_s += time.perf_counter() - began
         self.beat("forward" if key.split == "train" else "eval")
         return batch

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import multiprocessing.queues
 import os
+import pickle
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from typing import Any
@@ -17,13 +20,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_convert
 
 from raytrain.engine.randomness import random_state, seed_all
-from raytrain.errors import DataError, PreflightError, users_traceback
+from raytrain.errors import DataError, PreflightError, TaskError, users_traceback
 from raytrain.storage.processes import write_stacks_to
+from raytrain.storage.scratch import named_by_this_process
 from raytrain.task import Task
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
 LOADERS_PER_CPU = 16  # more than one, since loading may be waiting
 
 
@@ -63,22 +65,24 @@ class KeyedBatches(Dataset[Any]):
                     seed_all(self.seed, "sample", key.split, key.epoch, sample_id)
                 samples.append(dataset[sample_id])
             if state is not None and random_state() != state:
-                told = f"a sample of data set {key.split!r} drew random numbers, which were not seeded for it"
-                return key, DataError(f"{told}: set {type(self.task).__name__}.random_samples to True")
+                return key, DataError(
+                    f"a sample of data set {key.split!r} drew random numbers, which were not seeded for it: "
+                    f"set {type(self.task).__name__}.random_samples to True"
+                )
             where = f"collate of {len(key.ids)} samples of data set {key.split!r}"
             if type(self.task).collate is Task.collate:  # draws nothing, and gives tensors
                 return key, self.task.collate(samples)
             seed_all(self.seed, "collate", key.split, key.epoch, key.ids[0])
             return key, default_convert(self.task.collate(samples))
         except Exception as error:
-            told = f"{where}: {type(error).__name__}: {error}"
+            message, task_name = f"{where}: {type(error).__name__}: {error}", type(self.task).__name__
             if where.startswith("collate") and type(self.task).collate is Task.collate:
-                named = type(self.task).__name__
-                return key, DataError(f"{told}\n\nWrite {named}.collate(samples) to make one batch of such samples")
-            return key, DataError(f"{told}\n\n{users_traceback(error)}")
+                advice = f"Write {task_name}.collate(samples) to make one batch of such samples"
+                return key, DataError(f"{message}\n\n{advice}")
+            return key, DataError(f"{message}\n\n{users_traceback(error)}")
 
 
-class _Keys:
+class KeySampler:
     """An iterable over keys, which is all that a DataLoader asks of its sampler."""
 
     def __init__(self, keys: Iterator[BatchKey]) -> None:
@@ -88,7 +92,7 @@ class _Keys:
         return self.keys
 
 
-class _QuietDataLoader(DataLoader[Any]):
+class QuietDataLoader(DataLoader[Any]):
     """Without torch's warning, twice, that there are fewer CPUs than loader workers."""
 
     def check_worker_number_rationality(self) -> None: ...
@@ -104,11 +108,47 @@ def check_loader_workers(workers: int, num_cpus: int) -> None:
         )
 
 
-def _as_it_is(batch: Any) -> Any:
+def start_loader(
+    reader: KeyedBatches, keys: Iterator[BatchKey], loader_cfg: Any, pin_memory: bool, stacks_path: str | None
+) -> Iterator[tuple[BatchKey, Any]]:
+    """The batches of `keys`, in their order; LOADER.WORKERS processes, which start here, make them ahead.
+
+    stacks_path: where these write their stacks when they are asked (keeper/heartbeat.py)
+    """
+    workers, task_class = loader_cfg.WORKERS, type(reader.task)
+    loader: DataLoader[Any] = QuietDataLoader(
+        reader,
+        batch_size=None,
+        sampler=KeySampler(keys),
+        collate_fn=unchanged,
+        num_workers=workers,
+        prefetch_factor=loader_cfg.PREFETCH if workers else None,
+        pin_memory=pin_memory,
+        multiprocessing_context=loader_context(task_class.__module__) if workers else None,
+        worker_init_fn=functools.partial(init_loader_worker, stacks_path) if workers else None,
+    )
+    with contextlib.ExitStack() as stack:
+        if workers:
+            stack.enter_context(named_by_this_process())
+        stack.enter_context(main_module_hidden())
+        stack.enter_context(signals_held_back())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "Got pickle error")  # the TaskError says it
+        try:
+            return iter(loader)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise TaskError(
+                f"{task_class.__name__} and its data sets go to {workers} loader workers by pickle, which "
+                f"fails: {error}. Keep lambdas, open files, locks and classes made inside functions out of them, "
+                "or load in the training process (--workers 0)"
+            ) from error
+
+
+def unchanged(batch: Any) -> Any:
     return batch
 
 
-def _loader_context(task_module: str) -> Any:
+def loader_context(task_module: str) -> Any:
     """Loader workers are forked from a clean server process that has imported torch once.
 
     A plain fork would inherit the threads and locks of a Ray worker and can deadlock (RAY.md F12).
@@ -119,7 +159,7 @@ def _loader_context(task_module: str) -> Any:
 
 
 @contextlib.contextmanager
-def _main_module_hidden() -> Iterator[None]:
+def main_module_hidden() -> Iterator[None]:
     """Loader workers need nothing of `__main__`; importing it again would run a user's script, or Ray's, twice."""
     main = sys.modules["__main__"]
     kept = {name: getattr(main, name, None) for name in ("__file__", "__spec__")}
@@ -135,7 +175,7 @@ def _main_module_hidden() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signals_held_back() -> Iterator[None]:
+def signals_held_back() -> Iterator[None]:
     """SIGINT and SIGTERM wait: for this thread until the block ends, for loader workers until they can handle
     them, for the fork server for ever (it ends with the processes that use it)."""
     resource_tracker.ensure_running()  # when it starts its process, it lets these signals through again
@@ -146,32 +186,32 @@ def _signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
-def _init_loader_worker(stacks_path: str | None, _: int) -> None:
+def init_loader_worker(stacks_path: str | None, _: int) -> None:
     """A loader worker lives as long as the training process: no longer, and through signals meant for all.
 
     Ctrl-C, and a SIGTERM to the whole process group, let the training process finish its step,
     for which it needs this worker. A second SIGTERM ends it.
     """
-    threading.Thread(target=_end_with_parent, name="raytrain-parent-watch", daemon=True).start()
+    threading.Thread(target=end_with_parent, name="raytrain-parent-watch", daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if stacks_path is not None:
         write_stacks_to(stacks_path)
     torch.set_num_threads(1)
-    multiprocessing.queues.Queue._on_queue_feeder_error = _send_error_instead  # type: ignore[attr-defined]
+    multiprocessing.queues.Queue._on_queue_feeder_error = send_error_instead  # type: ignore[attr-defined]
 
 
-def _send_error_instead(queue: Any, error: Exception, item: Any) -> None:
+def send_error_instead(queue: Any, error: Exception, item: Any) -> None:
     """A batch that cannot be pickled would be lost without a word, and the loop would wait for it for ever."""
-    told = f"{type(error).__name__}: {error}"
+    message = f"a batch cannot leave its loader worker: {type(error).__name__}: {error}"
     advice = (
         "Batches go from loader workers to the training process by pickle: keep functions and open files out of them"
     )
-    queue.put((item[0], (None, DataError(f"a batch cannot leave its loader worker: {told}\n\n{advice}"))))
+    queue.put((item[0], (None, DataError(f"{message}\n\n{advice}"))))
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """torch's own watch looks at the parent of this process, which is the fork server and never dies first."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "only called in loader workers"

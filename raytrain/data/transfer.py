@@ -9,7 +9,7 @@ import torch
 from raytrain.task import Task, channels_last, is_plain, map_tensors, tensors_of
 
 
-class Delivery:
+class DeviceTransfer:
     """Brings batches to `device` by the task's to_device.
 
     On a GPU the copy runs on a stream of its own, so that it does not stand in line behind the step
@@ -24,19 +24,19 @@ class Delivery:
         if device.type == "cuda" and type(task).to_device is Task.to_device:
             self._stream = torch.cuda.Stream(device)
 
-    def bring(self, batch: Any) -> Any:
+    def to_device(self, batch: Any) -> Any:
         """The batch, ready to be used on the current stream."""
         if self._stream is None or not all(map(is_plain, tensors_of(batch))):
-            return self._brought(batch)
+            return self._moved(batch)
         current = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._stream):
-            batch = self._brought(batch)
+            batch = self._moved(batch)
         current.wait_stream(self._stream)
         for tensor in tensors_of(batch):
             if tensor.is_cuda:
                 tensor.record_stream(current)  # else its memory may be copied into while the model still reads it
         return batch
 
-    def _brought(self, batch: Any) -> Any:
+    def _moved(self, batch: Any) -> Any:
         batch = self._task.to_device(batch, self._device)
         return map_tensors(channels_last, batch) if self._channels_last else batch

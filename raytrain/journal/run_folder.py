@@ -6,9 +6,7 @@ import contextlib
 import json
 import os
 import platform
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from raytrain.journal.sinks import JsonlSink, LogSink, TensorBoardSink
 from raytrain.storage.local import LocalStorage
 from raytrain.storage.lock import JOURNAL, locked
 from raytrain.storage.paths import joined
+from raytrain.storage.scratch import ScratchFolder
 from raytrain.storage.storage import Storage, open_storage
 
 PROBE = ".writable"
@@ -37,7 +36,7 @@ class RunFolder:
     def __init__(self, uri: str, continued: str = JOURNAL) -> None:
         self.storage: Storage = open_storage(uri)
         self._continued = continued
-        self._spool: Path | None = None
+        self._spool: ScratchFolder | None = None
         self._copied: dict[str, tuple[int, int]] = {}
 
     @property
@@ -47,10 +46,10 @@ class RunFolder:
         if self.storage.is_local:
             return self.storage.local_path("")
         if self._spool is None:
-            self._spool = Path(tempfile.mkdtemp(prefix="raytrain-spool-"))
+            self._spool = ScratchFolder()
             if self.storage.exists(self._continued):
-                self.storage.download(self._continued, self._spool / self._continued)
-        return self._spool
+                self.storage.download(self._continued, self._spool.path / self._continued)
+        return self._spool.path
 
     @property
     def here(self) -> LocalStorage:
@@ -61,8 +60,8 @@ class RunFolder:
         """Copy what has grown since the last time, where that is needed."""
         if self._spool is None:
             return
-        for path in sorted(p for p in self._spool.rglob("*") if p.is_file()):
-            name, stat = path.relative_to(self._spool).as_posix(), path.stat()
+        for path in sorted(p for p in self._spool.path.rglob("*") if p.is_file()):
+            name, stat = path.relative_to(self._spool.path).as_posix(), path.stat()
             if self._copied.get(name) != (stat.st_size, stat.st_mtime_ns):
                 self.storage.upload(path, name)
                 self._copied[name] = (stat.st_size, stat.st_mtime_ns)
@@ -73,7 +72,7 @@ class RunFolder:
             try:
                 self.publish()
             finally:
-                shutil.rmtree(self._spool, ignore_errors=True)
+                self._spool.remove()
 
     def log_sink(self, now: float) -> LogSink:
         return LogSink(self.local / log_file_name(now))

@@ -30,6 +30,7 @@ from raytrain.progress import Progress
 from raytrain.storage.checkpoint import Manifest
 from raytrain.storage.lock import JOURNAL, locked
 from raytrain.storage.processes import host, started_at
+from raytrain.storage.scratch import remove_abandoned
 from raytrain.storage.storage import open_storage
 from raytrain.storage.store import FOLDER, Store, checkpoint_name
 
@@ -352,6 +353,7 @@ def main(run_uri: str, launch: str) -> None:
     keeper = Keeper(listener, run_uri, launch)
     try:
         keeper.live()
+        remove_abandoned()
     except BaseException:
         note(run_uri, traceback.format_exc())
         raise

@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import functools
 import io
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +15,7 @@ from raytrain.storage.direct_io import equal
 from raytrain.storage.local import LocalStorage
 from raytrain.storage.paths import CHUNK_BYTES, READ_BYTES, Bytes, Parts, folder_of, joined, parts_of
 from raytrain.storage.retry import PATIENCE_S, patient, patiently
+from raytrain.storage.scratch import ScratchFolder
 
 UPLOAD_BYTES = 64 << 20  # so much of a file is on its way to an object store, in several parts at once
 
@@ -67,10 +67,13 @@ class ArrowStorage:
 
     @contextlib.contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix="raytrain-") as folder:
-            copy = Path(folder) / name.rpartition("/")[2]
+        scratch = ScratchFolder()
+        try:
+            copy = scratch.path / name.rpartition("/")[2]
             self.download(name, copy)
             yield copy
+        finally:
+            scratch.remove()
 
     @patient("look at")
     def exists(self, name: str) -> bool:

@@ -13,7 +13,7 @@ from tasks_for_units import GoldenToyTask
 
 from raytrain.config.load import with_overrides
 from raytrain.config.sections import Config
-from raytrain.data.transfer import Delivery
+from raytrain.data.transfer import DeviceTransfer
 from raytrain.engine.state import build_run
 from raytrain.engine.world import World
 from raytrain.task import Task, channels_last
@@ -32,7 +32,7 @@ class Scan:
 def test_images_become_channels_last_wherever_they_are_in_a_batch_and_nothing_else_changes() -> None:
     image = torch.arange(2.0 * 3 * 4 * 5).view(2, 3, 4, 5)
     batch = {"a": (image, torch.ones(2, 3)), "b": [Scan(image.half(), "x")], "labels": image.long(), "n": 2}
-    brought = Delivery(Task(None), CPU, channels_last=True).bring(batch)  # type: ignore[arg-type]
+    brought = DeviceTransfer(Task(None), CPU, channels_last=True).to_device(batch)  # type: ignore[arg-type]
     for found in (brought["a"][0], brought["b"][0].image):
         assert found.is_contiguous(memory_format=torch.channels_last) and torch.equal(found.float(), image)
     assert brought["labels"].is_contiguous() and brought["a"][1].is_contiguous()
@@ -41,7 +41,7 @@ def test_images_become_channels_last_wherever_they_are_in_a_batch_and_nothing_el
 
 def test_without_being_asked_a_batch_stays_as_the_task_made_it() -> None:
     image = torch.rand(2, 3, 4, 5)
-    assert Delivery(Task(None), CPU).bring([image])[0] is image  # type: ignore[arg-type]
+    assert DeviceTransfer(Task(None), CPU).to_device([image])[0] is image  # type: ignore[arg-type]
 
 
 def test_what_has_no_single_memory_is_left_alone() -> None:
@@ -54,7 +54,7 @@ def test_a_to_device_of_the_tasks_own_is_what_brings_batches() -> None:
         def to_device(self, batch: Any, device: torch.device) -> Any:
             return batch * 2
 
-    assert Delivery(Doubling(None), CPU).bring(torch.ones(2)).tolist() == [2, 2]  # type: ignore[arg-type]
+    assert DeviceTransfer(Doubling(None), CPU).to_device(torch.ones(2)).tolist() == [2, 2]  # type: ignore[arg-type]
 
 
 def toy(folder: Path, optim: dict[str, Any], **changes: Any) -> Config:

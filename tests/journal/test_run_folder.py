@@ -26,13 +26,14 @@ from raytrain.journal.journal import Journal
 from raytrain.journal.records import read_journal
 from raytrain.journal.run_folder import RunFolder, environment, run_dir_of
 from raytrain.storage.lock import locked
+from raytrain.storage.scratch import own_mark
 from raytrain.storage.storage import open_storage
 
 LOG = SimpleNamespace(EVERY=1, LINE_EVERY=1)
 
 
 def spools() -> set[Path]:
-    return set(Path(tempfile.gettempdir()).glob("raytrain-spool-*"))
+    return set(Path(tempfile.gettempdir()).glob(f"{own_mark()}-*"))
 
 
 @pytest.fixture(params=["disk", "s3"])

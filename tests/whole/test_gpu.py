@@ -16,7 +16,7 @@ from small_runs import config, journal, notes, run_until, saved_state, train
 
 from raytrain.config.sections import Config
 from raytrain.data.feed import Feed
-from raytrain.data.transfer import Delivery
+from raytrain.data.transfer import DeviceTransfer
 from raytrain.engine.determinism import prepare_torch, torch_put_back
 from raytrain.engine.precision import fp32_precisions
 from raytrain.engine.state import RunState, build_run
@@ -127,14 +127,14 @@ def test_without_tf32_a_product_is_that_of_f32(tmp_path: Path) -> None:
 @DEVICES
 def test_batches_that_come_beside_the_computation_are_whole(device: str) -> None:
     """The computation lags behind, so that memory given back too early would be written over."""
-    side = Delivery(Task(None), torch.device(device))  # type: ignore[arg-type]
+    side = DeviceTransfer(Task(None), torch.device(device))  # type: ignore[arg-type]
     sums, expected = [], []
     for i in range(50):
         batch = {"x": torch.full((1 << 18,), float(i))}
         if device == "cuda":
             batch["x"] = batch["x"].pin_memory()
             torch.cuda._sleep(1_000_000)
-        sums.append(side.bring(batch)["x"].double().sum())
+        sums.append(side.to_device(batch)["x"].double().sum())
         expected.append(float(i) * (1 << 18))
     assert [float(each) for each in sums] == expected
 
