@@ -19,7 +19,7 @@ from raytrain.journal.records import Record
 from raytrain.journal.sinks import JsonlSink, LogSink, TensorBoardSink
 from raytrain.storage.local import LocalStorage
 from raytrain.storage.lock import JOURNAL, locked
-from raytrain.storage.paths import joined
+from raytrain.storage.paths import expanded, joined
 from raytrain.storage.scratch import ScratchFolder
 from raytrain.storage.storage import Storage, open_storage
 
@@ -162,6 +162,7 @@ def run_dir_of(cfg: Config) -> str:
     """OUTPUT/EXP_GROUP_PATH/TAG/EXTRA_TAG: an absolute path, or a URI."""
     parts = [part for part in (cfg.EXP_GROUP_PATH, cfg.TAG, cfg.EXTRA_TAG) if part]
     local = "://" not in cfg.OUTPUT or cfg.OUTPUT.lower().startswith("file://")
+    expanded(cfg.OUTPUT, "OUTPUT")
     for part in parts:
         if not stays_below(part) or (not local and set("?#%") & set(part)):  # in a URI these end or encode a path
             raise ConfigError(

@@ -25,12 +25,15 @@ Bytes = bytes | memoryview | mmap.mmap
 Parts = Callable[[], Iterable[bytes | memoryview]]  # of a file, in order, as often as it has to be written
 
 
-def expanded(path: str | os.PathLike[str]) -> Path:
-    """`path`, with a `~` at its start as the home folder that it means."""
+def expanded(path: str | os.PathLike[str], key: str = "") -> Path:
+    """`path`, with a `~` at its start as the home folder that it means; a ConfigError names `key`, which held it."""
+    where = f"{key} is {os.fspath(path)!r}" if key else f"{path}"
+    if "\0" in os.fspath(path):
+        raise ConfigError(f"{where}: no path has a NUL character in it. Write it without")
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise ConfigError(f"{path}: there is no user of that name here. Write the path without ~") from None
+        raise ConfigError(f"{where}: there is no user of that name here. Write the path without ~") from None
 
 
 def joined(root: str, *names: str) -> str:

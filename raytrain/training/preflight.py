@@ -163,8 +163,9 @@ def find_start(cfg: Config, options: LaunchOptions) -> Start:
     if options.resume != "never":
         store.clean_leftovers()
         origin = choose(store, options.resume)
-    if origin is None and options.pretrained is not None and not expanded(options.pretrained).is_file():
-        raise ResumeError(f"--pretrained_model {options.pretrained}: there is no such file; name a .pth file")
+    weights = options.pretrained
+    if origin is None and weights is not None and not expanded(weights, "--pretrained_model").is_file():
+        raise ResumeError(f"--pretrained_model {weights}: there is no such file; name a .pth file")
     if options.resume == "never":
         with locked(storage):  # or the checkpoints of a run that is still training would be moved away under it
             pass

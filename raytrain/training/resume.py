@@ -104,7 +104,7 @@ def vanished(store: Store, found: Saved | None) -> list[tuple[str, str]]:
 
 def origin_at(path: str) -> Origin:
     """The origin that a user's path names: a .pth, a checkpoint folder, or a run folder (its newest)."""
-    location = expanded(path)
+    location = expanded(path, "--resume")
     if "://" not in path:
         path = str(location.absolute())
         if location.is_file() and not (location.name == PAYLOAD and (location.parent / MANIFEST).exists()):

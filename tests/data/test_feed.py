@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import feeds
 import numpy as np
 import pytest
 import torch
+from commands import environment
 from feeds import feed_of, whole_run
 from tasks_for_units import Draws, DrawTask
 from torch.utils.data import IterableDataset
@@ -202,8 +202,7 @@ def test_loader_workers_do_not_run_the_users_script_again(tmp_path: Path) -> Non
         "with feed_of(1) as feed:\n"
         "    print(len(list(whole_run(feed))))\n"
     )
-    env = {**os.environ, "PYTHONPATH": str(Path(feeds.__file__).parent)}
-    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, script], env=environment(), capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr, done.returncode) == ("once\n30\n", "", 0)
 
 

@@ -21,7 +21,7 @@ import torch
 from small_runs import config
 
 import raytrain
-from raytrain.errors import PreflightError
+from raytrain.errors import ConfigError, PreflightError
 from raytrain.journal.journal import Journal
 from raytrain.journal.records import read_journal
 from raytrain.journal.run_folder import RunFolder, environment, run_dir_of
@@ -45,6 +45,13 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     with s3_server.serving() as server:
         yield server.uri("bucket/output/run")
     assert spools() == before
+
+
+@pytest.mark.parametrize(("output", "fault"), [("~no-such-user/runs", "no user of that name"), ("a\0b", "NUL")])
+def test_an_output_that_can_be_no_path_is_named_with_its_key(output: str, fault: str) -> None:
+    cfg = SimpleNamespace(OUTPUT=output, EXP_GROUP_PATH="", TAG="run", EXTRA_TAG="default")
+    with pytest.raises(ConfigError, match=rf"OUTPUT is .*: .*{fault}.* Write "):
+        run_dir_of(cfg)  # type: ignore[arg-type]
 
 
 def journal_of(folder: RunFolder) -> Journal:

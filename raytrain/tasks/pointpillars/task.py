@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from raytrain.errors import ConfigError
+from raytrain.storage.paths import expanded
 from raytrain.task import ModelReturn, Task
 from raytrain.tasks.pointpillars.augment import Augmentor, GtSampling
 from raytrain.tasks.pointpillars.data_options import read_data_options, without_effect
@@ -127,7 +127,7 @@ class PointPillars(Task):
             return SimulatedSource(self.simulation, split, self.cfg.SEED)
         assert self.options.DATA_PATH is not None, "read_data_options has looked"
         names = self.options.DATA_SPLIT.train if split == "train" else self.options.DATA_SPLIT.test
-        return KittiSource(Path(self.options.DATA_PATH).expanduser().absolute(), names)
+        return KittiSource(expanded(self.options.DATA_PATH, "DATA_CONFIG.DATA_PATH").absolute(), names)
 
     def _last_epochs(self) -> LastEpochs | None:
         hook = self.cfg.HOOK.DisableAugmentationHook if self.cfg.HOOK else None

@@ -79,6 +79,13 @@ def test_where_there_is_no_kitti_the_screen_says_in_full_what_to_set(tmp_path: P
     assert "DATA_CONFIG.DATA_SPLIT says which lists to use\n" in str(told.value)
 
 
+def test_a_home_folder_that_nobody_has_is_named_with_its_key(tmp_path: Path) -> None:
+    path = config(tmp_path, "homeless", DATA_CONFIG__SOURCE="kitti", DATA_CONFIG__DATA_PATH="~no-such-user/kitti")
+    told = "DATA_CONFIG.DATA_PATH is '~no-such-user/kitti': there is no user of that name here. Write the path without"
+    with pytest.raises(ConfigError, match=told):
+        raytrain.train(path, quiet=True)
+
+
 def test_openpcdets_database_files_are_said_to_have_no_effect(tmp_path: Path) -> None:
     path = config(tmp_path, "theirs")
     tree = yaml.safe_load(path.read_text())
