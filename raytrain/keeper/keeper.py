@@ -37,7 +37,7 @@ from raytrain.storage.store import FOLDER, Store, checkpoint_name
 TICK_S = 0.25
 GRACE_S = 30.0  # so long workers may be away while their driver lives, or lives where it cannot be seen
 LOCK_S = 40.0
-RETRY_S, HOLD_S = 5.0, 3600.0  # between two tries to save the newest state; after so long it is given up
+SAVE_AGAIN_S, HOLD_S = 5.0, 3600.0  # between two tries to save the newest state; after so long it is given up
 
 
 @dataclasses.dataclass(eq=False)
@@ -114,7 +114,7 @@ class Keeper:
         if self.held_since is None:
             self.held_since = now
             note(self.run_uri, f"the newest state is held in memory, since it could not be saved: {why}")
-        self.retry_at = now + RETRY_S
+        self.retry_at = now + SAVE_AGAIN_S
         slot = self.status.newest()
         for channel, _ in self.takers:
             self.tell(channel, unsaved=why, step=self.status.progress(slot).step if slot is not None else 0)

@@ -12,7 +12,8 @@ from raytrain.engine.state import RunState, payload_of, size_to_come
 from raytrain.keeper.client import KeeperClient
 from raytrain.keeper.shared_memory import SLOTS, Slots
 from raytrain.progress import Progress
-from raytrain.storage.state_file import Blueprint, Leaves, OddPayload, Sheet, check_loadable, dumps, leaves_of, loads
+from raytrain.storage.file_layout import FileBuffer, FileLayout, IrregularPayload, Leaves, leaves_of
+from raytrain.storage.state_file import check_loadable, dumps, loads
 
 
 class TooSmall(Exception):  # noqa: N818 (nothing is wrong)
@@ -27,8 +28,8 @@ class Snapshots:
 
     def __init__(self, kept: KeeperClient) -> None:
         self._kept = kept
-        self._blueprint: Blueprint | None = None
-        self._sheets: dict[int, Sheet] = {}
+        self._layout: FileLayout | None = None
+        self._buffers: dict[int, FileBuffer] = {}
         self._transfer: Transfer | None = None
 
     def free_slot(self, used: set[int | None]) -> int | None:
@@ -45,30 +46,30 @@ class Snapshots:
         payload = payload_of(run)
         leaves = leaves_of(payload)
         on_gpu = run.world.device.type == "cuda"
-        if self._blueprint is None or not self._blueprint.fits(leaves):
-            self._sheets.clear()
-            self._blueprint = blueprint_of(leaves)
-        blueprint = self._blueprint
-        data = dumps(payload) if blueprint is None else b""  # odd ones as a whole
-        size_bytes = len(data) if blueprint is None else blueprint.size_bytes
+        if self._layout is None or not self._layout.fits(leaves):
+            self._buffers.clear()
+            self._layout = layout_of(leaves)
+        layout = self._layout
+        data = dumps(payload) if layout is None else b""  # odd ones as a whole
+        size_bytes = len(data) if layout is None else layout.size_bytes
         if self._kept.slots is None or size_bytes > self._kept.slots.slot_bytes:
             raise TooSmall(size_bytes)
         memory = self._kept.slots.view(slot, size_bytes)
         self._kept.status.begin(slot)
         self._transfer = Transfer(slot, run.progress, size_bytes, finite)
-        if blueprint is None:
+        if layout is None:
             memory[:] = data
             self._transfer.begin(run, lambda: None)
             return False
-        is_new = slot not in self._sheets
+        is_new = slot not in self._buffers
         if is_new:
             self._kept.slots.touch(slot * self._kept.slots.slot_bytes, size_bytes)
             if on_gpu:
                 pin(memory)
-            self._sheets[slot] = blueprint.sheet(memory)
+            self._buffers[slot] = layout.write_into(memory)
         if on_gpu:
             leaves = without_buffers(leaves, run)
-        self._transfer.begin(run, functools.partial(self._sheets[slot].fill, leaves))
+        self._transfer.begin(run, functools.partial(self._buffers[slot].fill, leaves))
         if is_new:
             check_loadable(memory)
         return is_new
@@ -80,7 +81,7 @@ class Snapshots:
 
     def make_room(self, size_bytes: int) -> None:
         """Larger slots, for the keeper too; of what is in the old ones, the newest state moves along."""
-        self._sheets.clear()
+        self._buffers.clear()
         status, newest, slots = self._kept.status, self._kept.status.newest(), Slots.made(size_bytes)
         if newest is not None and self._kept.slots is not None:
             state = self._kept.state(newest)
@@ -139,10 +140,10 @@ def load_newest(keeper: KeeperClient) -> dict[str, Any]:
     return loads(keeper.state(slot), "the state in memory")
 
 
-def blueprint_of(leaves: Leaves) -> Blueprint | None:
+def layout_of(leaves: Leaves) -> FileLayout | None:
     try:
-        return Blueprint(leaves)
-    except OddPayload:
+        return FileLayout(leaves)
+    except IrregularPayload:
         return None
 
 

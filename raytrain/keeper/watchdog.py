@@ -180,7 +180,7 @@ def culprits_of(watched: Sequence[WatchedWorker]) -> list[WatchedWorker]:
     """Those that have stood still for too long and keep the others waiting.
 
     Who stands in reduce waits for the others, unless it is stopped or they are ahead of it. If all wait, they do so for
-    another host, whose keeper has WAIT_FACTOR less patience.
+    another host, whose keeper waits WAIT_FACTOR times less long.
     """
     furthest = max((each.step for each in watched if each.phase != REST), default=0)
     late = [each for each in watched if each.timeout_s is not None and each.still_s > each.timeout_s]

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from raytrain.errors import ConfigError, StorageError
-from raytrain.storage.direct_io import equal
+from raytrain.storage.direct_io import equal_bytes
 from raytrain.storage.local import LocalStorage
 from raytrain.storage.paths import CHUNK_BYTES, READ_BYTES, Bytes, Parts, folder_of, joined, parts_of
-from raytrain.storage.retry import PATIENCE_S, patient, patiently
+from raytrain.storage.retry import RETRY_S, retrying, with_retries
 from raytrain.storage.scratch import ScratchFolder
 
 UPLOAD_BYTES = 64 << 20  # so much of a file is on its way to an object store, in several parts at once
-
-
 REQUEST_TRIES, REQUEST_S = 2, 3  # by pyarrow itself; its defaults are 31 tries, 99 s of a server that hangs
 
 
@@ -53,11 +51,11 @@ class ArrowStorage:
 
     is_local = False
 
-    def __init__(self, filesystem: Any, root: str, uri: str, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, filesystem: Any, root: str, uri: str, retry_s: float = RETRY_S) -> None:
         self.filesystem = filesystem
         self.root = root.rstrip("/")
         self.uri = uri
-        self.patience_s = patience_s
+        self.retry_s = retry_s
 
     def path_of(self, name: str) -> str:
         return joined(self.uri, name) if name else joined(self.uri)
@@ -75,31 +73,31 @@ class ArrowStorage:
         finally:
             scratch.remove()
 
-    @patient("look at")
+    @retrying("look at")
     def exists(self, name: str) -> bool:
         return self._found(self._info(name))
 
-    @patient("list")
+    @retrying("list")
     def list(self, name: str) -> list[str]:
         from pyarrow.fs import FileSelector
 
         children = self.filesystem.get_file_info(FileSelector(self._key(name), allow_not_found=True))
         return sorted(child.base_name for child in children)
 
-    @patient("look at")
+    @retrying("look at")
     def size(self, name: str) -> int:
         info = self._info(name)
         if not info.is_file:
             raise StorageError(f"{self.path_of(name)}: cannot look at: there is no such file")
         return int(info.size)
 
-    @patient("make the folder")
+    @retrying("make the folder")
     def makedirs(self, name: str) -> None:
         self.filesystem.create_dir(self._key(name), recursive=True)
 
     @contextlib.contextmanager
     def open_read(self, name: str) -> Iterator[IO[bytes]]:
-        tried = functools.partial(patiently, "read", self.path_of(name), patience_s=self.patience_s)
+        tried = functools.partial(with_retries, "read", self.path_of(name), retry_s=self.retry_s)
         with self._opened(name) as file, io.BufferedReader(_Reader(file, tried), READ_BYTES) as stream:
             yield stream
 
@@ -117,7 +115,7 @@ class ArrowStorage:
         view = memoryview(data)
         with self.open_read(name) as file:
             parts = (view[at : at + CHUNK_BYTES] for at in range(0, len(view), CHUNK_BYTES))
-            return all(equal(memoryview(file.read(len(part))), part) for part in parts)
+            return all(equal_bytes(memoryview(file.read(len(part))), part) for part in parts)
 
     def upload(self, local_file: Path, name: str) -> None:
         with LocalStorage(local_file.parent)._opened(local_file.name) as source:
@@ -132,14 +130,14 @@ class ArrowStorage:
             self._copy(f"{source}{name}", f"{target}{name}")
         self.remove_tree(source)
 
-    @patient("write")
+    @retrying("write")
     def _put(self, name: str, parts: Parts) -> None:
         with self._in_folder(self._key(name), self.filesystem.open_output_stream) as file:
             for part in parts():
                 file.write(part)
                 file.flush()  # or pyarrow would hold a copy of all that is not yet sent
 
-    @patient("rename")
+    @retrying("rename")
     def _files_below(self, name: str) -> tuple[str, ...]:
         """The rest of the name of each file, from the "/" after `name`."""
         from pyarrow.fs import FileSelector
@@ -148,11 +146,11 @@ class ArrowStorage:
         below = self.filesystem.get_file_info(FileSelector(key, recursive=True))
         return tuple(info.path[len(key) :] for info in below if info.is_file)
 
-    @patient("copy")
+    @retrying("copy")
     def _copy(self, source: str, target: str) -> None:
         self._in_folder(self._key(target), functools.partial(self.filesystem.copy_file, self._key(source)))
 
-    @patient("delete")
+    @retrying("delete")
     def remove_tree(self, name: str) -> None:
         info = self._info(name)
         if info.is_file:
@@ -160,7 +158,7 @@ class ArrowStorage:
         elif self._found(info):
             self.filesystem.delete_dir(self._key(name))
 
-    @patient("read")
+    @retrying("read")
     def _opened(self, name: str) -> Any:
         return self.filesystem.open_input_file(self._key(name))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 DIRECT_BYTES = 1 << 20  # what is shorter goes through the page cache
 BLOCK_BYTES = 4096  # O_DIRECT wants memory, offset and length aligned to it
-CHUNK_BYTES = 8 << 20  # read at once to be compared
+COMPARE_BYTES = 8 << 20  # read at once to be compared
 O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 memcmp = ctypes.CDLL(None).memcmp
@@ -23,7 +23,7 @@ memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
 @contextlib.contextmanager
-def direct(path: Path, flags: int) -> Iterator[int]:
+def open_direct(path: Path, flags: int) -> Iterator[int]:
     """A handle of the file, opened with O_DIRECT where its file system knows that."""
     try:
         handle = os.open(path, flags | O_DIRECT, 0o666)
@@ -47,24 +47,24 @@ def write_all(handle: int, data: memoryview) -> None:
         if at >= whole:
             _through_the_cache(handle)
         rest = data[at:whole] if at < whole else data[at:]
-        at += _directly(handle, functools.partial(os.write, handle, rest))
+        at += _transferred(handle, functools.partial(os.write, handle, rest))
 
 
-def holds(handle: int, data: memoryview) -> bool:
+def file_equals(handle: int, data: memoryview) -> bool:
     """Whether the file, from its start, is `data` and nothing more."""
     if os.fstat(handle).st_size != len(data):
         return False
-    block = memoryview(mmap.mmap(-1, CHUNK_BYTES))
+    block = memoryview(mmap.mmap(-1, COMPARE_BYTES))
     at = 0
     while at < len(data):
-        count = _directly(handle, functools.partial(os.readv, handle, [block]))
-        if count == 0 or not equal(block[:count], data[at : at + count]):
+        count = _transferred(handle, functools.partial(os.readv, handle, [block]))
+        if count == 0 or not equal_bytes(block[:count], data[at : at + count]):
             return False
         at += count
     return True
 
 
-def equal(one: memoryview, other: memoryview) -> bool:
+def equal_bytes(one: memoryview, other: memoryview) -> bool:
     """Whether two stretches of bytes are equal. By memcmp, at 8 GB/s and with no interpreter lock held.
 
     By words where one is read-only, whose address ctypes does not tell: 2.7 GB/s. Memoryviews of bytes make 0.3.
@@ -77,7 +77,7 @@ def equal(one: memoryview, other: memoryview) -> bool:
     return one[:words].cast("Q") == other[:words].cast("Q") and one[words:] == other[words:]
 
 
-def _directly(handle: int, transfer: Callable[[], int]) -> int:
+def _transferred(handle: int, transfer: Callable[[], int]) -> int:
     """Bytes that `transfer` moves; through the page cache from now on where O_DIRECT refuses its memory or length."""
     try:
         return transfer()

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from raytrain.storage.direct_io import direct, holds, write_all
+from raytrain.storage.direct_io import file_equals, open_direct, write_all
 from raytrain.storage.paths import Bytes, Parts, expanded, folder_of, parts_of, temporary_name
-from raytrain.storage.retry import PATIENCE_S, as_storage_error, patient
+from raytrain.storage.retry import RETRY_S, as_storage_error, retrying
 
 
 class LocalStorage:
@@ -20,9 +20,9 @@ class LocalStorage:
 
     is_local = True
 
-    def __init__(self, root: Path, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, root: Path, retry_s: float = RETRY_S) -> None:
         self.root = expanded(root).absolute()
-        self.patience_s = patience_s
+        self.retry_s = retry_s
 
     def path_of(self, name: str) -> str:
         return str(self.local_path(name))
@@ -34,7 +34,7 @@ class LocalStorage:
     def local_copy(self, name: str) -> Iterator[Path]:
         yield self.local_path(name)
 
-    @patient("look at")
+    @retrying("look at")
     def exists(self, name: str) -> bool:
         try:
             self.local_path(name).stat()
@@ -42,18 +42,18 @@ class LocalStorage:
             return False
         return True
 
-    @patient("list")
+    @retrying("list")
     def list(self, name: str) -> list[str]:
         try:
             return sorted(child.name for child in self.local_path(name).iterdir())
         except FileNotFoundError:
             return []
 
-    @patient("look at")
+    @retrying("look at")
     def size(self, name: str) -> int:
         return self.local_path(name).stat().st_size
 
-    @patient("make the folder")
+    @retrying("make the folder")
     def makedirs(self, name: str) -> None:
         path = self.local_path(name)
         missing = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -66,17 +66,17 @@ class LocalStorage:
         with self._opened(name) as file, as_storage_error("read", self.path_of(name)):
             yield file
 
-    @patient("read")
+    @retrying("read")
     def read_bytes(self, name: str) -> bytes:
         return self.local_path(name).read_bytes()
 
     def write_bytes(self, name: str, data: Bytes) -> None:
         self.write_parts(name, lambda: [memoryview(data)])
 
-    @patient("read")
+    @retrying("read")
     def same_bytes(self, name: str, data: Bytes) -> bool:
-        with direct(self.local_path(name), os.O_RDONLY) as handle:
-            return holds(handle, memoryview(data))
+        with open_direct(self.local_path(name), os.O_RDONLY) as handle:
+            return file_equals(handle, memoryview(data))
 
     def upload(self, local_file: Path, name: str) -> None:
         LocalStorage(local_file.parent).download(local_file.name, self.local_path(name))
@@ -85,13 +85,13 @@ class LocalStorage:
         with self._opened(name) as source:
             LocalStorage(local_file.parent).write_parts(local_file.name, lambda: parts_of(source))
 
-    @patient("write")
+    @retrying("write")
     def write_parts(self, name: str, parts: Parts) -> None:
         """As write_bytes, of several parts."""
         path, beside = self.local_path(name), self.local_path(temporary_name("writing", name))
         self.makedirs(folder_of(name))
         try:
-            with direct(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as handle:
+            with open_direct(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as handle:
                 for part in parts():
                     write_all(handle, memoryview(part))
                 os.fsync(handle)
@@ -106,7 +106,7 @@ class LocalStorage:
         self.makedirs(folder_of(target))
         self._rename(source, target)
 
-    @patient("rename")
+    @retrying("rename")
     def _rename(self, source: str, target: str) -> None:
         old, new = self.local_path(source), self.local_path(target)
         if old.exists() or not new.exists():
@@ -116,7 +116,7 @@ class LocalStorage:
         for folder in {old.parent, new.parent}:
             _sync_folder(folder)
 
-    @patient("delete")
+    @retrying("delete")
     def remove_tree(self, name: str) -> None:
         path = self.local_path(name)
         try:
@@ -128,7 +128,7 @@ class LocalStorage:
             return
         _sync_folder(path.parent)
 
-    @patient("read")
+    @retrying("read")
     def _opened(self, name: str) -> IO[bytes]:
         return self.local_path(name).open("rb")
 

@@ -16,8 +16,6 @@ from raytrain.storage.retry import as_storage_error
 from raytrain.storage.storage import Storage
 
 LOCK = ".lock"
-
-
 JOURNAL = "journal.jsonl"
 
 

@@ -14,14 +14,9 @@ from raytrain.errors import ConfigError
 from raytrain.storage.processes import started_at
 
 CHUNK_BYTES = 1 << 20
-
-
 READ_BYTES = 8 << 20  # one request to an object store
 
-
 Bytes = bytes | memoryview | mmap.mmap
-
-
 Parts = Callable[[], Iterable[bytes | memoryview]]  # of a file, in order, as often as it has to be written
 
 

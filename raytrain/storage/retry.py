@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 from raytrain.errors import StorageError
 
-PATIENCE_S = 60.0  # how long what may pass is tried again
+RETRY_S = 60.0  # how long what may pass is tried again
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
 
 # The network's, and those of a network file system that is mounted. A bad sector (EIO) stays bad.
@@ -33,10 +33,10 @@ T = TypeVar("T")
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def patiently(action: str, path: str, operation: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
+def with_retries(action: str, path: str, operation: Callable[[], T], retry_s: float = RETRY_S) -> T:
     """What `operation` gives, which may be done twice.
 
-    An OSError that may pass is waited out, for patience_s in all, in ever longer pauses; any other
+    An OSError that may pass is waited out, for retry_s in all, in ever longer pauses; any other
     and the last one is a StorageError: `path` cannot `action`.
     """
     began, tries, pause_s = time.monotonic(), 1, FIRST_PAUSE_S
@@ -45,7 +45,7 @@ def patiently(action: str, path: str, operation: Callable[[], T], patience_s: fl
             return operation()
         except OSError as error:
             waited_s = time.monotonic() - began
-            if not may_pass(error) or waited_s + pause_s > patience_s:
+            if not may_pass(error) or waited_s + pause_s > retry_s:
                 tried = f" (tried {tries} times in {waited_s:.0f} s)" if tries > 1 else ""
                 raise _failure(error, action, path, tried) from error
         # Workers that failed together shall not come back together. Never the generator that training draws from.
@@ -53,14 +53,14 @@ def patiently(action: str, path: str, operation: Callable[[], T], patience_s: fl
         tries, pause_s = tries + 1, min(2 * pause_s, LONGEST_PAUSE_S)
 
 
-def patient(action: str) -> Callable[[Method], Method]:
-    """For methods of a storage, whose first argument is a name: called as by `patiently`."""
+def retrying(action: str) -> Callable[[Method], Method]:
+    """For methods of a storage, whose first argument is a name: called as by `with_retries`."""
 
     def decorate(method: Method) -> Method:
         @functools.wraps(method)
         def tried(self: Any, name: str, *args: Any) -> Any:
             operation = functools.partial(method, self, name, *args)
-            return patiently(action, self.path_of(name), operation, self.patience_s)
+            return with_retries(action, self.path_of(name), operation, self.retry_s)
 
         return cast(Method, tried)
 
@@ -69,7 +69,7 @@ def patient(action: str) -> Callable[[Method], Method]:
 
 @contextlib.contextmanager
 def as_storage_error(action: str, path: str) -> Iterator[None]:
-    """An OSError is told as by `patiently`: for what cannot be done twice."""
+    """An OSError is told as by `with_retries`: for what cannot be done twice."""
     try:
         yield
     except OSError as error:

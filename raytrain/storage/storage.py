@@ -18,7 +18,7 @@ from raytrain.errors import ConfigError
 from raytrain.storage.arrow import ArrowStorage, filesystem_of
 from raytrain.storage.local import LocalStorage
 from raytrain.storage.paths import Bytes
-from raytrain.storage.retry import PATIENCE_S, patiently
+from raytrain.storage.retry import RETRY_S, with_retries
 
 
 class Storage(Protocol):
@@ -74,10 +74,10 @@ class Storage(Protocol):
         """`name`, a folder or a file, is gone; nothing happens where it does not exist."""
 
 
-def open_storage(uri_or_path: str, patience_s: float = PATIENCE_S) -> Storage:
+def open_storage(uri_or_path: str, retry_s: float = RETRY_S) -> Storage:
     """The storage of a local path, a file:// URI, or any URI that pyarrow knows (s3://, gs://, hdfs://, ...).
 
-    patience_s: how long each operation tries again what may pass
+    retry_s: how long each operation tries again what may pass
     """
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://", uri_or_path)
     if scheme is None:
@@ -85,16 +85,16 @@ def open_storage(uri_or_path: str, patience_s: float = PATIENCE_S) -> Storage:
             raise ConfigError(
                 f"{uri_or_path}: this is neither a path nor a URI. Write a path, or a URI such as s3://bucket/folder"
             )
-        return LocalStorage(Path(uri_or_path), patience_s)
+        return LocalStorage(Path(uri_or_path), retry_s)
     if scheme[1].lower() == "file":
         parts = urllib.parse.urlsplit(uri_or_path)
         if parts.netloc not in ("", "localhost") or not parts.path:
             raise ConfigError(f"{uri_or_path}: this names no path. Write it as file:///folder/on/this/machine")
-        return LocalStorage(Path(urllib.parse.unquote(parts.path)), patience_s)
+        return LocalStorage(Path(urllib.parse.unquote(parts.path)), retry_s)
     if ":***@" in uri_or_path:
         raise ConfigError(
             f"{uri_or_path}: the secret in this URI was masked when it was written down. Leave it out, with the key, "
             "and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; or give the whole URI with --output"
         )
-    filesystem, root = patiently("open", uri_or_path, functools.partial(filesystem_of, uri_or_path), patience_s)
-    return ArrowStorage(filesystem, root, uri_or_path, patience_s)
+    filesystem, root = with_retries("open", uri_or_path, functools.partial(filesystem_of, uri_or_path), retry_s)
+    return ArrowStorage(filesystem, root, uri_or_path, retry_s)

@@ -46,7 +46,7 @@ WITHOUT_TORCH = (
     *("keeper/keeper", "keeper/client", "keeper/channel", "keeper/shared_memory", "keeper/heartbeat"),
     *("keeper/watchdog", "training/checkpoints", "sweep/ledger", "sweep/view", "sweep/advice", "sweep/display"),
 )
-NEEDS_TORCH = ("storage/state_file",)
+NEEDS_TORCH = ("storage/state_file", "storage/file_layout")
 
 MODULES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix(): path

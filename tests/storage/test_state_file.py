@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from raytrain.errors import CheckpointError
-from raytrain.storage.state_file import LARGE_BYTES, Blueprint, OddPayload, check_loadable, dumps, leaves_of, loads
+from raytrain.storage.file_layout import LARGE_BYTES, FileLayout, IrregularPayload, leaves_of
+from raytrain.storage.state_file import check_loadable, dumps, loads
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 
@@ -43,11 +44,11 @@ def payload(step: int, scale: float = 1.0) -> dict[str, Any]:
     }
 
 
-def filled(blueprint: Blueprint, *payloads: dict[str, Any]) -> memoryview:
-    memory = memoryview(bytearray(blueprint.size_bytes))
-    sheet = blueprint.sheet(memory)
+def filled(layout: FileLayout, *payloads: dict[str, Any]) -> memoryview:
+    memory = memoryview(bytearray(layout.size_bytes))
+    buffer = layout.write_into(memory)
     for each in payloads:
-        sheet.fill(leaves_of(each))
+        buffer.fill(leaves_of(each))
     return memory
 
 
@@ -69,10 +70,10 @@ def assert_same(found: Any, expected: Any) -> None:
 
 
 def test_what_was_filled_in_last_comes_back_bit_for_bit() -> None:
-    blueprint = Blueprint(leaves_of(payload(1)))
+    layout = FileLayout(leaves_of(payload(1)))
     later = {**payload(70_000, 2.0), "raytrain": {**payload(70_000, 2.0)["raytrain"], "text": "x"}}
-    assert blueprint.fits(leaves_of(later))
-    memory = filled(blueprint, payload(1), later)
+    assert layout.fits(leaves_of(later))
+    memory = filled(layout, payload(1), later)
     assert_same(loads(memory, "memory"), later)
     assert_same(torch.load(io.BytesIO(memory), weights_only=True), later)
     check_loadable(memory)
@@ -82,16 +83,16 @@ def test_a_large_state_which_several_threads_copy_comes_back_bit_for_bit() -> No
     images = torch.randn(64, 16, 64, 64).to(memory_format=torch.channels_last)  # 16 MB, in an order of its own
     large = torch.nn.Parameter(torch.randn(LARGE_BYTES // 4 + 3))
     state = {"small": torch.arange(7), "large": large, "images": images, "turned": torch.randn(900, 1000).T}
-    blueprint = Blueprint(leaves_of({"model_state": {name: torch.zeros_like(t) for name, t in state.items()}}))
-    found = loads(filled(blueprint, {"model_state": state}), "memory")["model_state"]
+    layout = FileLayout(leaves_of({"model_state": {name: torch.zeros_like(t) for name, t in state.items()}}))
+    found = loads(filled(layout, {"model_state": state}), "memory")["model_state"]
     for name, tensor in state.items():
         assert torch.equal(found[name], tensor), name
         assert found[name].stride() == tensor.stride(), name
 
 
 def test_tied_tensors_are_one_in_the_file_and_parts_of_a_buffer_are_not() -> None:
-    blueprint = Blueprint(leaves_of(payload(3)))
-    state = loads(filled(blueprint, payload(3)), "memory")["model_state"]
+    layout = FileLayout(leaves_of(payload(3)))
+    state = loads(filled(layout, payload(3)), "memory")["model_state"]
     assert state["tied.a"].data_ptr() == state["tied.b"].data_ptr()
     assert state["part"].untyped_storage().nbytes() == 6 * 4
 
@@ -109,47 +110,47 @@ def test_tied_tensors_are_one_in_the_file_and_parts_of_a_buffer_are_not() -> Non
         lambda p: p.update(more=1),
     ],
 )
-def test_a_payload_of_another_shape_needs_another_blueprint(change: Any) -> None:
+def test_a_payload_of_another_shape_needs_another_layout(change: Any) -> None:
     other = payload(3)
     change(other)
-    blueprint = Blueprint(leaves_of(payload(3)))
-    assert not blueprint.fits(leaves_of(other))
-    assert_same(loads(filled(Blueprint(leaves_of(other)), other), "memory"), other)
+    layout = FileLayout(leaves_of(payload(3)))
+    assert not layout.fits(leaves_of(other))
+    assert_same(loads(filled(FileLayout(leaves_of(other)), other), "memory"), other)
 
 
 def test_numbers_of_any_size_are_filled_in() -> None:
     def numbers(*values: Any) -> dict[str, Any]:
         return {"model_state": {}, "numbers": list(values)}
 
-    blueprint = Blueprint(leaves_of(numbers(0, 1, 2, 0.0)))
+    layout = FileLayout(leaves_of(numbers(0, 1, 2, 0.0)))
     for values in ((-(2**31), 2**31 - 1, 255, math.inf), (65536, 0, -1, -0.0), (256, 7, 7, 5e-324)):
-        assert blueprint.fits(leaves_of(numbers(*values)))
-        found = loads(filled(blueprint, numbers(*values)), "memory")["numbers"]
+        assert layout.fits(leaves_of(numbers(*values)))
+        found = loads(filled(layout, numbers(*values)), "memory")["numbers"]
         assert found == list(values) and math.copysign(1, found[3]) == math.copysign(1, values[3])
 
 
 def test_tensors_hidden_in_other_containers_make_a_payload_odd_and_it_is_saved_as_a_whole() -> None:
     odd = {"model_state": OrderedDict(w=torch.ones(3))}
-    with pytest.raises(OddPayload):
-        Blueprint(leaves_of(odd))
+    with pytest.raises(IrregularPayload):
+        FileLayout(leaves_of(odd))
     assert torch.equal(loads(memoryview(dumps(odd)), "memory")["model_state"]["w"], torch.ones(3))
 
 
 def test_objects_that_loading_would_refuse_are_refused_before_anything_is_trusted() -> None:
     bad = {**payload(1), "mine": np.float64(1)}
     with pytest.raises(CheckpointError, match=r"numpy.*which loading would refuse"):
-        check_loadable(filled(Blueprint(leaves_of(bad)), bad))
+        check_loadable(filled(FileLayout(leaves_of(bad)), bad))
 
 
 def test_an_array_among_the_values_is_compared_by_nobody() -> None:
     first, second = ({"model_state": {}, "array": np.arange(3)} for _ in range(2))
-    assert not Blueprint(leaves_of(first)).fits(leaves_of(second))
+    assert not FileLayout(leaves_of(first)).fits(leaves_of(second))
 
 
 def test_what_changes_in_place_among_the_values_is_noticed() -> None:
     counts = Counter(steps=1)
     state = {"model_state": {"_extra_state": {"counts": counts, "seen": {1}}}}
-    blueprint = Blueprint(leaves_of(state))
-    assert blueprint.fits(leaves_of(state))
+    layout = FileLayout(leaves_of(state))
+    assert layout.fits(leaves_of(state))
     counts["steps"] += 1
-    assert not blueprint.fits(leaves_of(state))
+    assert not layout.fits(leaves_of(state))

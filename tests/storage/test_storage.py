@@ -22,7 +22,7 @@ from raytrain.errors import ConfigError, StorageError, masked
 from raytrain.storage.arrow import ArrowStorage
 from raytrain.storage.local import LocalStorage
 from raytrain.storage.paths import joined, parent_and_name, parse_temporary, temporary_name
-from raytrain.storage.retry import as_storage_error, may_pass, patiently
+from raytrain.storage.retry import as_storage_error, may_pass, with_retries
 from raytrain.storage.storage import Storage, open_storage
 
 
@@ -214,7 +214,7 @@ def test_object_store_errors_say_what_to_do(text: str, advice: str) -> None:
             raise OSError(text)
 
     with pytest.raises(StorageError, match=rf"s3://b/run/x: cannot look at: .*{advice}"):
-        ArrowStorage(Refusing(), "b/run", "s3://b/run", patience_s=0.0).exists("x")
+        ArrowStorage(Refusing(), "b/run", "s3://b/run", retry_s=0.0).exists("x")
 
 
 @pytest.mark.parametrize(
@@ -249,10 +249,10 @@ def test_only_what_may_pass_is_tried_again(passes: bool, error: OSError) -> None
         return "done"
 
     if passes:
-        assert patiently("read", "x", operation, 1.0) == "done"
+        assert with_retries("read", "x", operation, 1.0) == "done"
     else:
         with pytest.raises(StorageError, match="x: cannot read"):
-            patiently("read", "x", operation, 1.0)
+            with_retries("read", "x", operation, 1.0)
         assert answers == [None]
 
 
@@ -262,7 +262,7 @@ def test_what_does_not_pass_in_time_says_how_often_it_was_tried() -> None:
 
     drawn = random.getstate()
     with pytest.raises(StorageError, match=r"x: cannot list: Stale file handle \(tried [23] times in [01] s\)\. "):
-        patiently("list", "x", operation, 0.5)
+        with_retries("list", "x", operation, 0.5)
     assert random.getstate() == drawn  # what training draws is not changed by a network
 
 

@@ -16,11 +16,11 @@ from tasks_for_tests import Exact, Net, Points
 
 from raytrain import ModelReturn
 from raytrain.engine.reduction import CollectiveReduction, SharedMemoryReduction
-from raytrain.storage.state_file import Sheet
+from raytrain.storage.file_layout import FileBuffer
 
 MANY = 1 << 20  # weights: a state of 12 MB takes some ms to copy, and some more to write
 INSIDE = {  # functions that a process is in while it is in that phase
-    "saving": (Sheet.fill,),
+    "saving": (FileBuffer.fill,),
     "reduce": (SharedMemoryReduction.reduce, CollectiveReduction.reduce),
 }
 
