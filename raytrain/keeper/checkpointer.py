@@ -6,10 +6,7 @@ write, read back and tidy up is the keeper's, in a process of its own.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import math
-import statistics
 import threading
 import time
 from collections.abc import Sequence
@@ -20,7 +17,7 @@ import torch
 from raytrain.engine.state import RunState, manifest_of, payload_of
 from raytrain.errors import CheckpointError, RaytrainError, StorageError
 from raytrain.keeper.client import WITHOUT, KeeperClient
-from raytrain.keeper.snapshots import Snapshots, TooSmall
+from raytrain.keeper.snapshots import Pace, Snapshots, TooSmall
 from raytrain.progress import Progress
 from raytrain.storage.checkpoint import Manifest
 from raytrain.storage.state_file import dumps
@@ -29,7 +26,6 @@ from raytrain.storage.store import CheckpointPolicy, Store, checkpoint_name
 LEAST_S, MOST_S = 60.0, 3600.0  # between saves where EVERY_SECONDS is auto
 LOOK_S = 0.02
 HEAR_S = 1.0  # so often it is looked whether the keeper lives
-HEAVY_S = 0.25  # a first copy that took as long is not done again right away
 ERRORS = {error.__name__: error for error in (StorageError, CheckpointError)}
 
 
@@ -62,43 +58,8 @@ class PendingSave:
         return self.name if self._exists else None
 
 
-class Pace:
-    """Every how many steps a state is copied to memory, so that it takes `share` of the time at most."""
-
-    def __init__(self, share: float) -> None:
-        self._share = share
-        self._costs_s = collections.deque([0.0, 0.0], maxlen=5)
-        self._step_s = 0.0
-        self._since, self._ended_at = 0, time.perf_counter()
-
-    def is_due(self, every: Any) -> bool:
-        """Ask once after each step. every: steps, "auto", or None for never."""
-        now = time.perf_counter()
-        step_s, self._ended_at = now - self._ended_at, now
-        self._step_s = 0.9 * self._step_s + 0.1 * step_s if self._step_s else step_s
-        self._since += 1
-        if every == "auto":
-            # Not the last one, nor the mean: one copy that a busy machine held up would put the next off by 100 steps.
-            cost_s = statistics.median(self._costs_s)
-            every = math.ceil(cost_s / (self._share * self._step_s))
-        return every is not None and self._since >= every
-
-    def begin_anew(self) -> None:
-        """The state has just been copied, and the clock of the next step starts."""
-        self._since, self._ended_at = 0, time.perf_counter()
-
-    def took(self, cost_s: float, first: bool) -> None:
-        """It was done, and took so long. The first in its place takes longer than others: all is laid out for it."""
-        self.begin_anew()
-        if first and cost_s > HEAVY_S and not any(self._costs_s):
-            self._costs_s.clear()
-        elif first:
-            return
-        self._costs_s.append(cost_s)
-
-
 @dataclasses.dataclass(frozen=True)
-class Order:
+class UnansweredRequest:
     """What the keeper was asked to write: the state in a slot, or the metrics of a checkpoint."""
 
     save: PendingSave | None
@@ -112,16 +73,16 @@ class Checkpointer:
     notes: lines for the journal, to be taken out
     """
 
-    def __init__(self, store: Store, kept: KeeperClient | None) -> None:
-        """kept: None where nothing is copied to memory. Then a save is written before it returns."""
+    def __init__(self, store: Store, keeper: KeeperClient | None) -> None:
+        """keeper: None where nothing is copied to memory. Then a save is written before it returns."""
         self.store, self.policy = store, store.policy
-        self._kept = kept if kept is not None and kept.keeps else None
-        self._snapshots = Snapshots(self._kept) if self._kept else None
+        self._keeper = keeper if keeper is not None and keeper.keeps else None
+        self._snapshots = Snapshots(self._keeper) if self._keeper else None
         self.notes: list[str] = []
-        self._about: dict[str, Any] = {}
-        self._orders: dict[int, Order] = {}
+        self._description: dict[str, Any] = {}
+        self._requests: dict[int, UnansweredRequest] = {}
         self._number = 0
-        self._answers = self._kept.status.answers if self._kept else 0
+        self._answers = self._keeper.status.answers if self._keeper else 0
         self._done: list[PendingSave] = []
         self._saved_at: float | None = None
         self._due, self._heard_at = False, time.monotonic()
@@ -130,10 +91,10 @@ class Checkpointer:
 
     def describe(self, run: RunState, driver: Sequence[Any]) -> None:
         """What the keeper has to know to save a state by itself; driver: as Job has it."""
-        if self._kept is not None:
+        if self._keeper is not None:
             policy = {name: getattr(self.policy, name) for name in CheckpointPolicy.__annotations__}
-            self._about = {"manifest": fields_of(manifest_of(run, None)), "policy": policy, "driver": driver}
-            self._say(op="about", **self._about)
+            self._description = {"manifest": fields_of(manifest_of(run, None)), "policy": policy, "driver": driver}
+            self._say(op="describe", **self._description)
 
     def prepare(self, run: RunState) -> None:
         """Have memory for the states fetched from the system before the first one is copied."""
@@ -145,10 +106,10 @@ class Checkpointer:
 
     def after_step(self, run: RunState) -> bool:
         """Keep the state in memory if that is due; whether it was. What failed in the background is raised here."""
-        if self._kept is None or self._snapshots is None:
+        if self._keeper is None or self._snapshots is None:
             return False
         now = time.monotonic()
-        if self._kept.status.answers != self._answers or now - self._heard_at > HEAR_S:
+        if self._keeper.status.answers != self._answers or now - self._heard_at > HEAR_S:
             self._heard_at = now
             self._hear()
         self._snapshots.settle(wait=False)
@@ -202,20 +163,20 @@ class Checkpointer:
             save.stall_s = time.perf_counter() - began
             self._record(save, save.stall_s, 0.0)
         else:
-            self._order(save, slot, op="save", manifest=fields_of(manifest), may_be_replaced=may_be_replaced)
+            self._request(save, slot, op="save", manifest=fields_of(manifest), may_be_replaced=may_be_replaced)
             save.stall_s = time.perf_counter() - began
         return save
 
     def add_metrics(self, name: str, metrics: dict[str, float]) -> None:
         """Checkpoint `name` gets the metrics of its evaluation, once it is there."""
-        if self._kept is None:
+        if self._keeper is None:
             self.store.add_metrics(name, metrics)
         else:
-            self._order(None, None, op="metrics", name=name, metrics=metrics)
+            self._request(None, None, op="metrics", name=name, metrics=metrics)
 
     def settle(self) -> None:
         """Returns when nothing is left to be written; raises what went wrong."""
-        while self._orders:
+        while self._requests:
             self._hear(wait=True)
 
     def _filled(self, run: RunState) -> int | None:
@@ -223,10 +184,10 @@ class Checkpointer:
         assert self._snapshots is not None
         self._snapshots.settle(wait=True)
         while self._is_full() or (slot := self._snapshots.free_slot(self._used())) is None:
-            if self._orders:
+            if self._requests:
                 self._hear(wait=True)
             else:
-                time.sleep(LOOK_S)  # the keeper writes what workers that have died had ordered, and tells nobody
+                time.sleep(LOOK_S)  # the keeper writes what workers that have died had asked for, and tells nobody
                 self._hear()  # it may die meanwhile
         try:
             self._put(run, slot, torch.tensor(True))
@@ -240,7 +201,7 @@ class Checkpointer:
     def _do_without(self, error: OSError) -> None:
         """No state is kept in memory from here on: the system gives none."""
         self.settle()
-        self._kept = self._snapshots = None
+        self._keeper = self._snapshots = None
         self.notes.append(f"{WITHOUT}: {error.strerror or error}")
 
     def _put(self, run: RunState, slot: int, finite: torch.Tensor) -> bool:
@@ -248,36 +209,36 @@ class Checkpointer:
         assert self._snapshots is not None
         try:
             return self._snapshots.put(run, slot, finite)
-        except TooSmall as found:
+        except TooSmall as error:
             self.settle()  # the keeper still reads from the old ones
-            self._snapshots.make_room(found.size_bytes)
+            self._snapshots.make_room(error.size_bytes)
             return self._snapshots.put(run, slot, finite)
 
     def _used(self) -> set[int | None]:
-        return {order.slot for order in self._orders.values()}
+        return {request.slot for request in self._requests.values()}
 
     def _is_full(self) -> bool:
         """Whether one save is being written, and another waits that must not give way."""
-        saves = [order.save for order in self._orders.values() if order.save is not None]
+        saves = [request.save for request in self._requests.values() if request.save is not None]
         return len(saves) > 1 and not saves[-1].may_be_replaced
 
-    def _order(self, save: PendingSave | None, slot: int | None, **message: Any) -> None:
+    def _request(self, save: PendingSave | None, slot: int | None, **message: Any) -> None:
         self._number += 1
-        self._orders[self._number] = Order(save, slot, message)
+        self._requests[self._number] = UnansweredRequest(save, slot, message)
         self._say(number=self._number, slot=slot, **message)
 
     def _say(self, **message: Any) -> None:
-        assert self._kept is not None
+        assert self._keeper is not None
         try:
-            self._kept.channel.send(**message)
+            self._keeper.channel.send(**message)
         except OSError:
             self._replace_keeper()
 
     def _hear(self, wait: bool = False) -> None:
         """Takes the keeper's answers that are there; with `wait`, at least one."""
-        assert self._kept is not None
-        self._answers = self._kept.status.answers
-        channel = self._kept.channel
+        assert self._keeper is not None
+        self._answers = self._keeper.status.answers
+        channel = self._keeper.channel
         try:
             answers = [channel.receive()] if wait else []
             while channel.poll():
@@ -286,7 +247,7 @@ class Checkpointer:
             self._replace_keeper()
             return
         failures = []
-        for answer in answers:  # all of them, whatever one says: nobody would answer these orders again
+        for answer in answers:  # all of them, whatever one says: nobody would answer these requests again
             try:
                 self._take(**answer)
             except RaytrainError as error:
@@ -299,24 +260,24 @@ class Checkpointer:
 
         Its memory is this process's too, so nothing is lost.
         """
-        kept = self._kept
-        assert kept is not None
-        orders, self._orders = self._orders, {}
-        for order in orders.values():
-            if order.save is None:
-                self.store.add_metrics(order.message["name"], order.message["metrics"])
-            elif order.slot is not None:
+        keeper = self._keeper
+        assert keeper is not None
+        requests, self._requests = self._requests, {}
+        for request in requests.values():
+            if request.save is None:
+                self.store.add_metrics(request.message["name"], request.message["metrics"])
+            elif request.slot is not None:
                 began = time.perf_counter()
-                manifest = Manifest(order.save.progress, **order.message["manifest"])
-                self.store.save(kept.state(order.slot), manifest, time.time())
-                self._record(order.save, time.perf_counter() - began, 0.0)
-        kept.close()
-        kept.join()
-        self._snapshots, self._answers = Snapshots(kept), kept.status.answers
-        self._say(op="about", **self._about)
+                manifest = Manifest(request.save.progress, **request.message["manifest"])
+                self.store.save(keeper.state(request.slot), manifest, time.time())
+                self._record(request.save, time.perf_counter() - began, 0.0)
+        keeper.close()
+        keeper.join()
+        self._snapshots, self._answers = Snapshots(keeper), keeper.status.answers
+        self._say(op="describe", **self._description)
 
     def _take(self, number: int, **answer: Any) -> None:
-        save = self._orders.pop(number).save
+        save = self._requests.pop(number).save
         if "error" in answer:
             if save is not None:
                 save.over(exists=False)

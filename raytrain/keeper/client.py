@@ -71,13 +71,13 @@ def connect_or_start(run_uri: str, launch: str) -> Channel:
             start_new_session=True,
         ) as process:
             try:
-                _, told = process.communicate(timeout=START_S)
+                _, errors = process.communicate(timeout=START_S)
             except subprocess.TimeoutExpired:  # else leaving this block would wait for it without end
                 process.kill()
-                told = f"it took more than {START_S:g} s".encode()
+                errors = f"it took more than {START_S:g} s".encode()
         channel = connect(run_uri)
         if channel is None:
-            raise OSError(f"the keeper of {run_uri} did not start: {told.decode(errors='replace').strip()[-2000:]}")
+            raise OSError(f"the keeper of {run_uri} did not start: {errors.decode(errors='replace').strip()[-2000:]}")
     return channel
 
 
@@ -102,7 +102,7 @@ def newest_progress(run_uri: str) -> Progress | None:
 def take_over(run_uri: str, timeout_s: float) -> None:
     """Nobody keeps this run folder on this host any more: the newest state that was kept is in its checkpoints.
 
-    Returns without that if workers still train there after timeout_s. PreflightError if the keeper does not answer,
+    Returns without that if workers still train there after timeout_s. PreflightError if the keeper does not reply,
     or cannot save it.
     """
     channel = connect(run_uri) if is_possible() else None
@@ -110,11 +110,12 @@ def take_over(run_uri: str, timeout_s: float) -> None:
         return
     try:
         channel.send(op="take_over", timeout_s=timeout_s)
-        told = channel.receive_within(timeout_s + SAVE_S)  # that workers train there, or the end
-        if "unsaved" in told:
+        reply = channel.receive_within(timeout_s + SAVE_S)  # that workers train there, or the end
+        if "unsaved" in reply:
             raise PreflightError(
-                f"{run_uri}: the state after step {told['step']} stands in the memory of process {channel.peer} only, "
-                f"which could not save it: {told['unsaved']}\nIt tries again every few seconds and at the next launch. "
+                f"{run_uri}: the state after step {reply['step']} stands in the memory of process {channel.peer} only, "
+                f"which could not save it: {reply['unsaved']}\n"
+                f"It tries again every few seconds and at the next launch. "
                 f"`kill -9 {channel.peer}` gives up what is in no checkpoint"
             )
     except (EOFError, OSError):
@@ -138,28 +139,30 @@ class KeeperClient:
     def join(self) -> None:
         """At first, and again after a keeper that has died."""
         try:
-            told = self._greet()
+            greeting = self._greet()
         except (EOFError, ConnectionError):  # it was about to end, and saved its state
-            told = self._greet()
-        if "other" in told:
+            greeting = self._greet()
+        if "other" in greeting:
             take_over(self._run_uri, TAKE_OVER_S)
-            told = self._greet()
-        if "other" in told:
+            greeting = self._greet()
+        if "other" in greeting:
             raise PreflightError(
                 f"{self._run_uri}: another run is training in this folder on this host. Wait for it or end it, "
                 "or give this one a folder of its own (--extra_tag NAME)"
             )
-        self.hangs: list[dict[str, Any]] = told["hangs"]
+        self.hangs: list[dict[str, Any]] = greeting["hangs"]
         self.status = StatusTable(self.channel.receive_descriptor())
-        self.slots = Slots(self.channel.receive_descriptor(), told["slot_bytes"]) if told["slot_bytes"] else None
+        self.slots = (
+            Slots(self.channel.receive_descriptor(), greeting["slot_bytes"]) if greeting["slot_bytes"] else None
+        )
 
     def _greet(self) -> dict[str, Any]:
         self.channel = connect_or_start(self._run_uri, self._launch)
         self.channel.send(op="hello", launch=self._launch)
-        told = self.channel.receive_within(START_S)
-        if "other" in told:
+        greeting = self.channel.receive_within(START_S)
+        if "other" in greeting:
             self.channel.close()
-        return told
+        return greeting
 
     @property
     def newest(self) -> Progress | None:
@@ -203,20 +206,20 @@ def join_keeper(run_uri: str, launch: str, world: World) -> tuple[KeeperClient |
     hosts = world.all_objects(host() if is_possible() else None)
     if None in hosts:
         return None, []
-    firsts = [hosts.index(host) for host in hosts]
-    leads = firsts[world.rank] == world.rank
-    kept, refusal = None, ""
+    first_ranks = [hosts.index(host) for host in hosts]
+    leads = first_ranks[world.rank] == world.rank
+    keeper, refusal = None, ""
     if leads:
         try:
-            kept = KeeperClient(run_uri, launch, leads, world.rank in sorted(set(firsts))[:2])
+            keeper = KeeperClient(run_uri, launch, leads, world.rank in sorted(set(first_ranks))[:2])
         except (OSError, EOFError) as error:
             refusal = str(error) or "its process ended"
-    answers = world.all_objects((refusal, kept.hangs if kept else []))  # from here on each host's keeper stands
+    answers = world.all_objects((refusal, keeper.hangs if keeper else []))  # from here on each host's keeper stands
     refusals = [refusal for refusal, _ in answers if refusal]
     if refusals:
-        if kept is not None:
-            kept.end()
+        if keeper is not None:
+            keeper.end()
         return None, [f"{WITHOUT}: {refusals[0]}"]
-    kept = kept or KeeperClient(run_uri, launch, leads=False, keeps=False)
-    kept.hangs = [hang for _, hangs in answers for hang in hangs]
-    return kept, []
+    keeper = keeper or KeeperClient(run_uri, launch, leads=False, keeps=False)
+    keeper.hangs = [hang for _, hangs in answers for hang in hangs]
+    return keeper, []

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import queue
 import signal
 import socket
 import sys
@@ -21,41 +20,24 @@ from multiprocessing.connection import wait
 from types import SimpleNamespace
 from typing import Any
 
-from raytrain.errors import CheckpointError, RaytrainError, StorageError
+from raytrain.errors import CheckpointError, StorageError
 from raytrain.keeper.channel import Channel, is_own
 from raytrain.keeper.client import address_of
 from raytrain.keeper.shared_memory import Slots, StatusTable
 from raytrain.keeper.watchdog import Watchdog
+from raytrain.keeper.writer import Writer, WriteRequest
 from raytrain.progress import Progress
 from raytrain.storage.checkpoint import Manifest
 from raytrain.storage.lock import JOURNAL, locked
 from raytrain.storage.processes import host, started_at
 from raytrain.storage.scratch import remove_abandoned
 from raytrain.storage.storage import open_storage
-from raytrain.storage.store import FOLDER, Store, checkpoint_name
+from raytrain.storage.store import Store
 
 TICK_S = 0.25
 GRACE_S = 30.0  # so long workers may be away while their driver lives, or lives where it cannot be seen
 LOCK_S = 40.0
 SAVE_AGAIN_S, HOLD_S = 5.0, 3600.0  # between two tries to save the newest state; after so long it is given up
-
-
-@dataclasses.dataclass(eq=False)
-class Order:
-    """What a worker wants written: the state in a slot, or the metrics of a checkpoint.
-
-    data, progress: that state
-    """
-
-    channel: Channel
-    number: int
-    slot: int | None
-    manifest: dict[str, Any]
-    data: memoryview | None = None
-    progress: Progress = dataclasses.field(default_factory=Progress)
-    name: str = ""
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    may_be_replaced: bool = False
 
 
 class Keeper:
@@ -66,13 +48,13 @@ class Keeper:
         self.status = StatusTable.made()
         self.slots: Slots | None = None
         self.channels: list[Channel] = []
-        self.telling = threading.Lock()
+        self.replying = threading.Lock()
         self.workers: set[Channel] = set()
-        self.about: dict[str, Any] = {}
+        self.description: dict[str, Any] = {}
         self.writer = Writer(self)
         self.watchdog = Watchdog(self.status, run_uri)
         self.alone_since = time.monotonic()
-        self.takers: list[tuple[Channel, float]] = []
+        self.waiting_launches: list[tuple[Channel, float]] = []
         self.held_since: float | None = None
         self.retry_at = 0.0
 
@@ -88,17 +70,17 @@ class Keeper:
                 self.alone_since = time.monotonic()
             if self.is_left():
                 return
-            for channel, until in self.takers:
+            for channel, until in self.waiting_launches:
                 if time.monotonic() > until:
-                    self.tell(channel, busy=True)
-            self.takers = [taker for taker in self.takers if time.monotonic() <= taker[1]]
+                    self.reply(channel, busy=True)
+            self.waiting_launches = [waiting for waiting in self.waiting_launches if time.monotonic() <= waiting[1]]
 
     def is_left(self) -> bool:
         """Whether nobody is to come any more. Then the newest state has been written."""
         if self.workers:
             return False
         now = time.monotonic()
-        if not self.takers and not self.driver_is_dead() and now - self.alone_since < GRACE_S:
+        if not self.waiting_launches and not self.driver_is_dead() and now - self.alone_since < GRACE_S:
             return False
         if not self.writer.is_idle or now < self.retry_at:
             return False
@@ -116,13 +98,13 @@ class Keeper:
             note(self.run_uri, f"the newest state is held in memory, since it could not be saved: {why}")
         self.retry_at = now + SAVE_AGAIN_S
         slot = self.status.newest()
-        for channel, _ in self.takers:
-            self.tell(channel, unsaved=why, step=self.status.progress(slot).step if slot is not None else 0)
-        self.takers = []
+        for channel, _ in self.waiting_launches:
+            self.reply(channel, unsaved=why, step=self.status.progress(slot).step if slot is not None else 0)
+        self.waiting_launches = []
         return now - self.held_since > HOLD_S
 
     def driver_is_dead(self) -> bool:
-        driver = self.about.get("driver") or [None]
+        driver = self.description.get("driver") or [None]
         return driver[0] == host() and started_at(driver[1]) != driver[2]
 
     def accept(self) -> None:
@@ -148,13 +130,13 @@ class Keeper:
     def drop(self, channel: Channel) -> None:
         self.watchdog.drop(channel)
         self.workers.discard(channel)
-        self.takers = [taker for taker in self.takers if taker[0] is not channel]
+        self.waiting_launches = [waiting for waiting in self.waiting_launches if waiting[0] is not channel]
         if channel in self.channels:
             self.channels.remove(channel)
             channel.close()
 
-    def tell(self, channel: Channel, **answer: Any) -> None:
-        with self.telling, contextlib.suppress(OSError):  # it has died: then nobody wants to know
+    def reply(self, channel: Channel, **answer: Any) -> None:
+        with self.replying, contextlib.suppress(OSError):  # it has died: then nobody wants to know
             channel.send(**answer)
             self.status.answered()
 
@@ -168,11 +150,11 @@ class Keeper:
                 if self.answer(other):
                     return True
         if launch != self.launch:
-            self.tell(channel, other=self.launch)
+            self.reply(channel, other=self.launch)
             return False
         self.workers.add(channel)
         slots = self.slots
-        self.tell(
+        self.reply(
             channel,
             slot_bytes=slots.slot_bytes if slots else 0,
             hangs=[hang.report for hang in self.watchdog.hangs],
@@ -182,36 +164,37 @@ class Keeper:
             channel.send_descriptor(slots.descriptor)
         return False
 
-    def on_about(self, channel: Channel, **about: Any) -> None:
+    def on_describe(self, channel: Channel, **description: Any) -> None:
         """What is to be known to write a state that nobody asked to be saved: manifest, policy, driver."""
-        self.about = about
+        self.description = description
 
     def on_slots(self, channel: Channel, slot_bytes: int) -> None:
         """Larger memory, in place of what there was."""
         self.slots = slots = Slots(channel.receive_descriptor(), slot_bytes)
         threading.Thread(target=slots.fetch, args=[lambda: self.slots is slots], daemon=True).start()
 
-    def on_save(self, channel: Channel, slot: int, **order: Any) -> None:
-        self.writer.take(Order(channel, slot=slot, data=self.state(slot), progress=self.status.progress(slot), **order))
+    def on_save(self, channel: Channel, slot: int, **request: Any) -> None:
+        data, progress = self.state(slot), self.status.progress(slot)
+        self.writer.take(WriteRequest(channel, slot=slot, data=data, progress=progress, **request))
 
-    def on_metrics(self, channel: Channel, **order: Any) -> None:
-        self.writer.take(Order(channel, manifest={}, **order))
+    def on_metrics(self, channel: Channel, **request: Any) -> None:
+        self.writer.take(WriteRequest(channel, manifest={}, **request))
 
     def on_watch(self, channel: Channel, **worker: Any) -> None:
         """This worker's heartbeat shall be looked at."""
-        self.tell(channel, place=self.watchdog.add(channel, channel.receive_descriptor(), **worker))
+        self.reply(channel, place=self.watchdog.add(channel, channel.receive_descriptor(), **worker))
 
     def on_hangs(self, channel: Channel) -> None:
         """Somebody wants to know why a worker has died."""
-        self.tell(channel, hangs=[hang.report for hang in self.watchdog.hangs])
+        self.reply(channel, hangs=[hang.report for hang in self.watchdog.hangs])
 
     def on_newest(self, channel: Channel) -> None:
         """Somebody wants to know what is held here."""
         slot = self.status.newest()
-        self.tell(channel, newest=None if slot is None else dataclasses.astuple(self.status.progress(slot)))
+        self.reply(channel, newest=None if slot is None else dataclasses.astuple(self.status.progress(slot)))
 
     def on_take_over(self, channel: Channel, timeout_s: float) -> None:
-        self.takers.append((channel, time.monotonic() + timeout_s))
+        self.waiting_launches.append((channel, time.monotonic() + timeout_s))
         self.retry_at = 0.0
 
     def on_end(self, channel: Channel) -> bool:
@@ -222,7 +205,7 @@ class Keeper:
     def flush(self) -> None:
         """The newest state is in the run's checkpoints, unless those have a newer one, or another launch runs."""
         slot = self.status.newest()
-        if self.slots is None or slot is None or not self.about:
+        if self.slots is None or slot is None or not self.description:
             return
         progress = self.status.progress(slot)
         store = self.store()
@@ -231,7 +214,7 @@ class Keeper:
         with locked(store.storage, LOCK_S):
             if any(e.manifest and self.is_overtaken_by(e.manifest, progress) for e in store.listed()):
                 return
-            self.save(store, self.state(slot), progress, self.about["manifest"])
+            self.save(store, self.state(slot), progress, self.description["manifest"])
 
     def is_overtaken_by(self, manifest: Manifest, progress: Progress) -> bool:
         theirs, own = manifest.progress, (progress.epoch, progress.cursor)
@@ -239,7 +222,7 @@ class Keeper:
         return later or (theirs.epoch, theirs.cursor) >= own
 
     def store(self) -> Store:
-        return Store(open_storage(self.run_uri), SimpleNamespace(**self.about["policy"]), self.launch)
+        return Store(open_storage(self.run_uri), SimpleNamespace(**self.description["policy"]), self.launch)
 
     def state(self, slot: int) -> memoryview:
         assert self.slots is not None, "something was written there"
@@ -247,90 +230,6 @@ class Keeper:
 
     def save(self, store: Store, data: memoryview, progress: Progress, manifest: dict[str, Any]) -> None:
         store.save(data, Manifest(progress, **manifest), time.time())
-
-
-class Writer:
-    """A thread that carries out orders, one after another."""
-
-    def __init__(self, keeper: Keeper) -> None:
-        self._keeper = keeper
-        self._orders: queue.Queue[Order | None] = queue.Queue()
-        self._lock = threading.Lock()
-        self._replaced: set[Order] = set()
-        self._waiting: Order | None = None
-        self.is_idle = True
-        self._thread = threading.Thread(target=self._write_all, name="raytrain-writer", daemon=True)
-        self._thread.start()
-
-    def take(self, order: Order) -> None:
-        """Carries it out after those before; a save that waits gives way to a newer one if it may."""
-        with self._lock:
-            waiting = self._waiting
-            if waiting is not None and waiting.may_be_replaced and order.slot is not None:
-                self._replaced.add(waiting)
-                self._reads(waiting, -1)
-                self._keeper.tell(waiting.channel, number=waiting.number, replaced=True)
-            if order.slot is not None:
-                self._waiting = order
-            self._reads(order, 1)
-            self.is_idle = False
-            self._orders.put(order)
-
-    def close(self) -> None:
-        """Returns once all orders are carried out."""
-        self._orders.put(None)
-        self._thread.join()
-
-    def _write_all(self) -> None:
-        while (order := self._orders.get()) is not None:
-            with self._lock:
-                if self._waiting is order:
-                    self._waiting = None
-                replaced = order in self._replaced
-                self._replaced.discard(order)
-            if not replaced:
-                outcome = self._outcome(order)
-                with self._lock:
-                    self._reads(order, -1)
-                self._keeper.tell(order.channel, number=order.number, **outcome)
-            with self._lock:
-                self.is_idle = self._orders.empty()
-
-    def _reads(self, order: Order, change: int) -> None:
-        if order.slot is not None:
-            self._keeper.status.read_by(order.slot, change)
-
-    def _outcome(self, order: Order) -> dict[str, Any]:
-        began, began_cpu = time.monotonic(), time.thread_time()
-        try:
-            self._write(order)
-        except Exception as error:
-            told = str(error) if isinstance(error, RaytrainError) else traceback.format_exc()
-            return {"error": told, "kind": type(error).__name__}
-        return {"seconds": time.monotonic() - began, "cpu_s": time.thread_time() - began_cpu}
-
-    def _write(self, order: Order) -> None:
-        store = self._keeper.store()
-        if order.data is None:
-            if store.storage.exists(f"{FOLDER}/{order.name}"):
-                store.add_metrics(order.name, order.metrics)
-            else:
-                self._save_again(store, order)
-            return
-        self._keeper.save(store, order.data, order.progress, order.manifest)
-
-    def _save_again(self, store: Store, order: Order) -> None:
-        """Somebody has removed the checkpoint that these metrics are of: it is saved with them, if it is the newest."""
-        keeper = self._keeper
-        slot = keeper.status.newest()
-        if slot is None or checkpoint_name(keeper.status.progress(slot)) != order.name:
-            return  # memory holds what came after it
-        keeper.status.read_by(slot, 1)
-        try:
-            manifest = {**keeper.about["manifest"], "metrics": order.metrics}
-            keeper.save(store, keeper.state(slot), keeper.status.progress(slot), manifest)
-        finally:
-            keeper.status.read_by(slot, -1)
 
 
 def main(run_uri: str, launch: str) -> None:

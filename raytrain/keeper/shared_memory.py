@@ -92,10 +92,10 @@ class StatusTable:
         """Those of all places, taken or not."""
         return [self.heartbeat(place) for place in range(HEARTBEATS)]
 
-    def forget_all_but(self, kept: int | None) -> None:
+    def forget_all_but(self, spared: int | None) -> None:
         """No other slot is whole any more."""
         for slot in range(SLOTS):
-            if slot != kept:
+            if slot != spared:
                 self.begin(slot)
 
 

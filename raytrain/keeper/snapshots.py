@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import functools
+import math
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +19,8 @@ from raytrain.progress import Progress
 from raytrain.storage.file_layout import FileBuffer, FileLayout, IrregularPayload, Leaves, leaves_of
 from raytrain.storage.state_file import check_loadable, dumps, loads
 
+HEAVY_S = 0.25  # a first copy that took as long is not done again right away
+
 
 class TooSmall(Exception):  # noqa: N818 (nothing is wrong)
     """The slots cannot hold a state of size_bytes."""
@@ -26,16 +32,16 @@ class TooSmall(Exception):  # noqa: N818 (nothing is wrong)
 class Snapshots:
     """The keeper's slots, as this process fills them with states of the run."""
 
-    def __init__(self, kept: KeeperClient) -> None:
-        self._kept = kept
+    def __init__(self, keeper: KeeperClient) -> None:
+        self._keeper = keeper
         self._layout: FileLayout | None = None
         self._buffers: dict[int, FileBuffer] = {}
-        self._transfer: Transfer | None = None
+        self._copy: SnapshotCopy | None = None
 
     def free_slot(self, used: set[int | None]) -> int | None:
         """One that is neither used, nor the newest, nor being filled, nor written by the keeper for a dead worker."""
-        status = self._kept.status
-        taken = {*used, status.newest(), self._transfer.slot if self._transfer else None}
+        status = self._keeper.status
+        taken = {*used, status.newest(), self._copy.slot if self._copy else None}
         return next((slot for slot in range(SLOTS) if slot not in taken and not status.is_read(slot)), None)
 
     def put(self, run: RunState, slot: int, finite: torch.Tensor) -> bool:
@@ -52,56 +58,91 @@ class Snapshots:
         layout = self._layout
         data = dumps(payload) if layout is None else b""  # odd ones as a whole
         size_bytes = len(data) if layout is None else layout.size_bytes
-        if self._kept.slots is None or size_bytes > self._kept.slots.slot_bytes:
+        if self._keeper.slots is None or size_bytes > self._keeper.slots.slot_bytes:
             raise TooSmall(size_bytes)
-        memory = self._kept.slots.view(slot, size_bytes)
-        self._kept.status.begin(slot)
-        self._transfer = Transfer(slot, run.progress, size_bytes, finite)
+        memory = self._keeper.slots.view(slot, size_bytes)
+        self._keeper.status.begin(slot)
+        self._copy = SnapshotCopy(slot, run.progress, size_bytes, finite)
         if layout is None:
             memory[:] = data
-            self._transfer.begin(run, lambda: None)
+            self._copy.begin(run, lambda: None)
             return False
         is_new = slot not in self._buffers
         if is_new:
-            self._kept.slots.touch(slot * self._kept.slots.slot_bytes, size_bytes)
+            self._keeper.slots.touch(slot * self._keeper.slots.slot_bytes, size_bytes)
             if on_gpu:
                 pin(memory)
             self._buffers[slot] = layout.write_into(memory)
         if on_gpu:
             leaves = without_buffers(leaves, run)
-        self._transfer.begin(run, functools.partial(self._buffers[slot].fill, leaves))
+        self._copy.begin(run, functools.partial(self._buffers[slot].fill, leaves))
         if is_new:
             check_loadable(memory)
         return is_new
 
     def prepare(self, run: RunState) -> None:
         """Slots that will do for this run, unless a worker before has left some: the keeper fetches their memory."""
-        if self._kept.slots is None:
+        if self._keeper.slots is None:
             self.make_room(size_to_come(run))
 
     def make_room(self, size_bytes: int) -> None:
         """Larger slots, for the keeper too; of what is in the old ones, the newest state moves along."""
         self._buffers.clear()
-        status, newest, slots = self._kept.status, self._kept.status.newest(), Slots.made(size_bytes)
-        if newest is not None and self._kept.slots is not None:
-            state = self._kept.state(newest)
+        status, newest, slots = self._keeper.status, self._keeper.status.newest(), Slots.made(size_bytes)
+        if newest is not None and self._keeper.slots is not None:
+            state = self._keeper.state(newest)
             slots.view(newest, len(state))[:] = state  # in the same slot: the table is right for old and new ones
         status.forget_all_but(newest)
-        self._kept.slots = slots
-        self._kept.channel.send(op="slots", slot_bytes=slots.slot_bytes)
-        self._kept.channel.send_descriptor(slots.descriptor)
+        self._keeper.slots = slots
+        self._keeper.channel.send(op="slots", slot_bytes=slots.slot_bytes)
+        self._keeper.channel.send_descriptor(slots.descriptor)
 
     def settle(self, wait: bool) -> None:
         """What has arrived is the newest state, unless there is NaN in it; with `wait`, what is under way too."""
-        transfer = self._transfer
-        if transfer is None or not transfer.is_over(wait):
+        copy = self._copy
+        if copy is None or not copy.is_over(wait):
             return
-        self._transfer = None
-        if transfer.is_finite():
-            self._kept.status.commit(transfer.slot, transfer.progress, transfer.size_bytes)
+        self._copy = None
+        if copy.is_finite():
+            self._keeper.status.commit(copy.slot, copy.progress, copy.size_bytes)
 
 
-class Transfer:
+class Pace:
+    """Every how many steps a state is copied to memory, so that it takes `share` of the time at most."""
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._costs_s = collections.deque([0.0, 0.0], maxlen=5)
+        self._step_s = 0.0
+        self._since, self._ended_at = 0, time.perf_counter()
+
+    def is_due(self, every: Any) -> bool:
+        """Ask once after each step. every: steps, "auto", or None for never."""
+        now = time.perf_counter()
+        step_s, self._ended_at = now - self._ended_at, now
+        self._step_s = 0.9 * self._step_s + 0.1 * step_s if self._step_s else step_s
+        self._since += 1
+        if every == "auto":
+            # Not the last one, nor the mean: one copy that a busy machine held up would put the next off by 100 steps.
+            cost_s = statistics.median(self._costs_s)
+            every = math.ceil(cost_s / (self._share * self._step_s))
+        return every is not None and self._since >= every
+
+    def begin_anew(self) -> None:
+        """The state has just been copied, and the clock of the next step starts."""
+        self._since, self._ended_at = 0, time.perf_counter()
+
+    def took(self, cost_s: float, first: bool) -> None:
+        """It was done, and took so long. The first in its place takes longer than others: all is laid out for it."""
+        self.begin_anew()
+        if first and cost_s > HEAVY_S and not any(self._costs_s):
+            self._costs_s.clear()
+        elif first:
+            return
+        self._costs_s.append(cost_s)
+
+
+class SnapshotCopy:
     """One state on its way to a slot; from a GPU beside the computation, on a stream of its own."""
 
     def __init__(self, slot: int, progress: Progress, size_bytes: int, finite: torch.Tensor) -> None:

@@ -75,7 +75,7 @@ class WatchedWorker:
         """For the others, as far as it says."""
         return self.phase == REDUCE and not self.is_stopped
 
-    def looked_at(self, passed_s: float) -> bool:
+    def has_moved(self, passed_s: float) -> bool:
         """Whether it has made progress since the last look."""
         moved = self.words[BEAT_NS] != self.beat
         self.beat = self.words[BEAT_NS]
@@ -145,7 +145,7 @@ class Watchdog:
         passed_s, self._looked = min(now - self._looked, 2 * LOOK_S), now
         watched = list(self._watched.values())
         for each in watched:
-            if each.looked_at(passed_s):
+            if each.has_moved(passed_s):
                 self.hangs = [hang for hang in self.hangs if hang.at > each.added]
         culprits = culprits_of(watched)
         # All of them: somebody has suspended the run (Ctrl-Z under torchrun), and will let it go on.
@@ -238,8 +238,8 @@ def quiet_at(stacks: int, size: int, until: float) -> int:
     quiet_from = until
     while (now := time.monotonic()) < min(until, quiet_from):
         time.sleep(0.02)
-        if (found := os.fstat(stacks).st_size) > size:
-            size, quiet_from = found, now + QUIET_S
+        if (grown := os.fstat(stacks).st_size) > size:
+            size, quiet_from = grown, now + QUIET_S
     return size
 
 

@@ -42,9 +42,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 RAY_AT = ("cluster", "sweep")
 # Without torch and numpy: what a command reads before it starts anything, and the keeper, which is small and quick.
 WITHOUT_TORCH = (
-    *("errors", "progress", "config", "storage", "journal", "engine/schedule"),
+    *("errors", "progress", "config", "storage", "journal", "engine/schedule", "sweep/display"),
     *("keeper/keeper", "keeper/client", "keeper/channel", "keeper/shared_memory", "keeper/heartbeat"),
-    *("keeper/watchdog", "training/checkpoints", "sweep/ledger", "sweep/view", "sweep/advice", "sweep/display"),
+    *("keeper/watchdog", "keeper/writer", "training/checkpoints", "sweep/ledger", "sweep/view", "sweep/advice"),
 )
 NEEDS_TORCH = ("storage/state_file", "storage/file_layout")
 

@@ -25,9 +25,9 @@ from raytrain.engine.world import World
 from raytrain.errors import PreflightError, StorageError
 from raytrain.journal.run_folder import RunFolder
 from raytrain.keeper import channel, client, shared_memory
-from raytrain.keeper.checkpointer import LEAST_S, Checkpointer, Pace
+from raytrain.keeper.checkpointer import LEAST_S, Checkpointer
 from raytrain.keeper.client import KeeperClient
-from raytrain.keeper.snapshots import Snapshots, load_newest
+from raytrain.keeper.snapshots import Pace, Snapshots, load_newest
 from raytrain.progress import Progress
 from raytrain.storage.state_file import loads
 from raytrain.storage.store import Store
@@ -300,7 +300,7 @@ def test_states_are_kept_so_often_that_it_takes_its_share_of_the_time_and_no_mor
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 0.0
-    monkeypatch.setattr("raytrain.keeper.checkpointer.time.perf_counter", lambda: now)
+    monkeypatch.setattr("raytrain.keeper.snapshots.time.perf_counter", lambda: now)
 
     def kept(step_s: float, cost_s: float, every: Any, steps: int = 2000) -> int:
         nonlocal now
@@ -322,7 +322,7 @@ def test_states_are_kept_so_often_that_it_takes_its_share_of_the_time_and_no_mor
 
 def test_a_copy_that_was_held_up_once_does_not_put_the_next_ones_off(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("raytrain.keeper.checkpointer.time.perf_counter", lambda: now)
+    monkeypatch.setattr("raytrain.keeper.snapshots.time.perf_counter", lambda: now)
     for held_up in (1, 10):
         pace, kept_at = Pace(0.01), []
         for step in range(1, 31):
