@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.errors import PreflightError
-from raytrain.storage.processes import children_of
+from raytrain.storage.processes import children_of, command_of
 
 TEMP_PREFIX = "raytrain-ray-"
 
@@ -101,7 +101,7 @@ class OwnCluster:
         """
         import ray
 
-        below = children_of(self._raylet)
+        below = [command_of(pid) for pid in children_of(self._raylet)]
         if not self._spares:
             if below.count(IDLE) > 0:  # left by a restart that came before they were ready
                 return True

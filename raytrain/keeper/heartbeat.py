@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from raytrain.keeper.client import KeeperClient
 from raytrain.keeper.shared_memory import HEARTBEAT_WORDS, StatusTable
-from raytrain.storage.processes import started_at, write_stacks_to
+from raytrain.storage.processes import path_of_descriptor, started_at, write_stacks_to
 
 PHASES = ("rest", "data", "forward", "backward", "reduce", "checkpoint", "eval")
 REST, DATA, FORWARD, BACKWARD, REDUCE, CHECKPOINT, EVAL = PHASES
@@ -62,7 +62,7 @@ class Stacks:
 
     def __init__(self) -> None:
         self.descriptor = os.memfd_create("raytrain-stacks")
-        self.path = f"/proc/{os.getpid()}/fd/{self.descriptor}"
+        self.path = path_of_descriptor(os.getpid(), self.descriptor)
         write_stacks_to(self.path)
 
 

@@ -14,7 +14,6 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from raytrain.errors import EXIT_FAILED, is_ours, is_users
@@ -23,7 +22,7 @@ from raytrain.keeper.client import query
 from raytrain.keeper.heartbeat import BEAT_NS, PHASES, REDUCE, REST, STEP
 from raytrain.keeper.heartbeat import PHASE as PHASE_WORD
 from raytrain.keeper.shared_memory import HEARTBEAT_WORDS, HEARTBEATS, StatusTable
-from raytrain.storage.processes import DUMP, below, started_at, status_of
+from raytrain.storage.processes import DUMP, descendants_of, started_at, status_of, wait_channel_of
 from raytrain.storage.storage import open_storage
 
 LOOK_S = 0.5
@@ -211,19 +210,15 @@ def state_of(pid: int) -> str:
     if state.startswith("T"):
         return "; the process was stopped (SIGSTOP), so that there is no stack of it"
     if state.startswith("D"):
-        wait = ""
-        with contextlib.suppress(OSError):
-            wait = Path(f"/proc/{pid}/wchan").read_text().strip("0")
-        return (
-            f"; the system holds it ({wait or 'state D'}): most often a disk or a network file system does not answer"
-        )
+        where = wait_channel_of(pid) or "state D"
+        return f"; the system holds it ({where}): most often a disk or a network file system does not answer"
     return ""
 
 
 def dumped(worker: WatchedWorker) -> list[str]:
     """The stacks of the process, then those of its loader workers, one text each; those that come in time."""
     until, at, texts = time.monotonic() + DUMP_S, 0, []
-    for pid in (worker.pid, *below(worker.pid)):
+    for pid in (worker.pid, *descendants_of(worker.pid)):
         if answers_dump(pid):
             with contextlib.suppress(OSError):
                 os.kill(pid, DUMP)

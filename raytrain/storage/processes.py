@@ -68,14 +68,24 @@ def stat_of(pid: int) -> list[str]:
         return ["X"]
 
 
-def children_of(pid: int) -> list[str]:
-    """The names of the processes that `pid` has started."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended
-            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append((folder / "cmdline").read_text(errors="replace").rstrip("\0 "))
-    return found
+def children_of(pid: int) -> list[int]:
+    """The processes that this one has started and that are left."""
+    others = (int(folder.name) for folder in Path("/proc").glob("[0-9]*"))
+    return [other for other in others if stat_of(other)[1:2] == [str(pid)]]
+
+
+def descendants_of(pid: int) -> Iterator[int]:
+    """The processes that this one has started, and those that these have."""
+    for child in children_of(pid):
+        yield child
+        yield from descendants_of(child)
+
+
+def command_of(pid: int) -> str:
+    """What a process calls itself; nothing if it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").rstrip("\0 ")
+    return ""
 
 
 def status_of(pid: int, name: str) -> str:
@@ -86,13 +96,16 @@ def status_of(pid: int, name: str) -> str:
     return ""
 
 
-def below(pid: int) -> Iterator[int]:
-    """The processes that this one has started, and those that these have."""
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in map(int, task.read_text().split()):
-                yield child
-                yield from below(child)
+def wait_channel_of(pid: int) -> str:
+    """Where in the kernel a process waits; nothing if that says nothing."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/wchan").read_text().strip("0")
+    return ""
+
+
+def path_of_descriptor(pid: int, descriptor: int) -> str:
+    """By which others of this host open the file that a process has open."""
+    return f"/proc/{pid}/fd/{descriptor}"
 
 
 def write_stacks_to(path: str) -> None:
