@@ -15,6 +15,7 @@ from typing import Any
 from raytrain.cluster.address import check_address, join
 from raytrain.cluster.local_cluster import FOR_TRIALS, OwnCluster, Warm, is_tested, let_raylets_speak
 from raytrain.cluster.mailbox import Mailbox
+from raytrain.cluster.suspend import suspended_together
 from raytrain.errors import PreflightError
 
 AHEAD_S = 30.0  # processes that have not said by then that they stand are not waited for
@@ -119,7 +120,8 @@ def starting(
     try:
         if address is None:
             own = OwnCluster(num_cpus, dashboard, warm or workers_ahead(scale, num_cpus))
-        yield Cluster(address, own)
+        with suspended_together() if own is not None else contextlib.nullcontext():
+            yield Cluster(address, own)
     finally:
         if own is not None:
             own.close()

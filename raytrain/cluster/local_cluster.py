@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.errors import PreflightError
-from raytrain.storage.processes import children_of, command_of
+from raytrain.storage.processes import below, children_of, command_of, parent_of
 
 TEMP_PREFIX = "raytrain-ray-"
 
@@ -118,6 +118,10 @@ class OwnCluster:
         self._thread.join()
 
     def _live(self) -> None:
+        if is_tested():
+            # What Ray starts from this thread has it so too. A SIGTERM to all processes of a run (systemd, Slurm,
+            # `timeout`) is the driver's to answer: if the daemons did, no worker could save its state.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         remove_stale_temp_dirs()
         # Sockets lie below it and their paths may not pass 107 characters, so it is not in TMPDIR.
         temp_dir = tempfile.mkdtemp(prefix=f"{TEMP_PREFIX}{os.getpid()}-", dir="/tmp")
@@ -145,6 +149,9 @@ class OwnCluster:
                 "_temp_dir": temp_dir,
             }
             self.dashboard_url = ray.init("local", **asked, **said).dashboard_url or ""
+            if is_tested():
+                node: Any = ray._private.worker._global_node
+                node.kill_all_processes = functools.partial(kill_all_processes, node)
             return None
         node = start_node(temp_dir, self._num_cpus, self.warm)
         self._raylet = node.all_processes["raylet"][0].process.pid
@@ -201,6 +208,8 @@ def start_node(temp_dir: str, num_cpus: int | None, warm: Warm) -> Any:
     token.ensure_token_if_auth_enabled(create_token_if_missing=True)
 
     class BareNode(Node):
+        kill_all_processes = kill_all_processes  # type: ignore[assignment]
+
         def start_api_server(self, **wishes: Any) -> None:
             self._webui_url = ""
 
@@ -222,6 +231,26 @@ def start_node(temp_dir: str, num_cpus: int | None, warm: Warm) -> Any:
         env_vars={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, int(warm.cpus))))},
     )
     return BareNode(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True, ray_init_cluster=True)
+
+
+def kill_all_processes(node: Any, **wishes: Any) -> None:
+    """In place of the method of Ray's node, which asks by SIGTERM, to which these are deaf, and waits for each.
+
+    Those that the raylet has started, workers and agents, would ask for it for a while before they end.
+    """
+    daemons = [info.process for infos in node.all_processes.values() for info in infos]
+    started = [pid for daemon in daemons for pid in below(daemon.pid) if parent_of(pid) == daemon.pid]
+    for daemon in daemons:
+        daemon.kill()
+    for pid in started:
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(pid) == pid:  # a worker, with the processes that it has started
+                os.killpg(pid, signal.SIGKILL)
+            else:
+                os.kill(pid, signal.SIGKILL)
+    for daemon in daemons:
+        daemon.wait()
+    node.all_processes.clear()
 
 
 def hush_raylets() -> None:

@@ -141,6 +141,14 @@ def stop_on_signal(launch: str) -> None:
     """
     key = f"stop-{attempt(launch)}"
     signal.signal(signal.SIGTERM, lambda *_: Mailbox(launch).put(key, "SIGTERM to a worker"))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked where local_cluster has started this process
+
+
+def leave_signals_to_the_driver() -> None:
+    """Where local_cluster has blocked SIGTERM it does nothing; but in what the user's code starts it is not blocked."""
+    if signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:

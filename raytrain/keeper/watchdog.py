@@ -143,14 +143,14 @@ class Watchdog:
         # If this process was itself kept from running, so were the workers, perhaps: that is no hang.
         passed_s, self._looked = min(now - self._looked, 2 * LOOK_S), now
         watched = list(self._watched.values())
+        if all(each.is_stopped for each in watched):  # somebody has suspended the run (Ctrl-Z), and will let it go on
+            return
         for each in watched:
             if each.has_moved(passed_s):
                 self.hangs = [hang for hang in self.hangs if hang.at > each.added]
         culprits = culprits_of(watched)
-        # All of them: somebody has suspended the run (Ctrl-Z under torchrun), and will let it go on.
-        if not all(each.is_stopped for each in watched):
-            for each in culprits:
-                self._end(each)
+        for each in culprits:
+            self._end(each)
         if culprits:
             for each in watched:  # they wait for what is to come instead
                 each.still_s = 0.0

@@ -113,6 +113,7 @@ class TrialActor(Trainable):
 
     def setup(self, config: Params, settings: TrialSettings) -> None:  # type: ignore[override]  # see tune.with_parameters
         self.settings = settings
+        ray_worker.leave_signals_to_the_driver()
         job.stand_where_the_driver_stands(settings)
         self.stop_requested = threading.Event()
         self.training: TrainingThread | None = None

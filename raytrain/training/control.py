@@ -15,6 +15,8 @@ from raytrain.journal.records import Record
 from raytrain.keeper.checkpointer import PendingSave
 from raytrain.progress import Progress
 
+TWICE_S = 1.0  # a signal that comes again within that is the same one
+
 # Given a run's progress and the metrics of the evaluation just made: whether it is to go on. A sweep's, for its trials.
 Judge = Callable[[Progress, dict[str, float]], bool]
 
@@ -96,17 +98,26 @@ class LocalControl(Control):
 
 @contextlib.contextmanager
 def signals_wish_stop() -> Iterator[threading.Event]:
-    """Set by the first SIGINT or SIGTERM; a second one ends this process as it always would."""
+    """Set by the first SIGINT or SIGTERM; a second one ends this process as it always would.
+
+    Not one within TWICE_S of it: `timeout` signals its command, and then the group that this is in.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    first_at = 0.0
 
     def wish(number: int, frame: Any) -> None:
-        stop.set()
-        for each, handler in kept.items():
-            signal.signal(each, handler)
+        nonlocal first_at
+        if not stop.is_set():
+            stop.set()
+            first_at = time.monotonic()
+        elif time.monotonic() - first_at > TWICE_S:
+            for each, handler in kept.items():
+                signal.signal(each, handler)
+            signal.raise_signal(number)
 
     for number in kept:
         signal.signal(number, wish)

@@ -14,7 +14,7 @@ from typing import Any
 
 from raytrain.keeper.heartbeat import DATA, FORWARD, NUMBER, PHASE, REDUCE, STEP
 from raytrain.keeper.shared_memory import StatusTable
-from raytrain.keeper.watchdog import Watchdog
+from raytrain.keeper.watchdog import LOOK_S, Watchdog
 from raytrain.storage.processes import started_at
 
 TIMEOUT_S = 1.0
@@ -56,6 +56,17 @@ def test_who_waits_for_the_others_is_not_the_one_that_hangs(tmp_path: Path) -> N
 def test_one_that_the_others_are_ahead_of_waits_for_nobody(tmp_path: Path) -> None:
     with watched(tmp_path, [REDUCE, REDUCE], [6, 5]) as (_, processes):
         assert ended(processes) == [1]
+
+
+def test_the_time_that_a_whole_run_is_stopped_does_not_count(tmp_path: Path) -> None:
+    with watched(tmp_path, [FORWARD, FORWARD], [5, 5]) as (watchdog, processes):
+        for process in processes:
+            os.kill(process.pid, signal.SIGSTOP)
+        still_s = []
+        for _ in range(20):
+            still_s += [each.still_s for each in watchdog._watched.values()]
+            time.sleep(LOOK_S / 5)
+        assert max(still_s) <= TIMEOUT_S  # else they could be killed as soon as they go on
 
 
 def test_a_process_that_is_stopped_is_killed_unless_all_are(tmp_path: Path) -> None:
