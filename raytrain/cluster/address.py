@@ -8,7 +8,7 @@ import os
 import socket
 from pathlib import Path
 
-from raytrain.cluster.local_cluster import hush_raylets, is_tested, on_loopback
+from raytrain.cluster.local_cluster import is_tested, on_loopback, silence_raylets
 from raytrain.errors import PreflightError
 
 ANSWER_S = 5.0  # a Ray head that has not answered by then is not there
@@ -19,7 +19,7 @@ def join(address: str) -> None:
     import ray
 
     if is_tested():
-        hush_raylets()
+        silence_raylets()
     try:
         with on_loopback() if is_on_loopback_only(address) else contextlib.nullcontext():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -45,7 +45,7 @@ def is_on_loopback_only(address: str) -> bool:
     return False
 
 
-def check_address(address: str, patience_s: float = ANSWER_S) -> None:
+def check_address(address: str, timeout_s: float = ANSWER_S) -> None:
     """PreflightError unless a Ray head answers at `address`: ray.init would try for minutes, and print of it."""
     if address.startswith("ray://"):
         raise PreflightError(
@@ -63,7 +63,7 @@ def check_address(address: str, patience_s: float = ANSWER_S) -> None:
     if os.environ.get("RAY_USE_TLS", "0") in ("1", "true"):
         return
     try:
-        answer = ask_head(host.strip("[]"), int(port), patience_s)
+        answer = ask_head(host.strip("[]"), int(port), timeout_s)
     except OSError as error:
         raise PreflightError(
             f"--address {address}: no Ray cluster answers there ({error.strerror or error}). {fix}"
@@ -76,8 +76,8 @@ def check_address(address: str, patience_s: float = ANSWER_S) -> None:
 
 def take_token(address: str) -> None:
     """The cluster wants a token: Ray sends this user's if it is told to, before it is imported."""
-    places = [os.environ.get("RAY_AUTH_TOKEN_PATH"), str(Path.home() / ".ray" / "auth_token")]
-    if not os.environ.get("RAY_AUTH_TOKEN") and not any(place and Path(place).is_file() for place in places):
+    files = [os.environ.get("RAY_AUTH_TOKEN_PATH"), str(Path.home() / ".ray" / "auth_token")]
+    if not os.environ.get("RAY_AUTH_TOKEN") and not any(file and Path(file).is_file() for file in files):
         raise PreflightError(
             f"--address {address}: that cluster wants a token, and there is none here. Copy the head's "
             "~/.ray/auth_token to the same place on this machine, or set RAY_AUTH_TOKEN"
@@ -85,7 +85,7 @@ def take_token(address: str) -> None:
     os.environ["RAY_AUTH_MODE"] = "token"
 
 
-def ask_head(host: str, port: int, patience_s: float) -> str | None:
+def ask_head(host: str, port: int, timeout_s: float) -> str | None:
     """What a Ray head answers to one call without a token: "open" or "refused"; None from what is no Ray head.
 
     A call of gRPC by hand (RFC 9113, RFC 7541): Ray's own client prints a line a second while it is refused.
@@ -108,7 +108,7 @@ def ask_head(host: str, port: int, patience_s: float) -> str | None:
     headers = b"".join(b"\0" + text(name) + text(value) for name, value in call.items())
     data, headers_kind, settings = 0, 1, 4
     end_stream, end_headers = 1, 4
-    with socket.create_connection((host, port), timeout=patience_s) as connection:
+    with socket.create_connection((host, port), timeout=timeout_s) as connection:
         connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(settings, 0, 0))
         connection.sendall(frame(headers_kind, end_headers, 1, headers) + frame(data, end_stream, 1, bytes(5)))
         stream = connection.makefile("rb")

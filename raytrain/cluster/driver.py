@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from raytrain.cluster import cluster
 from raytrain.cluster.cluster import Cluster
+from raytrain.cluster.controller_status import ControllerStatus
 from raytrain.cluster.mailbox import Mailbox
+from raytrain.cluster.resources import free_workers, node_address, wait_reason
 from raytrain.journal.records import Record
 from raytrain.keeper.watchdog import failure_by, hangs_here
 from raytrain.progress import Progress
@@ -19,16 +20,16 @@ from raytrain.training.job import Job
 Show = Callable[[Record], None]
 
 POLL_S = 0.2  # how often records are fetched from the workers
-NOTICE_S = 10.0  # how often a run that waits for resources says so
-NODES_S = 2.0  # how often it is asked which nodes are to be taken away
+WAIT_NOTICE_S = 10.0  # how often a run that waits for resources says so
+NODE_POLL_S = 2.0  # how often it is asked which nodes are to be taken away
 # That the workers have trained before processes for a restart are made, which takes 3 s of CPU each: a short run is
 # spared that. Where some have died others may, so then they are made sooner.
-SPARES_S, SPARES_AGAIN_S = 10.0, 1.0
-DIED = (
+SPARES_S, SPARES_AFTER_DEATH_S = 10.0, 1.0
+DEATH_HINT = (
     "The worker process died without a word. Most often the machine ran out of memory and the system killed it\n"
     "(`dmesg` tells: fewer workers, a smaller batch or LOADER.WORKERS 0 need less), or native code crashed."
 )
-AGAIN = (
+RESUME_HINT = (
     "The same command goes on from the newest checkpoint; SCALE.MAX_FAILURES sets how often a run does so by itself."
 )
 
@@ -41,7 +42,7 @@ def say(show: Show, event: str, message: str) -> None:
 class Inbox:
     """What the workers post, shown once each in the order it was written.
 
-    attempt: which start of the workers has posted last, as mailbox.attempt tells them; "" before the first
+    attempt: which start of the workers has posted last, as mailbox.current_attempt tells them; "" before the first
     begun:   whether the workers that were asked for last have
     """
 
@@ -50,17 +51,17 @@ class Inbox:
         if judge is not never_ends:
             mailbox.put("judged", True)  # rank 0 then asks, and waits for the answer
         self.attempt, self.begun = "", False
-        self._died: list[str] = []
+        self._deaths: list[str] = []
         self._last_number = 0
 
-    def expect(self) -> None:
+    def expect_restart(self) -> None:
         """Others are started from here on, for reasons that were told."""
         self._mailbox.remove("records")
         self.begun = False
 
-    def died(self, who: str) -> None:
+    def add_death(self, who: str) -> None:
         """The workers are to be started again; said as soon as they have."""
-        self._died.append(who)
+        self._deaths.append(who)
 
     def fetch(self) -> None:
         posted = self._mailbox.get("records")
@@ -87,11 +88,11 @@ class Inbox:
         self._mailbox.put("answer", {"number": question["number"], "goes_on": goes_on})
 
     def _restarted(self, records: list[Record]) -> str:
-        why, self._died = "; ".join(self._died), []
+        why, self._deaths = "; ".join(self._deaths), []
         at = next((record["step"] for record in records if record["kind"] == "run"), None)
         where = "" if at is None else f" and go on after step {at}" if at else " and begin anew"
-        told = f"the workers were started again{where}"
-        return f"{why}; {told}" if why else told
+        message = f"the workers were started again{where}"
+        return f"{why}; {message}" if why else message
 
     def say(self, event: str, message: str) -> None:
         say(self.show, event, message)
@@ -103,21 +104,24 @@ class Fit:
     failure: what there is to tell a user if it failed, else None;   raised: what it raised, if it did
     """
 
-    def __init__(self, job: Job, trainer: Any, used: Cluster, per_worker: dict[str, float], inbox: Inbox) -> None:
+    def __init__(self, job: Job, trainer: Any, cluster: Cluster, per_worker: dict[str, float], inbox: Inbox) -> None:
         assert job.cfg.SCALE.NUM_WORKERS is not None  # Start.job has settled it
-        self._job, self._trainer, self._used, self._per_worker, self._inbox = job, trainer, used, per_worker, inbox
+        self._job, self._trainer, self._inbox = job, trainer, inbox
+        self._cluster, self._per_worker = cluster, per_worker
         self._num_workers, self._mailbox = job.cfg.SCALE.NUM_WORKERS, Mailbox(job.launch)
-        self._inside = getattr(trainer, "inside", None)  # of a LeanTrainer: Ray's own controller is an actor
-        self._crowded = cluster.free_workers(per_worker) < self._num_workers
-        self._notice_at, self._nodes_at, self._spares_at = time.monotonic() + NOTICE_S, 0.0, 0.0
-        self._seen, self._left = "", ""  # attempts: the one that trains, the last one asked to leave its nodes
+        # Of an InDriverTrainer: Ray's own controller is an actor.
+        self._controller: ControllerStatus | None = getattr(trainer, "controller_status", None)
+        self._crowded = free_workers(per_worker) < self._num_workers
+        self._notice_at, self._nodes_at, self._spares_at = time.monotonic() + WAIT_NOTICE_S, 0.0, 0.0
+        # Attempts: the one that trains, the last one that was asked to leave its nodes.
+        self._training_attempt, self._leaving_attempt = "", ""
         self.failure: dict[str, Any] | None = None
         self.raised: BaseException | None = None
 
     @property
     def was_moved(self) -> bool:
         """Whether the workers stopped because a node of theirs is taken away."""
-        return self._inside is not None and self._left == self._inside.attempt != ""
+        return self._controller is not None and self._leaving_attempt == self._controller.attempt != ""
 
     def follow(self, stop: threading.Event) -> str:
         """How it ended: "stopped", "finished", or "failed", as `failure` says."""
@@ -129,18 +133,21 @@ class Fit:
             inbox.fetch()
             inbox.answer()
             now = time.monotonic()
-            if self._inside is not None:
-                self._look_inside(self._inside, now)
+            if self._controller is not None:
+                self._watch_controller(self._controller, now)
             # Workers that have died wait too before they begin again; that only a controller in that thread can tell.
-            waits = self._crowded and not inbox.begun if self._inside is None else self._inside.awaits_room
+            if self._controller is None:
+                waits = self._crowded and not inbox.begun
+            else:
+                waits = self._controller.waits_for_resources
             if stop.is_set() and not asked:
                 self._mailbox.put("stop", "signal to the driver")
                 inbox.say("stopping", "the state is saved after the step under way; once more to stop at once")
                 asked = True
             if asked and (waits or not inbox.begun):
                 # No worker trains; one that still does finds the wish in the mailbox.
-                if self._inside is not None:
-                    self._inside.abandoned.set()
+                if self._controller is not None:
+                    self._controller.abandoned.set()
                     thread.join()
                 return "stopped"
             self._tell_of_waiting(waits, now)
@@ -157,52 +164,53 @@ class Fit:
         except BaseException as error:
             self.raised = error
 
-    def _look_inside(self, inside: Any, now: float) -> None:
+    def _watch_controller(self, controller: ControllerStatus, now: float) -> None:
         """What died, which nodes go, and whether it is time for spare processes."""
-        while not inside.died.empty():
-            how, hangs = inside.died.get(), hangs_here(self._job.run_uri)
-            self._inbox.died("; ".join(f"rank {hang['rank']} hung in step {hang['step']}" for hang in hangs) or how)
-        if self._inbox.attempt != self._seen:
-            self._spares_at = now + (SPARES_AGAIN_S if self._seen else SPARES_S)
-            self._seen = self._inbox.attempt
+        while not controller.restart_reasons.empty():
+            reason, hangs = controller.restart_reasons.get(), hangs_here(self._job.run_uri)
+            hung = "; ".join(f"rank {hang['rank']} hung in step {hang['step']}" for hang in hangs)
+            self._inbox.add_death(hung or reason)
+        if self._inbox.attempt != self._training_attempt:
+            self._spares_at = now + (SPARES_AFTER_DEATH_S if self._training_attempt else SPARES_S)
+            self._training_attempt = self._inbox.attempt
         due = self._spares_at and now > self._spares_at and self._job.cfg.SCALE.MAX_FAILURES != 0
-        if due and self._used.make_spares():
+        if due and self._cluster.make_spares():
             self._spares_at = 0.0
-        if not self._used.is_ours and now > self._nodes_at and self._left != inside.attempt:
-            self._nodes_at = now + NODES_S
-            if leaving := inside.leaving_nodes():
-                self._left = inside.attempt
-                self._mailbox.put(f"stop-{self._left}", "preemption")
-                self._inbox.say("preemption", told_of_nodes(leaving, time.time()))
+        if not self._cluster.is_ours and now > self._nodes_at and self._leaving_attempt != controller.attempt:
+            self._nodes_at = now + NODE_POLL_S
+            if leaving := controller.leaving_nodes():
+                self._leaving_attempt = controller.attempt
+                self._mailbox.put(f"stop-{self._leaving_attempt}", "preemption")
+                self._inbox.say("preemption", leaving_message(leaving, time.time()))
 
     def _tell_of_waiting(self, waits: bool, now: float) -> None:
         if not waits:
-            self._notice_at = now + NOTICE_S
+            self._notice_at = now + WAIT_NOTICE_S
         elif now > self._notice_at:
-            self._notice_at += NOTICE_S
-            self._inbox.say("waiting", cluster.wait_reason(self._per_worker, self._num_workers))
+            self._notice_at += WAIT_NOTICE_S
+            self._inbox.say("waiting", wait_reason(self._per_worker, self._num_workers))
 
     def _first_failure(self) -> dict[str, Any]:
         """The failure to show: the first that a worker told of, since the others often only follow from it."""
         raised, mailbox = self.raised, self._mailbox
-        last = "" if self._inside is None else f"{self._inside.attempt}-"
-        told = sorted((mailbox.get(key) for key in mailbox.keys(f"failure-{last}")), key=lambda told: told["time"])
-        told = [failure for failure in told if failure["attempt"] == told[-1]["attempt"]]
-        own = [failure for failure in told if not failure["lost_another"]]
+        last = "" if self._controller is None else f"{self._controller.attempt}-"
+        failures = sorted((mailbox.get(key) for key in mailbox.keys(f"failure-{last}")), key=lambda each: each["time"])
+        failures = [failure for failure in failures if failure["attempt"] == failures[-1]["attempt"]]
+        own = [failure for failure in failures if not failure["lost_another"]]
         ends: dict[int, Exception] = getattr(raised, "worker_failures", {})
-        silent = sorted(set(ends) - {failure["rank"] for failure in told})
-        given_up = getattr(self._inside, "given_up", "")
+        silent = sorted(set(ends) - {failure["rank"] for failure in failures})
+        give_up_reason = getattr(self._controller, "give_up_reason", "")
         if own and not silent:
-            return {**own[0], "given_up": given_up}
+            return {**own[0], "given_up": give_up_reason}
         for hang in hangs_here(self._job.run_uri):
-            return {**failure_by(hang, self._job.run_uri), "given_up": given_up or AGAIN}
+            return {**failure_by(hang, self._job.run_uri), "given_up": give_up_reason or RESUME_HINT}
         last_words = str(getattr(raised, "controller_failure", raised) or "the workers ended without saying why")
         if silent:
             last_words = str(ends[silent[0]]).strip().splitlines()[-1]
-        elif told:
-            last_words = told[0]["error"]
-        died = silent or told or given_up  # what others tell only follows from it
-        text = f"{DIED}\n{given_up or AGAIN}\n\nRay says: {last_words}" if died else last_words
+        elif failures:
+            last_words = failures[0]["error"]
+        died = silent or failures or give_up_reason  # what others tell only follows from it
+        text = f"{DEATH_HINT}\n{give_up_reason or RESUME_HINT}\n\nRay says: {last_words}" if died else last_words
         return {
             "rank": silent[0] if silent else None,
             "error": text,
@@ -214,10 +222,10 @@ class Fit:
         }
 
 
-def told_of_nodes(leaving: dict[str, int], now: float) -> str:
+def leaving_message(leaving: dict[str, int], now: float) -> str:
     """leaving: node ids, and when they go: milliseconds since 1970, 0 where that is not said.   now: seconds"""
     nodes = ", ".join(
-        f"node {cluster.address_of(node)} is taken away" + (f" in {max(0.0, at / 1000 - now):.0f} s" if at else "")
+        f"node {node_address(node)} is taken away" + (f" in {max(0.0, at / 1000 - now):.0f} s" if at else "")
         for node, at in sorted(leaving.items())
     )
     return f"{nodes}; the state is saved after the step under way, and the workers start again elsewhere"

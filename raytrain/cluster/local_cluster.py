@@ -20,16 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.errors import PreflightError
-from raytrain.storage.processes import below, children_of, command_of, parent_of
+from raytrain.storage.processes import children_of, command_of
 
 TEMP_PREFIX = "raytrain-ray-"
 
-# The versions whose private parts (here and in cluster/controller.py) do what is said of them;
-# others get Ray's public ones.
+# The versions whose private parts do what tests/cluster/test_ray_contract.py says; others get Ray's public ones.
 TESTED = ("2.60.0",)
 
 # Imported by worker processes as they start, while the driver does what comes before a run, or before a sweep.
-FOR_RUNS, FOR_TRIALS = "raytrain.cluster.prestart", "raytrain.sweep.prestart"
+PRELOAD_FOR_RUNS, PRELOAD_FOR_TRIALS = "raytrain.cluster.prestart", "raytrain.sweep.prestart"
 
 IDLE = "ray::IDLE"  # what Ray calls a worker process without work
 
@@ -40,17 +39,17 @@ SYSTEM_CONFIG: dict[str, Any] = {
 }
 
 
-class Nothing:
+class Placeholder:
     """An actor that is asked for, and never made."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Warm:
+class Prestart:
     """`count` worker processes that start with a cluster, each to reserve `cpus` CPUs later; they import `preload`."""
 
     count: int = 0
     cpus: float = 1.0
-    preload: str = FOR_RUNS
+    preload: str = PRELOAD_FOR_RUNS
 
 
 def is_tested() -> bool:
@@ -58,15 +57,15 @@ def is_tested() -> bool:
     return importlib.metadata.version("ray") in TESTED
 
 
-class OwnCluster:
+class LocalCluster:
     """A cluster that begins to start when it is made, and of which nothing is left after `close`.
 
     num_cpus:  it has, the machine's real ones unless given
     dashboard: whether Ray's dashboard is served, with the processes that feed it
-    warm:      the worker processes that start with it
+    prestart:  the worker processes that start with it
     """
 
-    def __init__(self, num_cpus: int | None, dashboard: bool, warm: Warm) -> None:
+    def __init__(self, num_cpus: int | None, dashboard: bool, prestart: Prestart) -> None:
         # Here and not in the thread: while two threads are in the imports of Ray, which go in circles, Python gives up.
         import ray  # noqa: F401
 
@@ -77,19 +76,19 @@ class OwnCluster:
             )
         self._num_cpus, self._dashboard = num_cpus, dashboard
         self.dashboard_url = ""
-        self._bare = is_tested() and not dashboard
-        self.warm = warm if self._bare else Warm()
+        self._is_minimal = is_tested() and not dashboard
+        self.prestart = prestart if self._is_minimal else Prestart()
         self._raylet, self._spares_begun = 0, 0
         self._spares: list[Any] = []
         self._failure: BaseException | None = None
-        self._stands, self._unwanted = threading.Event(), threading.Event()
+        self._ready, self._closing = threading.Event(), threading.Event()
         # The kernel ends Ray's processes with the thread that started them, so one thread has to last as long as they.
-        self._thread = threading.Thread(target=self._live, name="raytrain-cluster", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="raytrain-cluster", daemon=True)
         self._thread.start()
 
     def join(self) -> None:
         """Returns once this process is connected to it; raises what kept it from starting."""
-        self._stands.wait()
+        self._ready.wait()
         if self._failure is not None:
             raise self._failure
 
@@ -101,23 +100,23 @@ class OwnCluster:
         """
         import ray
 
-        below = [command_of(pid) for pid in children_of(self._raylet)]
+        processes = [command_of(pid) for pid in children_of(self._raylet)]
         if not self._spares:
-            if below.count(IDLE) > 0:  # left by a restart that came before they were ready
+            if processes.count(IDLE) > 0:  # left by a restart that came before they were ready
                 return True
-            self._spares_begun = len(below) + self.warm.count
-            nothing: Any = ray.remote(num_cpus=0)(Nothing)
-            self._spares = [nothing.remote() for _ in range(self.warm.count)]
-        elif len(below) >= self._spares_begun:
+            self._spares_begun = len(processes) + self.prestart.count
+            placeholder: Any = ray.remote(num_cpus=0)(Placeholder)
+            self._spares = [placeholder.remote() for _ in range(self.prestart.count)]
+        elif len(processes) >= self._spares_begun:
             while self._spares:
                 ray.kill(self._spares.pop())
         return not self._spares
 
     def close(self) -> None:
-        self._unwanted.set()
+        self._closing.set()
         self._thread.join()
 
-    def _live(self) -> None:
+    def _run(self) -> None:
         if is_tested():
             # What Ray starts from this thread has it so too. A SIGTERM to all processes of a run (systemd, Slurm,
             # `timeout`) is the driver's to answer: if the daemons did, no worker could save its state.
@@ -129,37 +128,37 @@ class OwnCluster:
         try:
             with on_loopback(), signal_handlers_kept():
                 node = self._start(temp_dir)
-            self._stands.set()
-            self._unwanted.wait()
+            self._ready.set()
+            self._closing.wait()
         except BaseException as failure:
             self._failure = failure
         finally:
-            self._stands.set()
-            end(node)
+            self._ready.set()
+            shut_down(node)
             shutil.rmtree(temp_dir, ignore_errors=True)
 
     def _start(self, temp_dir: str) -> Any:
         import ray
 
-        said: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if not self._bare:
-            asked: dict[str, Any] = {
+        logging_options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if not self._is_minimal:
+            options: dict[str, Any] = {
                 "num_cpus": self._num_cpus,
                 "include_dashboard": self._dashboard,
                 "_temp_dir": temp_dir,
             }
-            self.dashboard_url = ray.init("local", **asked, **said).dashboard_url or ""
+            self.dashboard_url = ray.init("local", **options, **logging_options).dashboard_url or ""
             if is_tested():
-                node: Any = ray._private.worker._global_node
+                node = connected_node()
                 node.kill_all_processes = functools.partial(kill_all_processes, node)
             return None
-        node = start_node(temp_dir, self._num_cpus, self.warm)
+        node = start_node(temp_dir, self._num_cpus, self.prestart)
         self._raylet = node.all_processes["raylet"][0].process.pid
-        hush_raylets()
+        silence_raylets()
         try:
-            ray.init(node.gcs_address, **said)
+            ray.init(node.gcs_address, **logging_options)
         except BaseException:
-            end(node)
+            shut_down(node)
             raise
         return node
 
@@ -197,8 +196,8 @@ def signal_handlers_kept() -> Iterator[None]:
             libc.sigaction(number, handler, None)
 
 
-def start_node(temp_dir: str, num_cpus: int | None, warm: Warm) -> Any:
-    """Ray's head node without its dashboard, autoscaler and log monitor, and with `warm` processes for workers."""
+def start_node(temp_dir: str, num_cpus: int | None, prestart: Prestart) -> Any:
+    """Ray's head node without its dashboard, autoscaler and log monitor, and with `prestart` processes for workers."""
     from ray._private.authentication import authentication_token_setup as token
     from ray._private.node import Node
     from ray._private.parameter import RayParams
@@ -207,17 +206,17 @@ def start_node(temp_dir: str, num_cpus: int | None, warm: Warm) -> Any:
     token.enable_token_auth_by_default()  # as ray.init does: else whoever reaches the node's ports could run code
     token.ensure_token_if_auth_enabled(create_token_if_missing=True)
 
-    class BareNode(Node):
+    class MinimalNode(Node):
         kill_all_processes = kill_all_processes  # type: ignore[assignment]
 
-        def start_api_server(self, **wishes: Any) -> None:
+        def start_api_server(self, **options: Any) -> None:
             self._webui_url = ""
 
         def get_resource_and_label_spec(self) -> Any:
             """Ray starts as many processes at once as `num_cpus` says here; what the node has stays what it is."""
             spec = copy.copy(super().get_resource_and_label_spec())
-            has = spec.to_resource_dict()
-            spec.num_cpus, spec.to_resource_dict = warm.count, lambda: has
+            resources = spec.to_resource_dict()
+            spec.num_cpus, spec.to_resource_dict = prestart.count, lambda: resources
             return spec
 
     parameters = RayParams(
@@ -226,20 +225,20 @@ def start_node(temp_dir: str, num_cpus: int | None, warm: Warm) -> Any:
         include_log_monitor=False,  # type: ignore[arg-type]
         no_monitor=True,
         temp_dir=temp_dir,
-        _system_config={**SYSTEM_CONFIG, "preload_python_modules": [warm.preload]},  # type: ignore[dict-item]
+        _system_config={**SYSTEM_CONFIG, "preload_python_modules": [prestart.preload]},  # type: ignore[dict-item]
         # Ray sets it when it gives a process to a worker, by the CPUs that this reserves: too late for what is loaded.
-        env_vars={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, int(warm.cpus))))},
+        env_vars={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, int(prestart.cpus))))},
     )
-    return BareNode(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True, ray_init_cluster=True)
+    return MinimalNode(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True, ray_init_cluster=True)
 
 
-def kill_all_processes(node: Any, **wishes: Any) -> None:
+def kill_all_processes(node: Any, **options: Any) -> None:
     """In place of the method of Ray's node, which asks by SIGTERM, to which these are deaf, and waits for each.
 
     Those that the raylet has started, workers and agents, would ask for it for a while before they end.
     """
     daemons = [info.process for infos in node.all_processes.values() for info in infos]
-    started = [pid for daemon in daemons for pid in below(daemon.pid) if parent_of(pid) == daemon.pid]
+    started = [pid for daemon in daemons for pid in children_of(daemon.pid)]
     for daemon in daemons:
         daemon.kill()
     for pid in started:
@@ -253,33 +252,40 @@ def kill_all_processes(node: Any, **wishes: Any) -> None:
     node.all_processes.clear()
 
 
-def hush_raylets() -> None:
-    """Until `let_raylets_speak` Ray prints no screenful of each worker that dies: a restart says it in a line."""
+def connected_node() -> Any:
+    """Ray's node that this process is connected to."""
     from ray._private import worker
 
-    said = worker.print_to_stdstream
+    return worker._global_node
 
-    @functools.wraps(said)
-    def unless_of_raylets(data: Any, ignore_prefix: bool) -> None:
+
+def silence_raylets() -> None:
+    """Until `restore_raylets` Ray prints no screenful of each worker that dies: a restart says it in a line."""
+    from ray._private import worker
+
+    original = worker.print_to_stdstream
+
+    @functools.wraps(original)
+    def print_unless_of_raylet(data: Any, ignore_prefix: bool) -> None:
         if data["pid"] != "raylet":
-            said(data, ignore_prefix)
+            original(data, ignore_prefix)
 
-    worker.print_to_stdstream = unless_of_raylets
+    worker.print_to_stdstream = print_unless_of_raylet
 
 
-def let_raylets_speak() -> None:
+def restore_raylets() -> None:
     from ray._private import worker
 
     worker.print_to_stdstream = getattr(worker.print_to_stdstream, "__wrapped__", worker.print_to_stdstream)
 
 
-def end(node: Any) -> None:
+def shut_down(node: Any) -> None:
     """Disconnect this process, and end what `start_node` has started."""
     import ray
 
     ray.shutdown()
     if is_tested():
-        let_raylets_speak()
+        restore_raylets()
     if node is not None:
         node.kill_all_processes(check_alive=False, allow_graceful=True)
 

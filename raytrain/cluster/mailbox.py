@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 
-def attempt(launch: str) -> str:
+def current_attempt(launch: str) -> str:
     """Which start of a run's workers this worker belongs to: Ray makes a placement group for each.
 
     Except for the workers of a sweep's trial, who all have the trial's: `starts` counts those.
@@ -14,11 +15,20 @@ def attempt(launch: str) -> str:
     import ray
 
     group = ray.get_runtime_context().get_placement_group_id() or ""
-    return named_attempt(group, Mailbox(launch).get("starts"))
+    return attempt_name(group, Mailbox(launch).get("starts"))
 
 
-def named_attempt(group: str, starts: int | None) -> str:
+def attempt_name(group: str, starts: int | None) -> str:
     return group if starts is None else f"{group}.{starts}"
+
+
+def report_prestarted() -> None:
+    """A worker process without a run yet says that it stands."""
+    Mailbox("prestart").put(f"process-{os.getpid()}", True)
+
+
+def count_prestarted() -> int:
+    return len(Mailbox("prestart").keys("process-"))
 
 
 class Mailbox:
@@ -40,8 +50,8 @@ class Mailbox:
         """The value of `key`; None if it was never put."""
         from ray.experimental.internal_kv import _internal_kv_get
 
-        found = _internal_kv_get(key, namespace=self.namespace)
-        return None if found is None else json.loads(found)
+        value = _internal_kv_get(key, namespace=self.namespace)
+        return None if value is None else json.loads(value)
 
     def keys(self, prefix: str) -> list[str]:
         from ray.experimental.internal_kv import _internal_kv_list

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from raytrain.cluster import cluster
-from raytrain.cluster.cluster import Cluster
-from raytrain.cluster.controller import Budget
+from raytrain.cluster.cluster import Cluster, starting
 from raytrain.cluster.driver import Fit, Inbox, Show, say
 from raytrain.cluster.local_cluster import is_tested
 from raytrain.cluster.mailbox import Mailbox
-from raytrain.cluster.ray_worker import train_loop_per_worker
+from raytrain.cluster.ray_worker import train_loop_per_worker, worker_callbacks
+from raytrain.cluster.resources import check_reachable, check_resources, resolve_workers, resources_per_worker
+from raytrain.cluster.restarts import RestartBudget
 from raytrain.errors import as_seen
 from raytrain.storage.lock import locked
 from raytrain.storage.paths import parent_and_name
@@ -24,58 +24,60 @@ from raytrain.training.job import Job
 from raytrain.training.preflight import Start
 
 
-def run_on_ray(start: Start, stop: threading.Event, show: Show, ahead: Cluster | None, judge: Judge) -> str:
+def run_on_ray(start: Start, stop: threading.Event, show: Show, started: Cluster | None, judge: Judge) -> str:
     """The run on a Ray cluster, joined or started for it; how it ended."""
     with locked(open_storage(start.run_dir)):  # or Ray would stumble over what another run is writing there
         pass
     with contextlib.ExitStack() as stack:
         options = start.options
-        used = ahead or stack.enter_context(
-            cluster.starting(options.address, dashboard=options.dashboard, scale=start.cfg.SCALE)
+        cluster = started or stack.enter_context(
+            starting(options.address, dashboard=options.dashboard, scale=start.cfg.SCALE)
         )
         try:
-            used.connect()
+            cluster.connect()
         except SystemExit:  # Ray's own answer to a SIGTERM while it starts
             return "stopped"
-        if used.dashboard_url:
-            say(show, "dashboard", f"http://{used.dashboard_url}")
-        num_workers, use_gpu = cluster.resolve_workers(start.cfg.SCALE)
+        if cluster.dashboard_url:
+            say(show, "dashboard", f"http://{cluster.dashboard_url}")
+        num_workers, use_gpu = resolve_workers(start.cfg.SCALE)
         job = start.job(num_workers, use_gpu)
-        per_worker = cluster.resources_per_worker(job.cfg.SCALE, use_gpu)
-        cluster.check_resources(num_workers, per_worker)
-        cluster.check_reachable(start.run_dir)
-        used.wait_for_workers()
-        return "stopped" if stop.is_set() else train_on_ray(job, used, per_worker, stop, show, judge)
+        per_worker = resources_per_worker(job.cfg.SCALE, use_gpu)
+        check_resources(num_workers, per_worker)
+        check_reachable(start.run_dir)
+        cluster.wait_for_workers()
+        return "stopped" if stop.is_set() else train_on_ray(job, cluster, per_worker, stop, show, judge)
 
 
 def train_on_ray(
-    job: Job, used: Cluster, per_worker: dict[str, float], stop: threading.Event, show: Show, judge: Judge
+    job: Job, cluster: Cluster, per_worker: dict[str, float], stop: threading.Event, show: Show, judge: Judge
 ) -> str:
     """The run in worker processes of a cluster, on others when their nodes are taken away; how it ended."""
-    mailbox, budget = Mailbox(job.launch), Budget(job.cfg.SCALE.MAX_FAILURES)
+    mailbox, budget = Mailbox(job.launch), RestartBudget(job.cfg.SCALE.MAX_FAILURES)
     inbox = Inbox(mailbox, show, judge)
     try:
         while True:
             # Ray would take up from its own list, which may name checkpoints that retention has removed (RAY.md F6).
             open_storage(job.run_uri).remove_tree("checkpoint_manager_snapshot.json")
-            trainer = ray_trainer(job, per_worker, used.is_ours, budget, mailbox)
-            fit = Fit(job, trainer, used, per_worker, inbox)
+            trainer = ray_trainer(job, per_worker, cluster.is_ours, budget, mailbox)
+            fit = Fit(job, trainer, cluster, per_worker, inbox)
             status = fit.follow(stop)
             if fit.failure is not None:
                 raise as_seen(fit.failure) from fit.raised
             if status != "stopped" or stop.is_set() or not fit.was_moved:
                 return status
             mailbox.remove("outcome")
-            inbox.expect()
+            inbox.expect_restart()
     finally:
         mailbox.clear()
 
 
-def ray_trainer(job: Job, per_worker: dict[str, float], alone: bool, budget: Budget, mailbox: Mailbox) -> Any:
+def ray_trainer(
+    job: Job, per_worker: dict[str, float], own_cluster: bool, budget: RestartBudget, mailbox: Mailbox
+) -> Any:
     """Ray Train's TorchTrainer for `job`; its results lie in the run folder, under the run's own name.
 
-    alone:   on a cluster that no one else uses
-    budget, mailbox: see lean.LeanTrainer; where Ray's own trainer has to do, it counts all failures alike
+    own_cluster: whether no one else uses the cluster
+    budget, mailbox: see controller.InDriverTrainer; where Ray's own trainer has to do, it counts all failures alike
     """
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -83,13 +85,13 @@ def ray_trainer(job: Job, per_worker: dict[str, float], alone: bool, budget: Bud
     trainer_class: Callable[..., Any] = TorchTrainer
     config_class: Callable[..., Any] = TorchConfig
     if is_tested():
-        from raytrain.cluster.controller import LeanTrainer
+        from raytrain.cluster.controller import InDriverTrainer
 
-        trainer_class = partial(LeanTrainer, alone=alone, budget=budget, mailbox=mailbox)
-        if alone:
-            from raytrain.cluster.rendezvous import MeetingByFile
+        trainer_class = partial(InDriverTrainer, own_cluster=own_cluster, budget=budget, mailbox=mailbox)
+        if own_cluster:
+            from raytrain.cluster.rendezvous import FileRendezvous
 
-            config_class = MeetingByFile
+            config_class = FileRendezvous
 
     parent, name = parent_and_name(job.run_uri)
     scale = job.cfg.SCALE
@@ -110,19 +112,3 @@ def ray_trainer(job: Job, per_worker: dict[str, float], alone: bool, budget: Bud
             logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]
         ),
     )
-
-
-def worker_callbacks(launch_id: str) -> list[Any]:
-    """Lets a SIGTERM to a worker process stop the run with its state saved; nothing where Ray has moved the hook."""
-    try:
-        from ray.train.v2._internal.execution.callback import WorkerCallback
-    except ImportError:
-        return []
-
-    class StopOnSignal(WorkerCallback):
-        def after_init_train_context(self) -> None:
-            from raytrain.cluster.ray_worker import stop_on_signal
-
-            stop_on_signal(launch_id)
-
-    return [StopOnSignal()]

@@ -1,11 +1,9 @@
 """Worker processes of our own clusters import this as they start: what a run needs, and word that it is there."""
 
-import os
-
 import ray.train.torch
 import ray.train.v2._internal.execution.worker_group.worker  # noqa: F401
 
 import raytrain.training.worker  # noqa: F401
-from raytrain.cluster.mailbox import Mailbox
+from raytrain.cluster.mailbox import report_prestarted
 
-Mailbox("ahead").put(f"process-{os.getpid()}", True)
+report_prestarted()

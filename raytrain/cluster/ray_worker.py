@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from raytrain.cluster.mailbox import Mailbox, attempt
+from raytrain.cluster.mailbox import Mailbox, current_attempt
 from raytrain.engine.world import World
 from raytrain.errors import failure_of
 from raytrain.journal.records import Record
@@ -26,12 +26,8 @@ from raytrain.training.job import Job, redirect_output, stand_where_the_driver_s
 from raytrain.training.worker import run_job
 
 POST_S = 0.2  # how often rank 0 posts to the driver and asks whether it shall stop
-
-
 ASK_S = 0.02  # how often the answer is looked for whether a trial shall go on
-
-
-RECENT = 50
+RECENT = 50  # records, of those that are not steps, that wait for the driver
 
 
 class RayControl(Control):
@@ -45,7 +41,8 @@ class RayControl(Control):
 
     def __init__(self, launch: str, run_uri: str, rank: int) -> None:
         super().__init__()
-        self._mailbox, self._run_uri, self._rank, self._attempt = Mailbox(launch), run_uri, rank, attempt(launch)
+        self._mailbox, self._attempt = Mailbox(launch), current_attempt(launch)
+        self._run_uri, self._rank = run_uri, rank
         self._lock = threading.Lock()
         self._posted: list[Record] = []
         self._step: Record | None = None
@@ -87,8 +84,8 @@ class RayControl(Control):
 
     def failed(self, failure: dict[str, Any]) -> None:
         """Tell the driver why this rank ends."""
-        told = {**failure, "time": time.time(), "attempt": self._attempt}
-        self._mailbox.put(f"failure-{self._attempt}-{self._rank}", told)
+        message = {**failure, "time": time.time(), "attempt": self._attempt}
+        self._mailbox.put(f"failure-{self._attempt}-{self._rank}", message)
         self._send()
 
     def finished(self, outcome: dict[str, Any]) -> None:
@@ -139,7 +136,7 @@ def stop_on_signal(launch: str) -> None:
 
     Not of the workers that are started after these: when one of these dies, Ray ends the others by SIGTERM.
     """
-    key = f"stop-{attempt(launch)}"
+    key = f"stop-{current_attempt(launch)}"
     signal.signal(signal.SIGTERM, lambda *_: Mailbox(launch).put(key, "SIGTERM to a worker"))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked where local_cluster has started this process
 
@@ -149,6 +146,20 @@ def leave_signals_to_the_driver() -> None:
     if signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def worker_callbacks(launch_id: str) -> list[Any]:
+    """Has `stop_on_signal` called in each worker; nothing where Ray has moved the hook for it."""
+    try:
+        from ray.train.v2._internal.execution.callback import WorkerCallback
+    except ImportError:
+        return []
+
+    class StopOnSignal(WorkerCallback):
+        def after_init_train_context(self) -> None:
+            stop_on_signal(launch_id)
+
+    return [StopOnSignal()]
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:

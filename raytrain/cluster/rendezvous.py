@@ -1,7 +1,7 @@
 """How the workers of a cluster of the run's own find each other: by a file, which nobody outside the machine can reach.
 
 The server by which torch's processes meet otherwise (a TCPStore) listens on every address of the machine and asks for
-no token; who writes to it can name himself as a worker. Private parts of Ray: for the versions in own_cluster.TESTED.
+no token; who writes to it can name himself as a worker. Private parts of Ray: for the versions in local_cluster.TESTED.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import ray
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
 
+from raytrain.cluster.local_cluster import connected_node
 
-class MeetingByFile(TorchConfig):
+
+class FileRendezvous(TorchConfig):
     """A TorchConfig for workers that are all on this machine."""
 
     @property
@@ -29,18 +31,18 @@ class _FileBackend(_TorchBackend):
         worker_group.execute(_set_torch_distributed_env_vars)
         worker_group.execute(_listen_on, loopback())
         # In the folder of the cluster, which goes with it: a worker that is killed leaves the file.
-        node: Any = ray._private.worker._global_node
+        folder = connected_node().get_session_dir_path()
         group = {
             "backend": backend_config.backend,
             "world_size": len(worker_group),
-            "init_method": f"file://{node.get_session_dir_path()}/meeting-{secrets.token_hex(4)}",
+            "init_method": f"file://{folder}/rendezvous-{secrets.token_hex(4)}",
             "timeout_s": backend_config.timeout_s,
         }
-        begun = [
+        joined = [
             worker_group.execute_single_async(rank, _setup_torch_process_group, world_rank=rank, **group)
             for rank in range(len(worker_group))
         ]
-        ray.get(begun)
+        ray.get(joined)
 
 
 def loopback() -> str:

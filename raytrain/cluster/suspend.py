@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from raytrain.storage.processes import below
+from raytrain.storage.processes import descendants_of
 
 
 @contextlib.contextmanager
@@ -34,7 +34,7 @@ def suspended_together() -> Iterator[None]:
 
 def suspend(number: int, frame: Any) -> None:
     """Returns once somebody has this process go on; at once where there is no shell that could."""
-    stopped = list(below(os.getpid()))
+    stopped = list(descendants_of(os.getpid()))
     send_all(stopped, signal.SIGSTOP)
     signal.signal(signal.SIGTSTP, signal.SIG_DFL)
     signal.raise_signal(signal.SIGTSTP)  # to this very thread, so it does not return before

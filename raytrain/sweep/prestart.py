@@ -1,8 +1,6 @@
 """Worker processes of a sweep's own cluster import this as they start: what a trial needs, and word that they stand."""
 
-import os
-
 import raytrain.sweep.trial  # noqa: F401
-from raytrain.cluster.mailbox import Mailbox
+from raytrain.cluster.mailbox import report_prestarted
 
-Mailbox("ahead").put(f"process-{os.getpid()}", True)
+report_prestarted()

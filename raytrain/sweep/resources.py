@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from raytrain.cluster import cluster
+from raytrain.cluster.resources import check_resources, fitting_workers, resolve_workers, resources_per_worker
 from raytrain.config.load import with_values
 from raytrain.config.sections import Config
 from raytrain.errors import PreflightError
@@ -23,10 +23,10 @@ class TrialResources:
     @staticmethod
     def of(cfg: Config) -> TrialResources:
         """PreflightError where the cluster cannot hold them."""
-        _, use_gpu = cluster.resolve_workers(cfg.SCALE)
+        _, use_gpu = resolve_workers(cfg.SCALE)
         num_workers, _ = workers_of_trial(cfg)
-        per_worker = cluster.resources_per_worker(cfg.SCALE, use_gpu)
-        cluster.check_resources(num_workers, per_worker)
+        per_worker = resources_per_worker(cfg.SCALE, use_gpu)
+        check_resources(num_workers, per_worker)
         return TrialResources(
             num_workers, use_gpu, per_worker, concurrency(cfg.TUNE.CONCURRENT, num_workers, per_worker)
         )
@@ -48,7 +48,7 @@ class TrialResources:
 
 def concurrency(wanted: int | None, num_workers: int, per_worker: dict[str, float]) -> int:
     """Trials at a time: as many as the cluster holds, or TUNE.CONCURRENT; PreflightError if it cannot hold those."""
-    fitting = cluster.fitting_workers(per_worker) // num_workers
+    fitting = fitting_workers(per_worker) // num_workers
     if wanted is not None and wanted > fitting:
         each = f"{num_workers} workers" if num_workers > 1 else "one worker"
         raise PreflightError(

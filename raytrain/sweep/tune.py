@@ -11,6 +11,7 @@ from typing import Any
 from raytrain.cluster import cluster
 from raytrain.cluster.local_cluster import is_tested
 from raytrain.cluster.mailbox import Mailbox
+from raytrain.cluster.resources import check_reachable
 from raytrain.config.load import dump_config, with_values
 from raytrain.config.sections import Config
 from raytrain.errors import ConfigError, ResumeError, TrainingError, explained
@@ -154,7 +155,7 @@ def run_trials(
 ) -> str:
     """The trials that are left, on the cluster that this process is connected to; how it ended."""
     cfg, resources = sweep.cfg, TrialResources.of(sweep.cfg)
-    cluster.check_reachable(sweep.folder.storage.path_of(""))
+    check_reachable(sweep.folder.storage.path_of(""))
     launch = launch_after(())
     samples = number_of_samples(sweep, options)
     trials = TrialGenerator(sweep, search, search.num_trials(samples), resources.concurrent)

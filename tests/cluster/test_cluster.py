@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from raytrain.cluster import cluster, local_cluster
+from raytrain.cluster import cluster, local_cluster, resources
 from raytrain.cluster.address import check_address
 from raytrain.cluster.mailbox import Mailbox
 from raytrain.errors import PreflightError
@@ -37,13 +37,13 @@ def test_more_workers_than_cores_do_not_wait_for_processes_that_never_start(
     """Four workers of half a CPU on two cores took 54 s to the first step, not 12: Ray started but two ahead."""
     cores = len(os.sched_getaffinity(0))
     asked = scale(NUM_WORKERS=2 * cores, CPUS_PER_WORKER=cpus_per_worker)
-    assert cluster.workers_ahead(asked, num_cpus).count == cores
+    assert cluster.prestart_for(asked, num_cpus).count == cores
 
 
 def test_a_worker_reserves_what_scale_says() -> None:
-    assert cluster.resources_per_worker(scale(), False) == {"CPU": 1.0}
+    assert resources.resources_per_worker(scale(), False) == {"CPU": 1.0}
     asked = scale(CPUS_PER_WORKER=0.5, GPUS_PER_WORKER=2.0, RESOURCES={"fast_disk": 1.0})
-    assert cluster.resources_per_worker(asked, True) == {"CPU": 0.5, "GPU": 2.0, "fast_disk": 1.0}
+    assert resources.resources_per_worker(asked, True) == {"CPU": 0.5, "GPU": 2.0, "fast_disk": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_worker_reserves_what_scale_says() -> None:
     ],
 )
 def test_how_many_workers_fit(has: dict[str, float], needs: dict[str, float], fits: int) -> None:
-    assert cluster.room(has, needs) == fits
+    assert resources.count_fitting(has, needs) == fits
 
 
 def test_what_killed_drivers_left_is_removed_and_what_living_ones_use_is_not() -> None:
@@ -93,11 +93,11 @@ def test_an_address_at_which_nothing_listens_is_refused_at_once() -> None:
         check_address(f"127.0.0.1:{port}")
 
 
-def test_an_address_that_is_silent_is_refused_when_patience_ends() -> None:
+def test_an_address_that_is_silent_is_refused_at_its_timeout() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(PreflightError, match=r"no Ray cluster answers there \(timed out\)"):
-            check_address(address, patience_s=0.1)
+            check_address(address, timeout_s=0.1)
 
 
 def test_another_programs_address_is_refused() -> None:
@@ -138,9 +138,9 @@ def test_a_cluster_that_wants_a_token_gets_this_users_or_says_where_to_put_one(
 
 @pytest.mark.ray
 def test_what_the_cluster_can_never_hold_is_an_error_in_place_of_a_wait_without_end(ray_address: str) -> None:
-    cluster.check_resources(8, {"CPU": 1.0})
+    resources.check_resources(8, {"CPU": 1.0})
     with pytest.raises(PreflightError) as raised:
-        cluster.check_resources(9, {"CPU": 1.0})
+        resources.check_resources(9, {"CPU": 1.0})
     assert str(raised.value).split("\n") == [
         "this cluster of 1 node can never hold 9 workers, only 8:",
         "  CPU: 9 wanted (9 x 1), the cluster has 8",
@@ -150,25 +150,25 @@ def test_what_the_cluster_can_never_hold_is_an_error_in_place_of_a_wait_without_
 
 @pytest.mark.ray
 def test_resources_that_do_not_divide_the_nodes_are_counted_by_node(ray_address: str) -> None:
-    cluster.check_resources(2, {"CPU": 3.0})
+    resources.check_resources(2, {"CPU": 3.0})
     with pytest.raises(PreflightError, match="never hold 3 workers, only 2"):
-        cluster.check_resources(3, {"CPU": 2.9})
+        resources.check_resources(3, {"CPU": 2.9})
 
 
 @pytest.mark.ray
 def test_gpus_that_are_not_there_and_custom_resources_are_named(ray_address: str) -> None:
     with pytest.raises(PreflightError, match=r"GPU: 2 wanted \(2 x 1\), the cluster has 0\n.*--no_gpu"):
-        cluster.check_resources(2, {"CPU": 1.0, "GPU": 1.0})
+        resources.check_resources(2, {"CPU": 1.0, "GPU": 1.0})
     with pytest.raises(PreflightError, match=r"fast_disk: 1 wanted \(1 x 1\), the cluster has 0"):
-        cluster.check_resources(1, {"CPU": 1.0, "fast_disk": 1.0})
+        resources.check_resources(1, {"CPU": 1.0, "fast_disk": 1.0})
 
 
 @pytest.mark.ray
 def test_what_scale_leaves_open_is_read_off_the_cluster(ray_address: str) -> None:
-    assert cluster.resolve_workers(scale()) == (1, False)
-    assert cluster.resolve_workers(scale(NUM_WORKERS=3)) == (3, False)
-    assert cluster.resolve_workers(scale(NUM_WORKERS=2, USE_GPU=True)) == (2, True)
-    assert cluster.resolve_workers(scale(USE_GPU=False)) == (1, False)
+    assert resources.resolve_workers(scale()) == (1, False)
+    assert resources.resolve_workers(scale(NUM_WORKERS=3)) == (3, False)
+    assert resources.resolve_workers(scale(NUM_WORKERS=2, USE_GPU=True)) == (2, True)
+    assert resources.resolve_workers(scale(USE_GPU=False)) == (1, False)
 
 
 @pytest.mark.ray
@@ -184,15 +184,15 @@ def test_a_connected_process_uses_its_cluster_and_leaves_it_standing(ray_address
 
 @pytest.mark.ray
 def test_the_run_folder_is_reachable_where_all_is_one_machine(ray_address: str, tmp_path: Path) -> None:
-    cluster.check_reachable(str(tmp_path))
-    cluster.check_reachable("s3://bucket/run")
+    resources.check_reachable(str(tmp_path))
+    resources.check_reachable("s3://bucket/run")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.ray
 def test_a_run_that_waits_says_for_what(ray_address: str) -> None:
-    assert cluster.free_workers({"CPU": 2.0}) == 4
-    assert cluster.wait_reason({"CPU": 2.0}, 6) == "the cluster has no room yet: CPU 12 (8 free)"
+    assert resources.free_workers({"CPU": 2.0}) == 4
+    assert resources.wait_reason({"CPU": 2.0}, 6) == "the cluster has no room yet: CPU 12 (8 free)"
 
 
 @pytest.fixture
