@@ -95,7 +95,8 @@ def ray_address() -> Iterator[str]:
 
     from raytrain.cluster import cluster
 
-    with cluster.connected(None, num_cpus=8):
+    with cluster.starting(None, num_cpus=8) as started:
+        started.connect()
         yield ray.get_runtime_context().gcs_address
 
 

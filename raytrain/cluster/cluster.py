@@ -1,4 +1,4 @@
-"""The Ray cluster under a run: joined or started, checked before anything starts, and left clean."""
+"""The Ray cluster under a run: joined or started, connected to, and left clean."""
 
 from __future__ import annotations
 
@@ -150,11 +150,3 @@ def prestart_for(scale: Any, num_cpus: int | None) -> Prestart:
     num_workers, cpus = scale.NUM_WORKERS or 1, float(scale.CPUS_PER_WORKER)
     fit = num_workers * cpus <= (num_cpus or os.cpu_count() or 1)
     return Prestart(min(num_workers, len(os.sched_getaffinity(0))) if fit else 0, cpus)
-
-
-@contextlib.contextmanager
-def connected(address: str | None, num_cpus: int | None = None) -> Iterator[Cluster]:
-    """As `starting`, and connected."""
-    with starting(address, num_cpus) as cluster:
-        cluster.connect()
-        yield cluster

@@ -175,11 +175,12 @@ def test_what_scale_leaves_open_is_read_off_the_cluster(ray_address: str) -> Non
 def test_a_connected_process_uses_its_cluster_and_leaves_it_standing(ray_address: str) -> None:
     import ray
 
-    with cluster.connected(None):
+    with cluster.starting(None) as joined:
+        joined.connect()
         assert ray.get_runtime_context().gcs_address == ray_address
     assert ray.is_initialized()
-    with pytest.raises(PreflightError, match="already connected to Ray"), cluster.connected(ray_address):
-        pass
+    with cluster.starting(ray_address) as joined, pytest.raises(PreflightError, match="already connected to Ray"):
+        joined.connect()
 
 
 @pytest.mark.ray
