@@ -72,9 +72,9 @@ def test_how_many_processes_a_node_starts_at_once() -> None:
     node.mentions(services.start_raylet, why, "resource_and_label_spec.to_resource_dict()", "num_cpus")
     spec = ResourceAndLabelSpec
     node.calls(spec.to_resource_dict, why, ...)
+    raylet = RAYLET.read_bytes()
     for key in (*SYSTEM_CONFIG, "preload_python_modules"):
-        known = key.encode() in RAYLET.read_bytes()
-        node.holds(known, f"it sets {key}", f"the raylet has no {key}")
+        node.holds(key.encode() in raylet, f"it sets {key}", f"the raylet has no {key}")
     node.holds(
         ray_constants.WORKER_PROCESS_TYPE_IDLE_WORKER == IDLE,
         "it counts the processes without work by their name",
