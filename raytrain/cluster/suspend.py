@@ -34,15 +34,17 @@ def suspended_together() -> Iterator[None]:
 
 def suspend(number: int, frame: Any) -> None:
     """Returns once somebody has this process go on; at once where there is no shell that could."""
-    stopped = list(descendants_of(os.getpid()))
-    send_all(stopped, signal.SIGSTOP)
+    stopped: set[int] = set()
+    while started := set(descendants_of(os.getpid())) - stopped:  # again, since one may have started others meanwhile
+        send_all(started, signal.SIGSTOP)
+        stopped |= started
     signal.signal(signal.SIGTSTP, signal.SIG_DFL)
     signal.raise_signal(signal.SIGTSTP)  # to this very thread, so it does not return before
     signal.signal(signal.SIGTSTP, suspend)
     send_all(stopped, signal.SIGCONT)
 
 
-def send_all(pids: list[int], number: signal.Signals) -> None:
+def send_all(pids: set[int], number: signal.Signals) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):  # one that has ended meanwhile
             os.kill(pid, number)
