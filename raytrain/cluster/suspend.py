@@ -46,5 +46,5 @@ def suspend(number: int, frame: Any) -> None:
 
 def send_all(pids: set[int], number: signal.Signals) -> None:
     for pid in pids:
-        with contextlib.suppress(ProcessLookupError):  # one that has ended meanwhile
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended, or is another user's
             os.kill(pid, number)

@@ -13,48 +13,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from commands import alive, children_of, environment, family, gone, wait_for
+from commands import alive, children_of, environment, family, gone, terminate_all, wait_for
 from runs import Run, assert_curves_are_whole, assert_same_bits
-from sweeps import Undisturbed, assert_whole, count, ledger, started, sweep, swept, told
 
 from raytrain.cli import main
-from raytrain.sweep.ledger import view_of
 
 pytestmark = pytest.mark.ray
 
 
-def to_the_group(pid: int) -> None:
-    """As `timeout` does: to its command, and then to the group that this is in."""
-    os.kill(pid, signal.SIGTERM)
-    os.killpg(pid, signal.SIGTERM)
-    os.killpg(pid, signal.SIGCONT)
-
-
-def to_every_process(pid: int) -> None:
-    """As systemd and Slurm do."""
-    for each in list(family(pid)):
-        with contextlib.suppress(ProcessLookupError):  # it has ended with one before it
-            os.kill(each, signal.SIGTERM)
-
-
-everyone_is_told = pytest.mark.parametrize("send", [to_the_group, to_every_process])
-
-
-@everyone_is_told
-def test_a_sigterm_to_all_processes_stops_a_run_with_its_state_saved(
-    send: Callable[[int], None], tmp_path: Path, undisturbed_on_two: Run
-) -> None:
+def test_a_sigterm_to_all_processes_stops_a_run_with_its_state_saved(tmp_path: Path, undisturbed_on_two: Run) -> None:
     run = Run(tmp_path, {"LOADER.WORKERS": 2})
     run.hold(9)
     launched = run.start("--num_workers", "2", env={"RAY_ADDRESS": ""})
     run.held(2, launched)
     everyone, began = set(family(launched.pid)), time.monotonic()
-    send(launched.pid)
+    terminate_all(launched.pid)
     wait_for(lambda: "stopping" in launched.output(), "the driver's answer")
     run.release(slow_s=0.2)
     launched.ended(75)
     assert time.monotonic() - began < 30  # systemd kills after 90 s, Slurm after 30
-    nothing_is_left(launched.pid, everyone)
+    wait_for(lambda: not any(map(alive, everyone)), "the end of Ray's agents too", deadline_s=10)
+    assert not list(Path("/tmp").glob(f"raytrain-ray-{launched.pid}-*"))
     end = run.lines("end")[-1]
     assert end["status"] == "stopped" and 10 <= end["step"] < 18
     assert run.payload(run.names()[-1])["it"] == end["step"]
@@ -62,34 +41,6 @@ def test_a_sigterm_to_all_processes_stops_a_run_with_its_state_saved(
     assert main(run.words("--num_workers", "2")) == 0
     assert_same_bits(run.payload(), undisturbed_on_two.payload())
     assert_curves_are_whole(run, steps_per_epoch=6)
-
-
-@everyone_is_told
-def test_a_sigterm_to_all_processes_stops_a_sweep_with_its_states_saved(
-    send: Callable[[int], None], tmp_path: Path, undisturbed_sweep: Undisturbed
-) -> None:
-    run = sweep(tmp_path)
-    (run.gate / "slow").write_text("0.03")
-    launched = started(run)
-    wait_for(lambda: count(run, "result"), "a first result")
-    everyone, began = set(family(launched.pid)), time.monotonic()
-    send(launched.pid)
-    assert "the same command goes on" in launched.ended(75)
-    assert time.monotonic() - began < 30
-    nothing_is_left(launched.pid, everyone)
-    assert not count(run, "failed")
-    (run.gate / "slow").unlink()
-    assert swept(run).status == "finished"
-    assert told(run, "trial", "result") == told(undisturbed_sweep("none"), "trial", "result")
-    uses = [line.split()[0] for line in (run.gate / "uses.txt").read_text().splitlines()]
-    assert uses.count("0") == 4, "a trial has begun anew"
-    assert_whole(run, view_of(ledger(run)))
-
-
-def nothing_is_left(driver: int, everyone: set[int]) -> None:
-    """Ray's agents too end with their cluster, and its folder goes."""
-    wait_for(lambda: not any(map(alive, everyone)), "the end of all its processes", deadline_s=10)
-    assert not list(Path("/tmp").glob(f"raytrain-ray-{driver}-*"))
 
 
 def test_ctrl_z_stops_all_of_a_run_and_fg_has_it_go_on_as_if_nothing_had_been(

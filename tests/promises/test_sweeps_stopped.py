@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import alive, family, wait_for
+from commands import alive, family, terminate_all, wait_for
 from ray.tune.experiment import Trial
 from ray_nodes import ray_nodes
 from runs import Run
@@ -190,18 +190,18 @@ def held(run: Run, ending: Future[Any]) -> int:
     return int(found[0].name[5:])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM])
-def test_a_signal_ends_a_sweep_with_its_states_saved_and_the_same_command_goes_on(
-    number: signal.Signals, tmp_path: Path, undisturbed_sweep: Undisturbed
+def test_a_sigterm_to_all_processes_ends_a_sweep_with_its_states_saved_and_the_same_command_goes_on(
+    tmp_path: Path, undisturbed_sweep: Undisturbed
 ) -> None:
     run = sweep(tmp_path)
     (run.gate / "slow").write_text("0.03")
     launched = started(run)
     wait_for(lambda: count(run, "result"), "a first result")
     below, began = set(family(launched.pid)), time.monotonic()
-    os.kill(launched.pid, number)
+    terminate_all(launched.pid)
     assert "the same command goes on" in launched.ended(75)
     assert time.monotonic() - began < 30
+    assert not count(run, "failed")
     wait_for(lambda: not any(map(alive, below)), "the end of all its processes")
     (run.gate / "slow").unlink()
     uses = len((run.gate / "uses.txt").read_text().splitlines())

@@ -83,6 +83,13 @@ class Launched:
         gone(everyone)
 
 
+def terminate_all(pid: int) -> None:
+    """SIGTERM to all processes of a command, as systemd and Slurm send it; and twice to itself, as `timeout` does."""
+    for each in [*family(pid), pid]:
+        with contextlib.suppress(ProcessLookupError):  # it has ended with one before it
+            os.kill(each, signal.SIGTERM)
+
+
 def gone(pids: set[int]) -> None:
     """Returns when none of these processes is left.
 
