@@ -6,11 +6,9 @@ import dataclasses
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from raytrain.errors import TaskError, users_traceback
 
@@ -73,6 +71,8 @@ class Task:
 
     def to_device(self, batch: Any, device: torch.device) -> Any:
         """The batch with every tensor on `device`, copied without blocking."""
+        from raytrain.batch import move_to  # which imports torch
+
         return move_to(batch, device)
 
     def predict(self, model: torch.nn.Module, batch: Any) -> Any:
@@ -117,30 +117,6 @@ class Task:
 
     def has_pictures(self) -> bool:
         return type(self).pictures is not Task.pictures
-
-
-def move_to(batch: Any, device: torch.device) -> Any:
-    """`batch` with the tensors in its tuples, lists, dicts and dataclasses on `device`."""
-    waits = device.type == "cpu"  # torch copies to the host into pinned memory, which is read before it has arrived
-    return map_tensors(lambda tensor: tensor.to(device, non_blocking=not waits), batch)
-
-
-def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], batch: Any) -> Any:
-    """`batch` with `function` of each tensor in its tuples, lists, dicts and dataclasses; all else as it is."""
-    import torch
-
-    if isinstance(batch, torch.Tensor):
-        return function(batch)
-    if isinstance(batch, dict):
-        return type(batch)((key, map_tensors(function, value)) for key, value in batch.items())
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(map_tensors(function, value) for value in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(map_tensors(function, value) for value in batch)
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        fields = {f.name: map_tensors(function, getattr(batch, f.name)) for f in dataclasses.fields(batch)}
-        return dataclasses.replace(batch, **fields)
-    return batch
 
 
 def make_task(cfg: Config) -> Task:
@@ -188,26 +164,3 @@ def load_task_class(path: str) -> type[Task]:
             f"TASK {path!r}: {class_name} is no subclass of raytrain.Task; write class {class_name}(raytrain.Task)"
         )
     return task_class
-
-
-def tensors_of(batch: Any) -> list[torch.Tensor]:
-    tensors: list[torch.Tensor] = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        tensors.append(tensor)
-        return tensor
-
-    map_tensors(keep, batch)
-    return tensors
-
-
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Neither sparse nor nested, which are several tensors and take no record_stream."""
-    return tensor.layout is torch.strided and not tensor.is_nested
-
-
-def channels_last(tensor: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) floating: the same numbers with C next to each other in memory; any other as it is."""
-    if tensor.dim() == 4 and tensor.is_floating_point() and is_plain(tensor):
-        return tensor.contiguous(memory_format=torch.channels_last)
-    return tensor

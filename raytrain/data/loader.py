@@ -17,8 +17,9 @@ from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, default_convert
+from torch.utils.data import DataLoader, Dataset
 
+from raytrain.batch import tensorised
 from raytrain.engine.randomness import random_state, seed_all
 from raytrain.errors import DataError, PreflightError, TaskError, users_traceback
 from raytrain.storage.processes import write_stacks_to
@@ -73,7 +74,7 @@ class KeyedBatches(Dataset[Any]):
             if type(self.task).collate is Task.collate:  # draws nothing, and gives tensors
                 return key, self.task.collate(samples)
             seed_all(self.seed, "collate", key.split, key.epoch, key.ids[0])
-            return key, default_convert(self.task.collate(samples))
+            return key, tensorised(self.task.collate(samples))
         except Exception as error:
             message, task_name = f"{where}: {type(error).__name__}: {error}", type(self.task).__name__
             if where.startswith("collate") and type(self.task).collate is Task.collate:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from raytrain.task import Task, channels_last, is_plain, map_tensors, tensors_of
+from raytrain.batch import channels_last, is_seen_through, map_tensors, tensors_of
+from raytrain.task import Task
 
 
 class DeviceTransfer:
@@ -26,7 +27,7 @@ class DeviceTransfer:
 
     def to_device(self, batch: Any) -> Any:
         """The batch, ready to be used on the current stream."""
-        if self._stream is None or not all(map(is_plain, tensors_of(batch))):
+        if self._stream is None or not is_seen_through(batch):
             return self._moved(batch)
         current = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._stream):

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from raytrain.batch import map_tensors, tensors_of
 from raytrain.engine.world import World
 from raytrain.errors import RaytrainError
-from raytrain.task import map_tensors, tensors_of
 
 MAX_SHAPES = 64  # of batches with code of their own, where torch allows 8; what comes later runs eagerly
 

@@ -9,6 +9,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from raytrain import __version__
+from raytrain.batch import channels_last
 from raytrain.engine.compilation import Compilation, open_compilation
 from raytrain.engine.engine import Engine
 from raytrain.engine.randomness import seed_all
@@ -18,7 +19,7 @@ from raytrain.errors import CheckpointError, TaskError
 from raytrain.progress import Plan, Progress
 from raytrain.storage.checkpoint import Manifest
 from raytrain.storage.state_file import load_weights_file
-from raytrain.task import Task, channels_last
+from raytrain.task import Task
 
 TENSOR_BYTES = 1024  # about what a checkpoint.pth holds of a tensor besides its values: names, place, alignment
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset
 
+from raytrain.batch import move_to
 from raytrain.engine.randomness import seed_all
 from raytrain.errors import TaskError
-from raytrain.task import ModelReturn, Task, move_to
+from raytrain.task import ModelReturn, Task
 
 MAX_SAMPLES = 100_000_000  # 3 GB for the order of an epoch: shuffled and dealt, for the loop and for what reads ahead
 

@@ -11,12 +11,13 @@ import torch
 from small_runs import INDEX, config, run_until, saved_state, train
 from tasks_for_units import GoldenToyTask
 
+from raytrain.batch import channels_last
 from raytrain.config.load import with_overrides
 from raytrain.config.sections import Config
 from raytrain.data.transfer import DeviceTransfer
 from raytrain.engine.state import build_run
 from raytrain.engine.world import World
-from raytrain.task import Task, channels_last
+from raytrain.task import Task
 from raytrain.training.worker import plan_of
 
 CPU = torch.device("cpu")

@@ -20,14 +20,15 @@ PACKAGE = Path(__file__).parents[2] / "raytrain"
 # What each wing (a folder, or a module beside them) may import of the others, from the ground up.
 GROUND = ("errors", "progress")
 FILES = ("config", "storage", *GROUND)
-ENGINE = ("journal", "task", *FILES)
+ENGINE = ("journal", "task", "batch", *FILES)
 TRAINING = ("keeper", "data", "engine", *ENGINE)
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
     "progress": (),
+    "batch": ("errors",),
     "storage": GROUND,
     "config": GROUND,
-    "task": ("config", *GROUND),
+    "task": ("config", "batch", *GROUND),
     "journal": FILES,
     "engine": ENGINE,
     "data": ("engine", *ENGINE),

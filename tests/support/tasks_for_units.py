@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 import raytrain
 from raytrain import ModelReturn
-from raytrain.task import move_to
+from raytrain.batch import move_to
 
 TOY = Path(__file__).parents[1] / "golden" / "toy"
 

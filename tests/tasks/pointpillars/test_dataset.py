@@ -9,9 +9,9 @@ import torch
 from kitti_frames import CALIBRATION, kitti_mini, made_up_frame, write_kitti
 from torch.utils.data import default_convert
 
+from raytrain.batch import move_to
 from raytrain.engine.randomness import random_state, seed_all
 from raytrain.errors import ConfigError
-from raytrain.task import move_to
 from raytrain.tasks.pointpillars.data_options import read_data_options, without_effect
 from raytrain.tasks.pointpillars.dataset import LastEpochs, LidarDataset, SampleFrame, collate
 from raytrain.tasks.pointpillars.frames import Annotations, Frame, annotations_of
