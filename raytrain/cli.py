@@ -166,6 +166,12 @@ def add_train(commands: Any) -> None:
     train.add_argument("--overwrite", action="store_true", help="with --resume never: a run in the folder gives way")
     train.add_argument("--pretrained_model", metavar="PATH", help="weights to begin with, where names and shapes fit")
     train.add_argument(
+        "--allow-partial",
+        "--allow_partial",
+        action="store_true",
+        help="with --pretrained_model: take what fits of a file of which less than half does",
+    )
+    train.add_argument(
         "--allow-config-change",
         "--allow_config_change",
         action="store_true",
@@ -331,6 +337,7 @@ def run_train(args: argparse.Namespace) -> int:
         "overwrite": args.overwrite,
         "allow_config_change": args.allow_config_change,
         "pretrained": args.pretrained_model,
+        "allow_partial": args.allow_partial,
         "batch_size": args.batch_size,
         "dashboard": args.dashboard,
         "arguments": {k: v for k, v in vars(args).items() if k not in ("run", "command")},

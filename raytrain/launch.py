@@ -68,6 +68,7 @@ def train(
     overwrite: bool = False,
     allow_config_change: bool = False,
     pretrained: str | os.PathLike[str] | None = None,
+    allow_partial: bool = False,
     quiet: bool = False,
 ) -> Result:
     """Train as `raytrain train` does: on Ray, or in this process with num_workers 0.
@@ -81,7 +82,14 @@ def train(
     if num_workers is not None:
         cfg = with_overrides(cfg, ["SCALE.NUM_WORKERS", str(num_workers)])
     weights = None if pretrained is None else os.fspath(pretrained)
-    options = LaunchOptions(address, os.fspath(resume), overwrite, allow_config_change, weights)
+    options = LaunchOptions(
+        address=address,
+        resume=os.fspath(resume),
+        overwrite=overwrite,
+        allow_config_change=allow_config_change,
+        pretrained=weights,
+        allow_partial=allow_partial,
+    )
     return launch(cfg, options, silent if quiet else None)
 
 

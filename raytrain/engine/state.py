@@ -18,7 +18,6 @@ from raytrain.engine.world import World
 from raytrain.errors import CheckpointError, TaskError
 from raytrain.progress import Plan, Progress
 from raytrain.storage.checkpoint import Manifest
-from raytrain.storage.state_file import load_weights_file
 from raytrain.task import Task
 
 TENSOR_BYTES = 1024  # about what a checkpoint.pth holds of a tensor besides its values: names, place, alignment
@@ -198,14 +197,3 @@ def load_model_state(model: torch.nn.Module, state: dict[str, Any], where: str) 
 def shape_of(value: Any) -> tuple[int, ...] | None:
     """None for what is no tensor: the extra state of a module."""
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
-
-
-def load_pretrained(model: torch.nn.Module, path: str) -> tuple[int, list[str]]:
-    """Take over the tensors of a .pth whose name and shape fit; returns how many, and the model's names left alone."""
-    payload = load_weights_file(path)
-    state, own = payload["model_state"], model.state_dict()
-    fitting = {k: v for k, v in state.items() if k in own and shape_of(own[k]) == shape_of(v)}
-    if not fitting:
-        raise CheckpointError(f"--pretrained_model {path}: none of its {len(state)} tensors fits this model")
-    model.load_state_dict({**own, **fitting})
-    return len(fitting), [k for k in own if k not in fitting]

@@ -59,7 +59,8 @@ def load_payload(storage: Storage, name: str, map_location: Any = "cpu") -> dict
     ):
         check_sha256(file, storage.path_of(name), PAYLOAD, manifest)
         file.seek(0)
-        return _load(file, storage.path_of(f"{name}/{PAYLOAD}"), map_location)
+        where = storage.path_of(f"{name}/{PAYLOAD}")
+        return _with_model_state(_load(file, where, map_location), where)
 
 
 def load_weights_file(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -68,6 +69,12 @@ def load_weights_file(path: str | Path, map_location: Any = "cpu") -> dict[str, 
     A file of ours that still stands beside its manifest is checked against it. No code in the
     file is ever run; of OpenPCDet's, numpy scalars are let through.
     """
+    path = expanded(path).absolute()
+    return _with_model_state(load_file(path, map_location), str(path))
+
+
+def load_file(path: str | Path, map_location: Any = "cpu") -> Any:
+    """What torch.save wrote to a file, of whatever program; as load_weights_file, without a look at what it holds."""
     path = expanded(path).absolute()
     if path.name == PAYLOAD and (path.parent / MANIFEST).exists():
         return load_payload(open_storage(str(path.parent.parent)), path.parent.name, map_location)
@@ -104,11 +111,11 @@ class MemoryFile(io.RawIOBase):
         return len(part)
 
 
-def _load(file: IO[bytes], path: str, map_location: Any) -> dict[str, Any]:
+def _load(file: IO[bytes], path: str, map_location: Any) -> Any:
     try:
         with torch.serialization.safe_globals(_numpy_scalars()), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # what cannot be read is told below
-            payload = torch.load(file, map_location=map_location, weights_only=True)
+            return torch.load(file, map_location=map_location, weights_only=True)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the bytes are anybody's: what reading them raises has no bounds
@@ -123,6 +130,10 @@ def _load(file: IO[bytes], path: str, map_location: Any) -> dict[str, Any]:
             f"{path}: not a readable checkpoint: {type(error).__name__}: {what}. "
             "Give a file that torch.save wrote, whole; other pickles could run code and are not loaded"
         ) from error
+
+
+def _with_model_state(payload: Any, path: str) -> dict[str, Any]:
+    """`payload`, if it is one of ours or of OpenPCDet's."""
     if not isinstance(payload, dict) or not isinstance(payload.get("model_state"), dict):
         found = f"the keys {list(payload)[:8]}" if isinstance(payload, dict) else f"a {type(payload).__name__}"
         raise CheckpointError(f"{path}: it should hold a dict with 'model_state', but holds {found}")

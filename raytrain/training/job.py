@@ -33,6 +33,7 @@ class Job:
     start: str = "auto"
     allow_config_change: bool = False
     pretrained: str | None = None
+    allow_partial: bool = False
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     cwd: str = ""
     search_path: tuple[str, ...] = ()

@@ -47,6 +47,7 @@ class LaunchOptions:
     overwrite: bool = False
     allow_config_change: bool = False
     pretrained: str | None = None
+    allow_partial: bool = False
     batch_size: int | None = None
     dashboard: bool = False
     datasets: Callable[[], dict[str, Any]] | None = None
@@ -97,6 +98,7 @@ class Start:
             start="fresh" if options.resume == "never" else options.resume,
             allow_config_change=options.allow_config_change,
             pretrained=options.pretrained,
+            allow_partial=options.allow_partial,
             arguments=options.arguments,
             cwd=str(Path.cwd()),
             search_path=search_path(),

@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any
 
 from raytrain.config.load import config_diff
-from raytrain.engine.state import RunState, load_pretrained, restore, restore_heritage
+from raytrain.engine.pretrained import load_pretrained
+from raytrain.engine.state import RunState, restore, restore_heritage
 from raytrain.errors import CheckpointError, ResumeError
 from raytrain.journal.records import read_journal
 from raytrain.keeper.client import KeeperClient
@@ -243,9 +244,7 @@ def bring_to_start(run: RunState, store: Store, job: Job, kept: KeeperClient | N
     if origin is None:
         if job.pretrained is None:
             return None, []
-        taken, left = load_pretrained(run.model, job.pretrained)
-        rest = f"; left as built: {', '.join(left[:5])}{', ...' if len(left) > 5 else ''}" if left else ""
-        return None, [f"took {taken} of {taken + len(left)} tensors from {job.pretrained}{rest}"]
+        return None, load_pretrained(run.model, job.pretrained, job.allow_partial).notes(job.pretrained)
     notes = [*origin.notes]
     if origin.manifest is not None:
         notes += compare(origin.manifest, run.config, job.allow_config_change, origin.path)

@@ -19,7 +19,6 @@ from raytrain.engine.state import (
     RunState,
     build_run,
     load_model_state,
-    load_pretrained,
     manifest_of,
     payload_of,
     restore,
@@ -316,20 +315,3 @@ def test_modules_with_state_that_is_no_tensor_are_restored_too() -> None:
     model = WithExtra()
     load_model_state(model, WithExtra().state_dict(), "there")
     assert model.calls == 7
-
-
-def test_pretrained_weights_are_taken_where_name_and_shape_fit(tmp_path: Path) -> None:
-    source = Net(classes=5)
-    torch.save({"model_state": source.state_dict()}, tmp_path / "w.pth")
-    model = Net()
-    head = model.head.weight.detach().clone()
-    taken, left = load_pretrained(model, str(tmp_path / "w.pth"))
-    assert (taken, left) == (7, ["head.weight", "head.bias"])
-    assert_same(model.body.state_dict(), source.body.state_dict())
-    assert torch.equal(model.head.weight, head)
-
-
-def test_pretrained_weights_of_which_nothing_fits_are_an_error(tmp_path: Path) -> None:
-    torch.save({"model_state": {"other": torch.ones(2)}}, tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match="none of its 1 tensors fits"):
-        load_pretrained(Net(), str(tmp_path / "w.pth"))
