@@ -37,9 +37,13 @@ class Task:
 
     random_samples: False promises that no sample draws random numbers (no augmentation); then nothing
     is seeded around each `__getitem__`, which takes 10 us a sample. The promise is checked once an epoch.
+
+    eval_needs_grad: True has gradients recorded in evaluation too, for a loss or a prediction that is one
+    (forces, PINNs, test-time optimisation)
     """
 
     random_samples = True
+    eval_needs_grad = False
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg

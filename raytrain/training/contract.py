@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset
 
-from raytrain.batch import move_to
+from raytrain.batch import map_tensors, move_to
 from raytrain.engine.randomness import seed_all
 from raytrain.errors import TaskError
 from raytrain.task import ModelReturn, Task
@@ -81,7 +81,7 @@ def predictions_of(task: Task, model: torch.nn.Module, batch: Any, num_samples: 
             f"{type(task).__name__}.predict gave {type(predictions).__name__}{size} for a batch of {num_samples} "
             "samples; give a list or tensor with one entry for each sample"
         )
-    return list(move_to(predictions, torch.device("cpu")))
+    return list(move_to(map_tensors(torch.Tensor.detach, predictions), torch.device("cpu")))
 
 
 def checked_metrics(metrics: Any, task: Task) -> dict[str, float]:

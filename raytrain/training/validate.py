@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -13,6 +15,7 @@ from raytrain.data.feed import Feed
 from raytrain.data.loader import BatchKey
 from raytrain.engine.randomness import seed_all
 from raytrain.engine.state import RunState
+from raytrain.errors import TaskError, users_traceback
 from raytrain.task import Task
 from raytrain.training.contract import checked_metrics, loss_of, predictions_of
 
@@ -28,7 +31,21 @@ def rehearse(run: RunState, task: Task, batch: Any) -> None:
         torch.autograd.grad(loss, run.engine.trainable, allow_unused=True)
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def gradients_as_wished(task: Task) -> Iterator[None]:
+    """Evaluation records no gradients unless the task needs them; one that does not say so is told what to write."""
+    with torch.set_grad_enabled(task.eval_needs_grad):
+        try:
+            yield
+        except RuntimeError as error:
+            if task.eval_needs_grad or "does not require grad" not in str(error):
+                raise
+            raise TaskError(
+                f"evaluation records no gradients, and {type(task).__name__} asks for one: {error}. "
+                f"Write `eval_needs_grad = True` in class {type(task).__name__}\n\n{users_traceback(error)}"
+            ) from error
+
+
 def predict_split(run: RunState, task: Task, feed: Feed) -> list[tuple[int, Any]]:
     """(position in the data set, prediction) of each sample of this process's part of the validation split.
 
@@ -37,16 +54,18 @@ def predict_split(run: RunState, task: Task, feed: Feed) -> list[tuple[int, Any]
     run.model.eval()
     predictions: list[tuple[int, Any]] = []
     for key in feed.validation_keys(run.progress.epoch):
-        batch = feed.fetch(key)
+        with torch.no_grad():
+            batch = feed.fetch(key)
         if run.compilation is not None:
-            run.compilation.try_out(batch, partial(rehearse, run, task))
+            with gradients_as_wished(task):
+                run.compilation.try_out(batch, partial(rehearse, run, task))
         seed_all(run.seed, "evaluate", key.epoch, key.ids[0])
-        with run.engine.precision.autocast():
+        with gradients_as_wished(task), run.engine.precision.autocast():
             if task.has_predict():
                 predictions.extend(zip(key.ids, predictions_of(task, run.model, batch, len(key.ids)), strict=True))
             else:
                 loss = loss_of(task.model_func(run.model, batch), task)
-                predictions.append((key.ids[0], (float(loss), len(key.ids))))
+                predictions.append((key.ids[0], (float(loss.detach()), len(key.ids))))
     return predictions
 
 
@@ -63,7 +82,6 @@ class Validation:
     seconds: float
 
 
-@torch.no_grad()
 def evaluate(run: RunState, task: Task, feed: Feed) -> Validation:
     """Collective. A pass over the validation split."""
     began_s = time.perf_counter()
@@ -77,7 +95,8 @@ def evaluate(run: RunState, task: Task, feed: Feed) -> Validation:
         run.engine.beat("eval")
         in_order = [value for _, value in sorted((pair for part in gathered for pair in part), key=lambda p: p[0])]
         if task.has_predict():
-            metrics = checked_metrics(task.score(in_order, feed.datasets["val"]), task)
+            with gradients_as_wished(task):
+                metrics = checked_metrics(task.score(in_order, feed.datasets["val"]), task)
         else:
             metrics = {"loss": sum(loss * n for loss, n in in_order) / sum(n for _, n in in_order)}
     run.engine.beat("reduce")

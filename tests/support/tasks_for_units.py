@@ -55,6 +55,43 @@ class DrawTask(raytrain.Task):
         }
 
 
+class Forces(raytrain.Task):
+    """A potential whose forces, the gradient by the positions, are what it is trained on and what it predicts."""
+
+    eval_needs_grad = True
+
+    def build_dataset(self, split: str) -> Any:
+        x = torch.rand(16, 3, generator=torch.Generator().manual_seed(len(split)))
+        return TensorDataset(x, -2 * x)
+
+    def build_model(self, dataset: Any) -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forces(self, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone().requires_grad_()
+        return -torch.autograd.grad(model(x).sum(), x, create_graph=True)[0]
+
+    def model_func(self, model: nn.Module, batch: Any) -> ModelReturn:
+        return ModelReturn((self.forces(model, batch[0]) - batch[1]).square().mean())
+
+
+class PredictedForces(Forces):
+    def predict(self, model: nn.Module, batch: Any) -> Any:
+        return self.forces(model, batch[0])
+
+    def score(self, predictions: list[Any], dataset: Any) -> dict[str, float]:
+        assert not any(each.requires_grad for each in predictions), "each would hold its whole graph"
+        return {"error": float((torch.stack(predictions) - dataset.tensors[1]).square().mean())}
+
+
+class ForcesUnsaid(Forces):
+    eval_needs_grad = False
+
+
+class PredictedForcesUnsaid(PredictedForces):
+    eval_needs_grad = False
+
+
 class ToyNet(nn.Module):
     """The net of tests/golden/toy. x: (B, 2, 8, 8).   Returns logits (B, 3)."""
 
