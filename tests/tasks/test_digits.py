@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import sklearn.datasets
 import torch
 from torch import nn
 
@@ -165,6 +164,8 @@ def test_what_does_not_belong_in_the_config_is_named(section, entry, message):
 
 
 def test_the_digits_are_those_of_scikit_learn():
+    import sklearn.datasets
+
     pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
     images, numbers = load_digits()
     assert torch.equal(images.view(-1, 64).double() * 16, torch.as_tensor(pixels))
