@@ -33,8 +33,9 @@ from ray_contract import Dependent
 
 from raytrain.sweep.ray_tune import SETTINGS
 
-SCHEDULERS = Dependent("sweep/schedulers.py")
 TUNE = Dependent("sweep/ray_tune.py")
+RESUMABLE = Dependent("sweep/resumable.py")
+POPULATION = Dependent("sweep/population.py")
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -50,25 +51,26 @@ def test_the_loop_over_trials() -> None:
     TUNE.mentions(ray.tune.tune.run, why, "TuneController(**runner_kwargs)")
     why = "trials are begun by as few processes as can be"
     for method in ("_maybe_add_actors", "_maybe_update_trial_queue"):
-        SCHEDULERS.overrides(getattr(TuneController, method), why, "self")
-    SCHEDULERS.overrides(TuneController._maybe_reuse_cached_actor, why, "self", "trial")
-    SCHEDULERS.mentions(TuneController._maybe_update_trial_queue, why, "self._max_pending_trials")
-    SCHEDULERS.mentions(TuneController._maybe_add_actors, why, "num_pending_actors >= self._max_pending_trials")
+        TUNE.overrides(getattr(TuneController, method), why, "self")
+    TUNE.overrides(TuneController._maybe_reuse_cached_actor, why, "self", "trial")
+    RESUMABLE.mentions(TuneController._maybe_update_trial_queue, why, "self._max_pending_trials")
+    RESUMABLE.mentions(TuneController._maybe_add_actors, why, "num_pending_actors >= self._max_pending_trials")
     attributes = ("_actor_cache", "_actor_manager", "_trials", "_trial_to_actor", "_actor_to_trial", "_started_actors")
-    SCHEDULERS.has(TuneController, why, *attributes, "_staged_trials", "_running_trials", "_max_pending_trials")
-    SCHEDULERS.has(RayActorManager, why, "_live_actors_to_ray_actors_resources", "num_pending_actors")
+    TUNE.has(TuneController, why, *attributes)
+    RESUMABLE.has(TuneController, why, "_staged_trials", "_running_trials", "_trial_to_actor", "_max_pending_trials")
+    TUNE.has(RayActorManager, why, "_live_actors_to_ray_actors_resources", "num_pending_actors")
     cache = tune_controller._ObjectCache
-    SCHEDULERS.has(cache, why, "num_cached_objects")
-    SCHEDULERS.calls(cache.increase_max, why, ..., "key", 2)
+    TUNE.has(cache, why, "num_cached_objects")
+    RESUMABLE.calls(cache.increase_max, why, ..., "key", 2)
 
 
 def test_what_becomes_of_trials_whose_process_dies() -> None:
     why = "a trial whose process dies begins again once, with its state"
-    SCHEDULERS.overrides(TuneController._actor_failed, why, "self", "tracked_actor", "exception")
-    SCHEDULERS.overrides(TuneController._trial_task_failure, why, "self", "trial", "exception")
-    SCHEDULERS.has(TuneController, why, "_resetting_trials")
-    SCHEDULERS.has(Trial, why, "PENDING", "PAUSED", "RUNNING", "should_recover", "temporary_state", "run_metadata")
-    SCHEDULERS.holds(isinstance(TrackedActor, type), why, "what stands for a process")
+    TUNE.overrides(TuneController._actor_failed, why, "self", "tracked_actor", "exception")
+    TUNE.overrides(TuneController._trial_task_failure, why, "self", "trial", "exception")
+    TUNE.has(TuneController, why, "_resetting_trials")
+    TUNE.has(Trial, why, "PENDING", "PAUSED", "RUNNING", "should_recover", "temporary_state", "run_metadata")
+    TUNE.holds(isinstance(TrackedActor, type), why, "what stands for a process")
 
 
 def test_the_processes_of_trials() -> None:
@@ -95,38 +97,38 @@ def test_the_makers_of_trials() -> None:
     methods = ("add_configurations", "next_trial", "on_trial_complete", "is_finished", "set_finished", "total_samples")
     TUNE.has(SearchAlgorithm, why, *methods)
     TUNE.has(SearchAlgorithm, why, "_finished")
-    SCHEDULERS.has(StorageContext, "clones begin from what it writes there", "storage_filesystem", "experiment_fs_path")
+    POPULATION.has(StorageContext, "clones begin from what it writes there", "storage_filesystem", "experiment_fs_path")
 
 
 def test_what_schedulers_are_told_through() -> None:
     why = "schedulers look at which trials run, and set how many may"
-    SCHEDULERS.has(tune_controller.TrialRunnerWrapper, why, "_tune_controller")
+    RESUMABLE.has(tune_controller.TrialRunnerWrapper, why, "_tune_controller")
     methods = ("on_trial_add", "on_trial_result", "on_trial_complete", "on_trial_error", "on_trial_remove")
-    SCHEDULERS.has(TrialScheduler, why, *methods, "choose_trial_to_run", "CONTINUE", "PAUSE", "STOP")
-    SCHEDULERS.calls(TuneController._schedule_trial_save, "a clone waits for the state of its source", ..., None)
-    SCHEDULERS.has(_TemporaryTrialState, "a clone waits for the state of its source", "saving_to")
+    RESUMABLE.has(TrialScheduler, why, *methods, "choose_trial_to_run", "CONTINUE", "PAUSE", "STOP")
+    POPULATION.calls(TuneController._schedule_trial_save, "a clone waits for the state of its source", ..., None)
+    POPULATION.has(_TemporaryTrialState, "a clone waits for the state of its source", "saving_to")
 
 
 def test_the_state_of_hyperband_and_of_the_median_rule() -> None:
-    SCHEDULERS.has(HyperBandScheduler, "a trial that has died comes back into its bracket", "_trial_info")
-    SCHEDULERS.has(hyperband._Bracket, "a trial that has died comes back into its bracket", "_live_trials")
-    SCHEDULERS.has(MedianStoppingRule, "a trial that goes on is none that was ended", "_stopped_trials")
+    RESUMABLE.has(HyperBandScheduler, "a trial that has died comes back into its bracket", "_trial_info")
+    RESUMABLE.has(hyperband._Bracket, "a trial that has died comes back into its bracket", "_live_trials")
+    RESUMABLE.has(MedianStoppingRule, "a trial that goes on is none that was ended", "_stopped_trials")
 
 
 def test_the_state_of_populations() -> None:
     why = "a generation is compared once all of it has come as far, whoever died"
-    SCHEDULERS.has(PopulationBasedTraining, why, "_trial_state", "_next_perturbation_sync")
-    SCHEDULERS.has(_PBTTrialState, why, "last_score", "last_perturbation_time", "last_train_time", "last_result")
+    POPULATION.has(PopulationBasedTraining, why, "_trial_state", "_next_perturbation_sync")
+    POPULATION.has(_PBTTrialState, why, "last_score", "last_perturbation_time", "last_train_time", "last_result")
     population = PopulationBasedTraining
-    SCHEDULERS.overrides(
+    POPULATION.overrides(
         population._checkpoint_or_exploit, why, "self", "trial", "tune_controller", "upper_quantile", "lower_quantile"
     )
-    SCHEDULERS.replaces(population._checkpoint_or_exploit, why, "13e1c92353c4")
-    SCHEDULERS.overrides(population._exploit, why, "self", "tune_controller", "trial", "trial_to_clone")
+    POPULATION.replaces(population._checkpoint_or_exploit, why, "13e1c92353c4")
+    POPULATION.overrides(population._exploit, why, "self", "tune_controller", "trial", "trial_to_clone")
     why = "a clone takes a checkpoint over that its source has written"
-    SCHEDULERS.mentions(population._exploit, why, "checkpoint_manager._latest_checkpoint_result")
-    SCHEDULERS.has(_CheckpointManager, why, "_latest_checkpoint_result")
-    SCHEDULERS.calls(_TrainingResult, why, None, {})
+    POPULATION.mentions(population._exploit, why, "checkpoint_manager._latest_checkpoint_result")
+    POPULATION.has(_CheckpointManager, why, "_latest_checkpoint_result")
+    POPULATION.calls(_TrainingResult, why, None, {})
     why = "what PB2's model sees is put into one order"
-    SCHEDULERS.has(PB2, why, "data")
-    SCHEDULERS.mentions(PB2, why, '"Trial", "Time"', '"Reward"')
+    POPULATION.has(PB2, why, "data")
+    POPULATION.mentions(PB2, why, '"Trial", "Time"', '"Reward"')
