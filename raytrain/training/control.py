@@ -15,7 +15,7 @@ from raytrain.journal.records import Record
 from raytrain.keeper.checkpointer import PendingSave
 from raytrain.progress import Progress
 
-TWICE_S = 1.0  # a signal that comes again within that is the same one
+TWICE_S = 0.3  # a signal that comes again within that is the same one; those of `timeout` are microseconds apart
 
 # Given a run's progress and the metrics of the evaluation just made: whether it is to go on. A sweep's, for its trials.
 Judge = Callable[[Progress, dict[str, float]], bool]
