@@ -15,8 +15,9 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from multiprocessing.synchronize import SemLock
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from raytrain.errors import PreflightError
 from raytrain.storage.processes import host, started_at
@@ -87,11 +88,15 @@ def named_by_this_process() -> Iterator[None]:
     socket_folder = Path(config.get("tempdir") or "")
     if not (socket_folder.name.startswith(own_mark()) and socket_folder.is_dir()):
         config["tempdir"] = str(socket_scratch().path)
-    prefix, config["semprefix"] = config["semprefix"], f"/{own_mark()}"
+    mark, semaphores = f"/{own_mark()}", cast("Any", SemLock)
+    prefix, config["semprefix"] = config["semprefix"], mark  # which processes that start here take over
+    make_name = semaphores._make_name
+    # As well, since joblib (scikit-learn) puts a function of its own there, which does not ask for the prefix.
+    semaphores._make_name = staticmethod(lambda: f"{mark}-{next(semaphores._rand)}")
     try:
         yield
     finally:
-        config["semprefix"] = prefix
+        config["semprefix"], semaphores._make_name = prefix, staticmethod(make_name)
 
 
 def socket_scratch() -> ScratchFolder:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
+from multiprocessing.synchronize import SemLock
 from pathlib import Path
 
 import pytest
@@ -63,12 +65,16 @@ def test_a_link_is_removed_and_not_followed(temp_dir: Path) -> None:
 
 
 @pytest.mark.skipif(not Path(scratch.SEMAPHORES).is_dir(), reason="needs /dev/shm")
-def test_semaphores_have_their_makers_name_in_the_block_alone() -> None:
+@pytest.mark.parametrize("named_by", ["multiprocessing", "joblib"])
+def test_semaphores_have_their_makers_name_in_the_block_alone(named_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if named_by == "joblib":  # what it does to multiprocessing when it is imported, as by scikit-learn
+        names = (f"/loky-{os.getpid()}-{number}" for number in itertools.count())
+        monkeypatch.setattr(SemLock, "_make_name", staticmethod(lambda: next(names)))
     context = multiprocessing.get_context("forkserver")
     with named_by_this_process():
         inside = context.Semaphore()
     assert inside._semlock.name.startswith(f"/{own_mark()}-")  # type: ignore[attr-defined]
-    assert context.Semaphore()._semlock.name.startswith("/mp-")  # type: ignore[attr-defined]
+    assert not context.Semaphore()._semlock.name.startswith(f"/{own_mark()}-")  # type: ignore[attr-defined]
 
 
 def test_a_temp_dir_too_long_for_sockets_is_named_where_there_is_no_other(
