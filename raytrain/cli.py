@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except RaytrainError as error:
-        if error.told:
+        if error.was_shown:
             return error.exit_status
         if prints_messages():
             print(f"raytrain: {error}", file=sys.stderr)
@@ -355,15 +355,15 @@ def train_as_asked(cfg: Any, options: dict[str, Any]) -> Any:
     from raytrain.training.control import signals_wish_stop
 
     with contextlib.ExitStack() as stack:
-        stop, ahead = stack.enter_context(signals_wish_stop()), None
+        stop, starting_cluster = stack.enter_context(signals_wish_stop()), None
         if cfg.SCALE.NUM_WORKERS != 0 and options["address"] is None and not seems_complete(cfg, options):
             from raytrain.cluster.cluster import starting
 
-            ahead = stack.enter_context(starting(None, dashboard=options["dashboard"], scale=cfg.SCALE))
+            starting_cluster = stack.enter_context(starting(None, dashboard=options["dashboard"], scale=cfg.SCALE))
         from raytrain.launch import launch
         from raytrain.training.preflight import LaunchOptions
 
-        return launch(cfg, LaunchOptions(**options), stop=stop, ahead=ahead)
+        return launch(cfg, LaunchOptions(**options), stop=stop, starting_cluster=starting_cluster)
 
 
 def seems_complete(cfg: Any, options: dict[str, Any]) -> bool:

@@ -30,11 +30,11 @@ def masked(text: str) -> str:
 class RaytrainError(Exception):
     """Base of every error that raytrain raises on purpose; a secret in a URI is not told.
 
-    told: the message has been shown already
+    was_shown: the message has been shown already
     """
 
     exit_status = EXIT_FAILED
-    told = False
+    was_shown = False
 
     def __init__(self, message: str = "") -> None:
         super().__init__(masked(message))

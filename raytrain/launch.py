@@ -47,7 +47,7 @@ class Result:
 
     status:          "finished", "complete" (it had finished before) or "stopped" (by a signal, state saved)
     run_dir:         the run folder, a path or URI
-    metrics:         of the newest evaluation
+    metrics:         of the newest checkpoint's evaluation; none after a stop in mid-epoch
     checkpoint:      path of the newest checkpoint, None if there is none
     best_checkpoint: path of the best one by CHECKPOINT.METRIC
     """
@@ -102,12 +102,13 @@ def launch(
     options: LaunchOptions,
     show: Show | None = None,
     stop: threading.Event | None = None,
-    ahead: Cluster | None = None,
+    starting_cluster: Cluster | None = None,
     judge: Judge = never_ends,
 ) -> Result:
     """Preflight, then the run; `show` gets its records in place of the console.
 
-    stop:  wishes it, in place of this process's signals.   ahead: the cluster, if it is starting already
+    stop: wishes it, in place of this process's signals
+    starting_cluster: where it is starting already
     judge: is asked after each evaluation whether the run is to go on: a sweep's, for its trials
     """
     load_task_class(cfg.TASK)
@@ -125,7 +126,7 @@ def launch(
             else:
                 from raytrain.cluster.on_ray import run_on_ray  # imports Ray, which no other run waits for
 
-                status = run_on_ray(start, stop, show, ahead, judge)
+                status = run_on_ray(start, stop, show, starting_cluster, judge)
     except BaseException:
         with contextlib.suppress(PreflightError):  # what failed is what to tell; the next launch says the rest
             client.take_over(start.run_dir, BEREAVED_S)  # the last state it had is saved
@@ -176,26 +177,26 @@ def launch_under_torchrun(cfg: Config, options: LaunchOptions) -> Result:
             f"{flag} is about a Ray cluster, but torchrun has started this process, and its runs do without Ray; "
             "leave one of them out"
         )
-    if restarts() and options.resume == "never":  # what this launch has saved since is not to be started over
+    if restart_count() and options.resume == "never":  # what this launch has saved since is not to be started over
         options = dataclasses.replace(options, resume="auto", overwrite=False)
     load_task_class(cfg.TASK)
     device = local_device(cfg)
-    store, rank, size = next(dist.rendezvous("env://"))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+    meeting, rank, size = next(dist.rendezvous("env://"))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=meeting, rank=rank, world_size=size)
     try:
         world = World.joined(size, device)
-        start, job = begun(cfg, options, world)
+        start, job = begin_run(cfg, options, world)
         if job is None:
             return result_of(start, "complete")
         world = dataclasses.replace(world, virtual_workers=job.virtual_workers)
         # Not before: while this process waits for one that never comes, no python code could answer torchrun's SIGTERM.
         with signals_wish_stop() as stop:
-            return result_of(start, run_as_worker(job, world, store, stop))
+            return result_of(start, run_as_worker(job, world, meeting, stop))
     finally:
         dist.destroy_process_group()
 
 
-def restarts() -> int:
+def restart_count() -> int:
     """How often torchrun has started the workers of this launch again (--max_restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
@@ -214,7 +215,7 @@ def local_device(cfg: Config) -> torch.device:
     return torch.device("cuda", number)
 
 
-def begun(cfg: Config, options: LaunchOptions, world: World) -> tuple[Start, Job | None]:
+def begin_run(cfg: Config, options: LaunchOptions, world: World) -> tuple[Start, Job | None]:
     """Collective. Where the run begins and what is to be done, as rank 0 finds it; no job if the run is complete.
 
     What rank 0 finds wrong is raised on every rank.
@@ -234,7 +235,7 @@ def begun(cfg: Config, options: LaunchOptions, world: World) -> tuple[Start, Job
     return beginning
 
 
-def run_as_worker(job: Job, world: World, store: Any, stop: threading.Event) -> str:
+def run_as_worker(job: Job, world: World, meeting: Any, stop: threading.Event) -> str:
     """Collective. How the run ended. The rank that fails first shows why, the others only follow."""
     with contextlib.ExitStack() as stack:
         screen = stack.enter_context(os.fdopen(os.dup(2), "w", errors="backslashreplace"))
@@ -248,8 +249,8 @@ def run_as_worker(job: Job, world: World, store: Any, stop: threading.Event) -> 
             if not world.is_first:
                 logs = redirect_output(job.run_uri, world.rank)
             return run_job(job, world, control).status
-        except Exception as error:
-            if store.add(f"raytrain/failures/{restarts()}", 1) > 1:  # torchrun keeps it, so it outlives ranks
+        except (Exception, SystemExit) as error:  # a task that calls sys.exit has not finished the run
+            if meeting.add(f"raytrain/failures/{restart_count()}", 1) > 1:  # torchrun keeps it, so it outlives ranks
                 sys.exit(1)
             if lost_another(error):
                 error = TrainingError(
@@ -262,5 +263,5 @@ def run_as_worker(job: Job, world: World, store: Any, stop: threading.Event) -> 
                 display.close()
             # Here, while a SIGTERM is only a wish: torchrun sends one as soon as it sees a rank die.
             print(f"raytrain: {seen}", file=screen, flush=True)
-            seen.told = True
+            seen.was_shown = True
             raise seen from error

@@ -122,3 +122,9 @@ def test_a_torchrun_that_dies_as_it_is_looked_for_is_told_as_dead(monkeypatch: p
     assert (host, pid) == (processes.host(), ended.pid)
     assert started is not None and started != processes.started_at(pid)
     assert processes.parent_of(ended.pid) == 0
+
+
+def test_a_task_that_exits_has_not_finished_the_run(tmp_path: Path) -> None:
+    config = small(tmp_path, "tasks_for_units:ExitsTask")
+    out = on_two(tmp_path, "--cfg_file", str(config)).ended(1)
+    assert "Training failed on rank" in out and "at step 3" in out and "SystemExit: 0" in out

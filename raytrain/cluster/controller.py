@@ -1,8 +1,8 @@
-"""Ray Train with no process of its own beside the workers.
+"""Ray's controller, replaced by one that needs no process beside the workers.
 
-Ray's controller runs in a thread of the driver, with which the run errors anyway. The actors that share a cluster's
+Ray's controller runs in a thread of the driver, with which the run ends anyway. The actors that share a cluster's
 resources with Ray Data, that place its data sets and that tidy up after a controller are left out: this project
-reads no Ray Data, and Ray itself errors a driver's workers with the driver. A run that joins a cluster begins 20 s
+reads no Ray Data, and Ray itself ends a driver's workers with the driver. A run that joins a cluster begins 20 s
 sooner for it. Workers that fail are started again as long as the run makes progress. Private parts of Ray: only for the
 versions in local_cluster.TESTED.
 """

@@ -1,4 +1,4 @@
-"""The configuration of a run: its schema, how a YAML file becomes it, and how it is written down."""
+"""The configuration of a run: how a YAML file becomes it, and how it is written down."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Step:
 class Feed:
     """The batches of a run from a given progress on, for the virtual workers of this process.
 
-    evaluate_after(epoch) says whether the validation split is read once that many epochs are
+    evaluates_after(epoch) says whether the validation split is read once that many epochs are
     finished; it must answer as the loop does, since the loader reads ahead.
 
     beat:        told what this rank is at, by the names of keeper.heartbeat.PHASES
@@ -61,11 +61,11 @@ class Feed:
         world: World,
         loader_cfg: Any,
         seed: int,
-        evaluate_after: Callable[[int], bool],
+        evaluates_after: Callable[[int], bool],
         channels_last: bool = False,
     ) -> None:
         self.task, self.datasets, self.plan, self.world = task, datasets, plan, world
-        self.loader_cfg, self.seed, self.evaluate_after = loader_cfg, seed, evaluate_after
+        self.loader_cfg, self.seed, self.evaluates_after = loader_cfg, seed, evaluates_after
         self._transfer = DeviceTransfer(task, world.device, channels_last)
         self._batches: Iterator[tuple[BatchKey, Any]] | None = None
         self._reader: KeyedBatches | None = None
@@ -159,5 +159,5 @@ class Feed:
                 for keys in step.micro_batches.values():
                     yield from keys
             progress = Progress(progress.epoch + 1)
-            if self.evaluate_after(progress.epoch):
+            if self.evaluates_after(progress.epoch):
                 yield from self.validation_keys(progress.epoch)

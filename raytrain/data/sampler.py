@@ -1,7 +1,7 @@
 """Which samples each virtual worker takes next: pure functions of seed, epoch and cursor.
 
 The order is torch's DistributedSampler(seed): a permutation drawn from seed + epoch, padded by
-wrapping around to a multiple of the world size, dealt like cards. Since it is dealt, the samples
+wrapping around to a multiple of the number of virtual workers, dealt like cards. Since it is dealt, the samples
 consumed up to a cursor are exactly the first `cursor` of one global order, whatever the number of
 virtual workers; the rest can be dealt again to any number.
 """

@@ -1,6 +1,6 @@
 """What happens to gradients: combined over the virtual workers, clipped, stepped.
 
-The loop hands losses in and gets a step out; how gradients travel is this module's alone.
+The loop hands losses in and gets a step out; how gradients travel is engine/gradients.py's.
 """
 
 from __future__ import annotations
@@ -151,6 +151,8 @@ class Engine:
         norm = self.stepper.norm(combined.used)
         step_if_good = self._step_if_good_late if self.reads_late else self._step_if_good
         bad_step = step_if_good(settings, combined.loss, norm)
+        if bad_step is not None and self.guard.actions[bad_step.kind] == "rollback":
+            bad_step = dataclasses.replace(bad_step, rolled_back_to=self.roll_back())
         return Stepped(combined.loss, norm, combined.wishes, bad_step)
 
     def _step_if_good(self, settings: StepSettings, loss: torch.Tensor, norm: torch.Tensor) -> BadStep | None:

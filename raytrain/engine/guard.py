@@ -32,6 +32,7 @@ class BadStep:
     loss_here:       this rank's part of the loss
     parameters:      names of those whose gradient is not finite: on this rank, or if ago > 0 in the sum over all
                      (there those too that lie within 4096 numbers of one that is not)
+    rolled_back_to:  the step whose weights the run went back to, where that is asked for
     """
 
     kind: str
@@ -41,6 +42,7 @@ class BadStep:
     grad_norm: float
     loss_here: float
     parameters: list[str]
+    rolled_back_to: int | None = None
 
     @property
     def here(self) -> bool:

@@ -1,7 +1,6 @@
-"""What workers and the keeper of their host share: memory, and a channel to talk over.
+"""The memory that workers and the keeper of their host share.
 
-The memory has no name in any folder (memfd): it is gone with the last process that has it. The channel is a
-socket in the kernel's own namespace; only processes of the same user are answered.
+It has no name in any folder (memfd): it is gone with the last process that has it.
 """
 
 from __future__ import annotations

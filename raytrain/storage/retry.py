@@ -1,4 +1,4 @@
-"""Calls to disks and servers: what may pass is tried again, what will not is as_storage_error at once."""
+"""Calls to disks and servers: what may pass is tried again, what will not becomes a StorageError at once."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def suspects(bad_step: BadStep, taken: Sequence[Step], returns: Sequence[ModelRe
 
 
 def answer(run: RunState, journal: Journal, bad_step: BadStep, samples: list[int]) -> str | None:
-    """Collective. Tell of a bad step, which has changed nothing, and roll back if that is asked for.
+    """Collective. Tell of a bad step, which has changed nothing, or after which the engine has rolled back.
 
     Returns what happened and why that ends the run, None if it goes on.
 
@@ -42,8 +42,8 @@ def answer(run: RunState, journal: Journal, bad_step: BadStep, samples: list[int
     parameters = list(dict.fromkeys(name for rank in ranks for name in everyone[rank][0].parameters))
     ids = [sample for rank in ranks for sample in everyone[rank][1]]
     message = f"{described(step, bad_step, ranks, parameters, ids)}: it changed nothing"
-    if guard.actions[bad_step.kind] == "rollback":
-        message += f", and the run went back to the weights of step {run.engine.roll_back()}"
+    if bad_step.rolled_back_to is not None:
+        message += f", and the run went back to the weights of step {bad_step.rolled_back_to}"
     if bad_step.in_a_row > 1:
         message += f"; {bad_step.in_a_row} such steps in a row"
     journal.write(

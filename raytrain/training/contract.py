@@ -124,7 +124,7 @@ def pictures_of(
 ) -> Iterator[tuple[str, bytes]]:
     """Up to `count` pictures of the task: name and PNG bytes, or a TaskError saying what came instead.
 
-    predictions: as loop.evaluate gives them; [] where there is no checkpoint
+    predictions: as validate.evaluate gives them; [] where there is no checkpoint
     """
     where = f"{type(task).__name__}.pictures"
     seed_all(seed, "pictures", epoch)

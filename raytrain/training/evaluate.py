@@ -1,4 +1,4 @@
-"""One checkpoint, evaluated by itself, and looked at."""
+"""`raytrain eval` and `raytrain view`: one checkpoint, evaluated by itself, and looked at."""
 
 from __future__ import annotations
 

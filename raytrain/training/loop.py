@@ -26,7 +26,7 @@ def train_model(run: RunState, task: Task, feed: Feed, recorder: Recorder) -> bo
             return False
         while not run.plan.finished(run.progress):
             is_whole = train_one_epoch(run, task, feed, recorder)
-            evaluates = feed.evaluate_after(run.progress.epoch)
+            evaluates = feed.evaluates_after(run.progress.epoch)
             recorder.epoch_done(is_whole, evaluates)
             if not is_whole or (evaluates and not recorder.evaluated(evaluate(run, task, feed))):
                 return False
@@ -60,7 +60,7 @@ def train_step(run: RunState, task: Task, feed: Feed, step: Step, wishes: Callab
                 seed_all(run.seed, "step", at, v, i)
                 with run.engine.precision.autocast():
                     returned = task.model_func(run.model, batch)
-                share = 1.0 / (len(micro_batches) * run.plan.virtual_workers)
+                share = 1.0 / (len(micro_batches) * run.plan.virtual_workers)  # the mean, as of one large batch
                 run.engine.backward(loss_of(returned, task), share, is_last=(v, i) == step.last)
                 returns.append(returned)
     return Taken(run.engine.step(run.schedule.at(at), wishes()), returns)

@@ -1,4 +1,4 @@
-"""Where a launch begins: its options, its run folder, and the checkpoint that it goes on from."""
+"""What is looked at on the driver before any worker starts: options, the run folder, where the run goes on."""
 
 from __future__ import annotations
 

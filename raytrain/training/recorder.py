@@ -1,4 +1,4 @@
-"""What follows a step besides weights: notes, journal, bad steps, memory, checkpoints, stops; read it from the top."""
+"""What follows a step: notes, journal, bad steps, memory, checkpoints, stops; in this order, from the top."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple, NoReturn
 
-from raytrain.config.load import dump_config
 from raytrain.data.feed import Feed, Step
 from raytrain.engine.engine import Stepped
 from raytrain.engine.guard import BadStep
 from raytrain.engine.late import LATE_STEPS
 from raytrain.engine.state import RunState
 from raytrain.errors import DivergedError, RaytrainError
-from raytrain.journal.heritage_log import header_lines, model_lines
 from raytrain.journal.journal import Journal
-from raytrain.journal.run_folder import RunFolder
 from raytrain.keeper.checkpointer import Checkpointer, PendingSave
 from raytrain.keeper.heartbeat import Heartbeat
 from raytrain.progress import Progress
@@ -27,8 +24,6 @@ from raytrain.task import ModelReturn
 from raytrain.training.bad_steps import answer, suspects
 from raytrain.training.contract import mean_of
 from raytrain.training.control import Control
-from raytrain.training.job import Job
-from raytrain.training.resume import Origin
 from raytrain.training.validate import Validation
 
 
@@ -71,30 +66,30 @@ class Recorder:
         except BaseException:
             self.heartbeat.beat("checkpoint")
             with contextlib.suppress(RaytrainError):  # the failure above is the one to tell
-                self._tell_saved(wait=True)
+                self._write_saved(wait=True)
             self.heartbeat.beat("rest")
             raise
-        self._tell_saved(wait=True)
+        self._write_saved(wait=True)
         self.heartbeat.beat("rest")
 
     def wishes(self) -> tuple[bool, bool]:
-        """Whether this rank wants the run to stop after the step under way, and to be saved."""
+        """What this rank wants after the step under way: that the run stops, that it is saved."""
         return self.control.stop_wished(), self.run.world.is_first and self.saves.time_due(self.control.now())
 
     def stepped(self, step: Step, taken: Taken) -> bool:
         """Collective. All that follows a step; False if the run is to stop here."""
         self.heartbeat.beat("checkpoint")
-        if not self._steps:
+        if not self._steps:  # the first since an epoch began
             self.notes += untrained(self.run)
         self._steps.append(step)
         self._write_notes()
         self._write_step(step, taken)
         if taken.stepped.bad_step is not None:
-            self._answer(taken.stepped.bad_step, taken.returns)
+            self._handle_bad_step(taken.stepped.bad_step, taken.returns)
         if self.saves.after_step(self.run):
             self.journal.hand_over()  # what a run that goes on from that memory would not measure again
-        self._tell_saved()
-        self._tell_stragglers()
+        self._write_saved()
+        self._write_stragglers()
         stop_granted, self._save_wished = taken.stepped.wishes
         is_same_epoch = self.run.progress.epoch == self._began.epoch
         due = self._save_wished or self.saves.store.progress_due(self.run.progress, epoch_done=False)
@@ -108,6 +103,7 @@ class Recorder:
         """Collective. Save what is due when an epoch is over, or a stop was granted in it (not is_whole).
 
         Before the evaluation: whatever happens in there, the epoch is not trained again.
+        evaluates: whether its evaluation follows, or is owed: a stop may be granted with the epoch's last step
         """
         run = self.run
         due = not is_whole or self._save_wished or evaluates or run.plan.finished(run.progress)
@@ -128,7 +124,7 @@ class Recorder:
             self.heartbeat.step(run.progress.step)  # whoever hangs in the evaluation does so at the step just done
 
     def evaluated(self, validation: Validation) -> bool:
-        """Collective. Write the metrics to the journal and to the epoch's checkpoint; whether the run is to go on."""
+        """Collective. Write the metrics to the journal and to the epoch's checkpoint; False if the run ends early."""
         run, metrics = self.run, validation.metrics
         self.heartbeat.beat("checkpoint")
         is_last = run.plan.finished(run.progress)
@@ -223,12 +219,12 @@ class Recorder:
         for note in self.task.take_notes():
             self.journal.write("event", event="note", message=note)
 
-    def _tell_stragglers(self) -> None:
+    def _write_stragglers(self) -> None:
         if self.heartbeat.stragglers is not None:
             for message in self.heartbeat.stragglers.warnings(time.monotonic()):
                 self.journal.write("event", event="straggler", message=message)
 
-    def _tell_saved(self, wait: bool = False) -> None:
+    def _write_saved(self, wait: bool = False) -> None:
         """The journal tells of each checkpoint once it is on the storage; with `wait`, of all that are on their way."""
         if wait:
             self.saves.settle()
@@ -242,25 +238,26 @@ class Recorder:
                 save_s=save.save_s,
             )
 
-    def _answer(self, bad_step: BadStep, returns: list[ModelReturn]) -> None:
+    def _handle_bad_step(self, bad_step: BadStep, returns: list[ModelReturn]) -> None:
         """Collective. Tell of a bad step, which has changed nothing, and end the run where that is asked for."""
         why_end = answer(self.run, self.journal, bad_step, suspects(bad_step, self._steps, returns))
         if why_end is not None:
+            had_good_step = bad_step.in_a_row < self.run.progress.step - bad_step.ago
             if self.run.engine.guard.takes_again(bad_step):
                 self.run.progress = self._began
-            self._end_badly(why_end)
+            self._save_and_raise(why_end, had_good_step)
 
-    def _end_badly(self, why_end: str) -> NoReturn:
+    def _save_and_raise(self, why_end: str, had_good_step: bool) -> NoReturn:
         """Collective. Save the state, in which no bad step has left anything, and raise what ends the run."""
         run, name = self.run, checkpoint_name(self.run.progress)
-        trained = run.progress.step > 0 and int(run.engine.guard.in_a_row) < run.plan.total_steps
-        missing = trained and run.world.is_first and name not in [entry.name for entry in self.saves.store.listed()]
-        if run.world.broadcast_object(missing):
+        owed = had_good_step and run.world.is_first
+        if run.world.broadcast_object(owed and name not in [saved.name for saved in self.saves.store.listed()]):
             self.control.saved(self.save(), {})
-            self._tell_saved(wait=True)
+            self._write_saved(wait=True)
         self.heartbeat.beat("reduce")
         run.world.all_objects(None)  # whoever ends first takes the others along, and rank 0 has to save
-        kept = f"{name} holds the state, which is good" if trained else "not one step was good, so nothing is lost"
+        good = f"{name} holds the state, which is good"
+        kept = good if had_good_step else "not one step was good, so nothing is lost"
         raise DivergedError(
             f"{why_end}; {kept}. Look at these samples and at the loss in journal.jsonl; lower OPTIMIZATION.LR or "
             "GRAD_NORM_CLIP, or leave out USE_AMP. The same command goes on"
@@ -276,56 +273,3 @@ def untrained(run: RunState) -> list[str]:
         f"not trained, since they came or were unfrozen after training began: {', '.join(names[:5])}"
         f"{', ...' if names[5:] else ''}. Make them, trainable, in build_model"
     ]
-
-
-def open_journal(
-    folder: RunFolder, run: RunState, job: Job, control: Control, origin: Origin | None, notes: list[str]
-) -> Journal:
-    """The run's journal, with what starts written down; on ranks other than 0 it goes nowhere."""
-    if not run.world.is_first:
-        return Journal([], job.cfg.LOG)
-    tag = "/".join(filter(None, [job.cfg.EXP_GROUP_PATH, f"{job.cfg.TAG}({job.cfg.EXTRA_TAG})"]))
-    log = folder.log_sink(time.time())
-    total_batch = run.plan.batch_size * run.plan.virtual_workers if run.plan.virtual_workers > 1 else None
-    for text in [*header_lines(job.arguments, run.config, total_batch), *model_lines(run.model), *notes]:
-        log.text(text)
-    folder.describe(dump_config(job.cfg), job.arguments)
-    journal = Journal([*folder.sinks(), log, control], job.cfg.LOG)
-    journal.run(
-        tag=tag,
-        launch=job.launch,
-        step=run.progress.step,
-        epoch=run.progress.epoch,
-        resumed_from=origin.path if origin else None,
-        steps_per_epoch=run.plan.steps_per_epoch,
-        num_epochs=run.plan.num_epochs,
-        num_samples=run.plan.num_samples,
-        batch_size=run.plan.batch_size,
-        accumulate=run.plan.accumulate,
-        virtual_workers=run.plan.virtual_workers,
-        num_workers=run.world.size if run.world.size > 1 or control.in_a_worker else 0,
-        device=run.world.device.type,
-        param_count=sum(p.numel() for p in run.model.parameters()),
-    )
-    for note in notes:
-        journal.write("event", event="note", message=note)
-    return journal
-
-
-def write_end(recorder: Recorder, status: str, seconds: float, pictures: str | None) -> None:
-    """The last record of a launch: how it ended, and where everything is."""
-    run, store = recorder.run, recorder.saves.store
-    newest, best = store.listed(), store.best()
-    recorder.journal.write(
-        "end",
-        status=status,
-        epoch=run.progress.epoch,
-        step=run.progress.step,
-        metrics=run.metrics,
-        best=run.best["metrics"] if run.best else None,
-        checkpoint=newest[0].name if newest else None,
-        best_checkpoint=best.name if best else None,
-        pictures=pictures,
-        run_dir=store.storage.path_of(""),
-        seconds=seconds,
-    )

@@ -1,4 +1,4 @@
-"""Where a run starts: which checkpoint, and whether it may go on under this config."""
+"""Which checkpoint a run goes on from, and whether it may under this config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pass over the validation split: predictions, metrics, and a rehearsal of what is computed."""
+"""A pass over the validation split while a run trains, or for `raytrain eval`: predictions and metrics."""
 
 from __future__ import annotations
 

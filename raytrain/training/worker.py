@@ -32,8 +32,9 @@ from raytrain.training.control import Control
 from raytrain.training.job import Job
 from raytrain.training.loop import train_model
 from raytrain.training.pictures import draw_pictures
-from raytrain.training.recorder import Recorder, open_journal, write_end
+from raytrain.training.recorder import Recorder
 from raytrain.training.resume import Origin, bring_to_start
+from raytrain.training.run_journal import open_journal, write_end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Outcome:
 
 
 @dataclasses.dataclass(frozen=True)
-class Home:
+class Restored:
     """Where a run lives: its folder, what keeps its states, and what it goes on from.
 
     keeper: this process's side of it; None where the system has none
@@ -65,17 +66,17 @@ class Home:
 def run_job(
     job: Job, world: World, control: Control, datasets_of: Callable[[], dict[str, Any]] | None = None
 ) -> Outcome:
-    """Collective. Build the run, bring it to where it stands, and train it.
+    """Collective. Build the run, bring it to where it goes on, and train it.
 
     datasets_of: gives the data sets, in place of the task
     """
     with contextlib.ExitStack() as stack:
-        keeper_starts = prepare(job, world)
+        keeper_thread = prepare(job, world)
         run, feed, notes = build(job, world, control, datasets_of)
-        home = restore(job, run, feed, control, keeper_starts, stack)
-        recorder = open_recorder(job, run, feed, control, home, stack)
+        restored = restore(job, run, feed, control, keeper_thread, stack)
+        recorder = open_recorder(job, run, feed, control, restored, stack)
         recorder.notes += notes
-        return train(recorder, home)
+        return train(recorder, restored)
 
 
 def prepare(job: Job, world: World) -> threading.Thread | None:
@@ -97,8 +98,8 @@ def build(
     control.begin("Building the model")
     run = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), world), world)
     notes = compile_model(run, cfg.OPTIMIZATION)
-    evaluate_after, channels_last = evaluation_epochs(cfg, datasets), cfg.OPTIMIZATION.CHANNELS_LAST
-    feed = Feed(task, datasets, run.plan, world, cfg.LOADER, cfg.SEED, evaluate_after, channels_last)
+    evaluates_after, channels_last = evaluation_epochs(cfg, datasets), cfg.OPTIMIZATION.CHANNELS_LAST
+    feed = Feed(task, datasets, run.plan, world, cfg.LOADER, cfg.SEED, evaluates_after, channels_last)
     return run, feed, notes
 
 
@@ -107,16 +108,16 @@ def restore(
     run: RunState,
     feed: Feed,
     control: Control,
-    keeper_starts: threading.Thread | None,
+    keeper_thread: threading.Thread | None,
     stack: contextlib.ExitStack,
-) -> Home:
+) -> Restored:
     """Collective. Join the keeper, take the run folder, and bring the run to where it goes on."""
     folder = RunFolder(job.run_uri)
     stack.callback(folder.close)
     store = Store(folder.storage, job.cfg.CHECKPOINT, job.launch)
     control.begin("Joining the process that keeps the run's state")
-    if keeper_starts is not None:
-        keeper_starts.join()
+    if keeper_thread is not None:
+        keeper_thread.join()
     keeper, no_keeper = join_keeper(job.run_uri, job.launch, run.world)
     heartbeat = Heartbeat()
     if keeper is not None:
@@ -130,33 +131,33 @@ def restore(
     checkpointer = Checkpointer(store, keeper)
     checkpointer.notes += no_keeper
     origin, notes = bring_to_start(run, store, job, keeper)
-    return Home(folder, checkpointer, keeper, heartbeat, origin, notes)
+    return Restored(folder, checkpointer, keeper, heartbeat, origin, notes)
 
 
 def open_recorder(
-    job: Job, run: RunState, feed: Feed, control: Control, home: Home, stack: contextlib.ExitStack
+    job: Job, run: RunState, feed: Feed, control: Control, restored: Restored, stack: contextlib.ExitStack
 ) -> Recorder:
     """Collective. The run's journal with what starts written down, and its first checkpoint where one is owed."""
-    checkpointer, notes = home.checkpointer, home.notes
+    checkpointer, notes = restored.checkpointer, restored.notes
     checkpointer.describe(run, job.driver)
     checkpointer.prepare(run)
     if run.engine.why_ddp is not None:
         notes.append(f"ENGINE ddp, parameter by parameter, instead of flat buffers: {run.engine.why_ddp}")
-    evaluates = feed.evaluate_after(run.progress.epoch)
+    evaluates = feed.evaluates_after(run.progress.epoch)
     run.unevaluated = run.unevaluated if evaluates else None
-    journal = open_journal(home.folder, run, job, control, home.origin, notes)
-    for hang in home.keeper.hangs if home.keeper else ():
+    journal = open_journal(restored.folder, run, job, control, restored.origin, notes)
+    for hang in restored.keeper.hangs if restored.keeper else ():
         journal.write("event", event="hang", **hang)
     stack.callback(journal.close)
     stack.callback(feed.close)
-    recorder = Recorder(run, feed, checkpointer, journal, control, home.heartbeat)
-    if run.world.broadcast_object(owes_checkpoint(run, checkpointer.store, home.origin)):
+    recorder = Recorder(run, feed, checkpointer, journal, control, restored.heartbeat)
+    if run.world.broadcast_object(owes_checkpoint(run, checkpointer.store, restored.origin)):
         recorder.save(metrics=None if evaluates else {})
         run.unevaluated = checkpoint_name(run.progress) if evaluates else None
     return recorder
 
 
-def train(recorder: Recorder, home: Home) -> Outcome:
+def train(recorder: Recorder, restored: Restored) -> Outcome:
     """Collective. Train what is left; then pictures, the journal's last record, and the end of the keeper."""
     run, feed, began_s = recorder.run, recorder.feed, time.monotonic()
     feed.start(run.progress, evaluate_first=run.unevaluated is not None)
@@ -165,10 +166,10 @@ def train(recorder: Recorder, home: Home) -> Outcome:
     if run.world.is_first:
         predictions = recorder.validation.predictions if is_done and recorder.validation else []
         draws = predictions and feed.task.has_pictures() and run.config["EVAL"]["PICTURES"] > 0
-        pictures = draw_pictures(home.folder, run, feed, predictions, recorder.journal) if draws else None
-        write_end(recorder, status, seconds, pictures)
-    if home.keeper is not None and home.keeper.leads:
-        home.keeper.end()
+        pictures = draw_pictures(restored.folder, run, feed, predictions, recorder.journal) if draws else None
+        write_end(recorder.journal, run, recorder.saves.store, status, seconds, pictures)
+    if restored.keeper is not None and restored.keeper.leads:
+        restored.keeper.end()
     return Outcome(status, run.progress, run.metrics, run.best)
 
 

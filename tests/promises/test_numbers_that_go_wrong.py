@@ -122,3 +122,12 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_the_last_good_state_saved(
     assert [r["event"] for r in read_journal(run.run_dir / "journal.jsonl") if r["kind"] == "event"] == [
         "nonfinite"
     ] * 6
+
+
+def test_a_run_that_never_had_a_good_step_saves_nothing_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = poisoned(tmp_path, f"0 {' '.join(map(str, range(SAMPLES)))}", {"NONFINITE_LIMIT": 6})
+    assert main(run.words(*HERE)) == 1
+    assert "not one step was good, so nothing is lost" in capsys.readouterr().err
+    assert "checkpoint_step_6" not in run.names()

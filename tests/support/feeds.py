@@ -40,5 +40,5 @@ def whole_run(feed: Feed, progress: Progress = START) -> Iterator[tuple[BatchKey
             for keys in step.micro_batches.values():
                 yield from ((key, feed.fetch(key)) for key in keys)
         progress = Progress(progress.epoch + 1)
-        if feed.evaluate_after(progress.epoch):
+        if feed.evaluates_after(progress.epoch):
             yield from ((key, feed.fetch(key)) for key in feed.validation_keys(progress.epoch))

@@ -274,3 +274,15 @@ class DiesOnRank1(PointsTask):
 
 def explode(x: torch.Tensor) -> None:
     raise RuntimeError(f"no anchors for {len(x)} points")
+
+
+class ExitsTask(PointsTask):
+    """Calls sys.exit(0) in its third step."""
+
+    calls = 0
+
+    def model_func(self, model: nn.Module, batch: Any) -> ModelReturn:
+        self.calls += 1
+        if self.calls == 3:
+            raise SystemExit(0)
+        return super().model_func(model, batch)

@@ -1,0 +1,67 @@
+"""The first and the last that a run's journal says of a launch: what starts, and how it ended."""
+
+from __future__ import annotations
+
+import time
+
+from raytrain.config.load import dump_config
+from raytrain.engine.state import RunState
+from raytrain.journal.heritage_log import header_lines, model_lines
+from raytrain.journal.journal import Journal
+from raytrain.journal.run_folder import RunFolder
+from raytrain.storage.store import Store
+from raytrain.training.control import Control
+from raytrain.training.job import Job
+from raytrain.training.resume import Origin
+
+
+def open_journal(
+    folder: RunFolder, run: RunState, job: Job, control: Control, origin: Origin | None, notes: list[str]
+) -> Journal:
+    """The run's journal, with what starts written down; on ranks other than 0 it goes nowhere."""
+    if not run.world.is_first:
+        return Journal([], job.cfg.LOG)
+    tag = "/".join(filter(None, [job.cfg.EXP_GROUP_PATH, f"{job.cfg.TAG}({job.cfg.EXTRA_TAG})"]))
+    log = folder.log_sink(time.time())
+    total_batch = run.plan.batch_size * run.plan.virtual_workers if run.plan.virtual_workers > 1 else None
+    for text in [*header_lines(job.arguments, run.config, total_batch), *model_lines(run.model), *notes]:
+        log.text(text)
+    folder.describe(dump_config(job.cfg), job.arguments)
+    journal = Journal([*folder.sinks(), log, control], job.cfg.LOG)
+    journal.run(
+        tag=tag,
+        launch=job.launch,
+        step=run.progress.step,
+        epoch=run.progress.epoch,
+        resumed_from=origin.path if origin else None,
+        steps_per_epoch=run.plan.steps_per_epoch,
+        num_epochs=run.plan.num_epochs,
+        num_samples=run.plan.num_samples,
+        batch_size=run.plan.batch_size,
+        accumulate=run.plan.accumulate,
+        virtual_workers=run.plan.virtual_workers,
+        num_workers=run.world.size if run.world.size > 1 or control.in_a_worker else 0,
+        device=run.world.device.type,
+        param_count=sum(p.numel() for p in run.model.parameters()),
+    )
+    for note in notes:
+        journal.write("event", event="note", message=note)
+    return journal
+
+
+def write_end(journal: Journal, run: RunState, store: Store, status: str, seconds: float, pictures: str | None) -> None:
+    """The last record of a launch: how it ended, and where everything is."""
+    newest, best = store.listed(), store.best()
+    journal.write(
+        "end",
+        status=status,
+        epoch=run.progress.epoch,
+        step=run.progress.step,
+        metrics=run.metrics,
+        best=run.best["metrics"] if run.best else None,
+        checkpoint=newest[0].name if newest else None,
+        best_checkpoint=best.name if best else None,
+        pictures=pictures,
+        run_dir=store.storage.path_of(""),
+        seconds=seconds,
+    )
