@@ -26,12 +26,15 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], batch: Any) ->
     return map_leaves(lambda leaf: function(leaf) if isinstance(leaf, torch.Tensor) else leaf, batch)
 
 
-def map_leaves(function: Callable[[Any], Any], batch: Any) -> Any:
-    """`batch` with `function` of each value that is no container."""
-    entries = entries_of(batch)
+def map_leaves(function: Callable[[Any], Any], batch: Any, into_objects: bool = True) -> Any:
+    """`batch` with `function` of each value that is no container.
+
+    into_objects: whether objects of dataclasses and attrs classes are containers
+    """
+    entries = entries_of(batch) if into_objects or fields_of(batch) is None else None
     if entries is None:
         return function(batch)
-    mapped = {key: map_leaves(function, value) for key, value in entries.items()}
+    mapped = {key: map_leaves(function, value, into_objects) for key, value in entries.items()}
     changed = {key: value for key, value in mapped.items() if value is not entries[key]}
     return with_entries(batch, mapped, changed) if changed else batch
 
@@ -108,8 +111,11 @@ def move_to(batch: Any, device: torch.device) -> Any:
 
 
 def tensorised(batch: Any) -> Any:
-    """`batch` with numpy's arrays and numbers as tensors, but for those of text and objects."""
-    return map_leaves(as_tensor, batch)
+    """`batch` with numpy's arrays and numbers as tensors, but for those of text and objects, and those in objects.
+
+    Whoever writes a dataclass says what its fields are.
+    """
+    return map_leaves(as_tensor, batch, into_objects=False)
 
 
 def as_tensor(leaf: Any) -> Any:

@@ -127,10 +127,15 @@ def test_a_defaultdict_keeps_its_factory_and_an_encoding_its_attributes() -> Non
 
 def test_counts_are_counts_when_arrays_become_tensors() -> None:
     batch = {"names": collections.Counter(["a", "b", "a"]), "boxes": np.zeros((2, 7)), "text": np.array(["a"])}
-    batch["labels"] = Frozen(np.float32(1.5), "scene")  # type: ignore[assignment]
+    batch["labels"] = [np.float32(1.5)]  # type: ignore[assignment]
     made = tensorised(batch)
     assert made["names"] == {"a": 2, "b": 1} and made["text"] is batch["text"]
-    assert made["boxes"].shape == (2, 7) and made["labels"].points.dtype is torch.float32
+    assert made["boxes"].shape == (2, 7) and made["labels"][0].dtype is torch.float32
+
+
+def test_arrays_in_an_object_of_the_users_stay_arrays() -> None:
+    batch = [Frozen(np.zeros(3), "scene"), Attrs(np.zeros(3), "scene")]
+    assert tensorised(batch) is batch
 
 
 def test_what_has_a_way_of_its_own_goes_that_way_and_not_beside_the_computation() -> None:
