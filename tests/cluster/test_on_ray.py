@@ -138,7 +138,7 @@ def test_a_run_that_waits_for_room_on_a_busy_cluster_says_so_and_ends_soon_after
 ) -> None:
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    monkeypatch.setattr(driver, "NOTICE_S", 0.5)
+    monkeypatch.setattr(driver, "WAIT_NOTICE_S", 0.5)
     others = placement_group([{"CPU": 7.0}])
     assert others.wait(10)
     stop, wished_at, said = threading.Event(), 0.0, []

@@ -34,7 +34,7 @@ def test_a_run_leaves_a_node_that_is_drained_and_waits_for_room_when_one_has_die
     with ray_nodes() as nodes:
         first = nodes.add()
         run.hold(5)
-        launched = started(run, "driver.NOTICE_S = 1.0", "--address", nodes.address)
+        launched = started(run, "driver.WAIT_NOTICE_S = 1.0", "--address", nodes.address)
         run.held(2, launched)
         nodes.add()
         nodes.drain(first)
