@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from raytrain.engine.world import World
 
 START_S = 60.0
+LOOK_S = 0.02
 SAVE_S = 900.0  # so long a keeper that ends may take to save what it holds
 WITHOUT = "no memory beside this process for the run's state, so training waits for each checkpoint to be written"
 TAKE_OVER_S = 35.0  # so long the workers of an earlier launch may take to die
@@ -138,10 +140,7 @@ class KeeperClient:
 
     def join(self) -> None:
         """At first, and again after a keeper that has died."""
-        try:
-            greeting = self._greet()
-        except (EOFError, ConnectionError):  # it was about to end, and saved its state
-            greeting = self._greet()
+        greeting = self._greet()
         if "other" in greeting:
             take_over(self._run_uri, TAKE_OVER_S)
             greeting = self._greet()
@@ -157,12 +156,22 @@ class KeeperClient:
         )
 
     def _greet(self) -> dict[str, Any]:
-        self.channel = connect_or_start(self._run_uri, self._launch)
-        self.channel.send(op="hello", launch=self._launch)
-        greeting = self.channel.receive_within(START_S)
-        if "other" in greeting:
-            self.channel.close()
-        return greeting
+        """What the keeper says to this launch; one that is just ending has saved its state, and another begins."""
+        give_up = time.monotonic() + START_S
+        while True:
+            self.channel = connect_or_start(self._run_uri, self._launch)
+            try:
+                self.channel.send(op="hello", launch=self._launch)
+                greeting = self.channel.receive_within(START_S)
+            except (EOFError, ConnectionError):
+                self.channel.close()
+                if time.monotonic() > give_up:
+                    raise
+                time.sleep(LOOK_S)
+                continue
+            if "other" in greeting:
+                self.channel.close()
+            return greeting
 
     @property
     def newest(self) -> Progress | None:
