@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 START_S = 60.0
 LOOK_S = 0.02
+END_S = 2.0  # so long a keeper that has saved its state takes to be gone; one that begins and ends so long has failed
 SAVE_S = 900.0  # so long a keeper that ends may take to save what it holds
 WITHOUT = "no memory beside this process for the run's state, so training waits for each checkpoint to be written"
 TAKE_OVER_S = 35.0  # so long the workers of an earlier launch may take to die
@@ -157,7 +158,7 @@ class KeeperClient:
 
     def _greet(self) -> dict[str, Any]:
         """What the keeper says to this launch; one that is just ending has saved its state, and another begins."""
-        give_up = time.monotonic() + START_S
+        give_up = time.monotonic() + END_S
         while True:
             self.channel = connect_or_start(self._run_uri, self._launch)
             try:
