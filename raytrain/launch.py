@@ -37,7 +37,6 @@ from raytrain.task import load_task_class
 from raytrain.training.control import Judge, LocalControl, never_ends, signals_wish_stop
 from raytrain.training.job import Job, redirect_output
 from raytrain.training.preflight import BEREAVED_S, LaunchOptions, Start, find_start
-from raytrain.training.resume import is_complete
 from raytrain.training.worker import run_job
 
 
@@ -113,7 +112,7 @@ def launch(
     """
     load_task_class(cfg.TASK)
     start = find_start(cfg, options)
-    if options.resume == "auto" and is_complete(start.origin, cfg.OPTIMIZATION.NUM_EPOCHS):
+    if start.is_complete:
         return result_of(start, "complete")
     display = None
     if show is None:
@@ -224,8 +223,7 @@ def begin_run(cfg: Config, options: LaunchOptions, world: World) -> tuple[Start,
     if world.is_first:
         try:
             start = find_start(cfg, options)
-            complete = options.resume == "auto" and is_complete(start.origin, cfg.OPTIMIZATION.NUM_EPOCHS)
-            beginning = start, None if complete else start.job(world.size, world.device.type == "cuda")
+            beginning = start, None if start.is_complete else start.job(world.size, world.device.type == "cuda")
         except RaytrainError as error:
             beginning = error
     beginning = world.broadcast_object(beginning)

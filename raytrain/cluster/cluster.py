@@ -86,7 +86,7 @@ class Cluster:
 def keep_signal_handlers() -> None:
     """What Python says of signals holds again beneath it, where Ray has put handlers of its own.
 
-    local_cluster.signal_handlers_kept, which does so in a thread, does not know of one that came meanwhile.
+    local_cluster.signal_handlers_kept, which does so in a thread, may not know one that came meanwhile.
     """
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -186,19 +186,19 @@ def signal_handlers_kept() -> Iterator[None]:
 
     Python would put back what it says of a signal only in the main thread, which does other things meanwhile.
     """
-    libc, number_of = ctypes.CDLL(None), ctypes.sizeof(ctypes.c_void_p)
+    libc, pointer_bytes = ctypes.CDLL(None), ctypes.sizeof(ctypes.c_void_p)
     size = 1024  # bytes, more than a struct sigaction has anywhere; its handler comes first
     kept = {number: ctypes.create_string_buffer(size) for number in (signal.SIGINT, signal.SIGTERM)}
     for number, action in kept.items():
         libc.sigaction(number, None, action)
-    known = {action.raw[:number_of] for action in kept.values()} | {bytes(number_of)}
+    known = {action.raw[:pointer_bytes] for action in kept.values()} | {bytes(pointer_bytes)}
     over = threading.Event()
 
     def put_back() -> None:
         now = ctypes.create_string_buffer(size)
         for number, action in kept.items():
             libc.sigaction(number, None, now)
-            if now.raw[:number_of] in known:  # this process's own, perhaps another than before
+            if now.raw[:pointer_bytes] in known:  # this process's own, perhaps another than before
                 action.raw = now.raw
             else:
                 libc.sigaction(number, action, None)

@@ -25,7 +25,7 @@ from raytrain.storage.paths import expanded
 from raytrain.storage.storage import open_storage
 from raytrain.storage.store import Store, listed
 from raytrain.training.job import Job
-from raytrain.training.resume import Origin, choose, compare
+from raytrain.training.resume import Origin, choose, compare, is_complete
 
 ANSWER_S = 3.0  # whoever has just typed the command shall learn at once that the storage does not answer
 BEREAVED_S = 15.0  # so long the other workers of a run whose first has died may take to die
@@ -63,6 +63,11 @@ class Start:
     run_dir: str
     store: Store
     origin: Origin | None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run has finished before, and this launch leaves it at that."""
+        return self.options.resume == "auto" and is_complete(self.origin, self.cfg.OPTIMIZATION.NUM_EPOCHS)
 
     def job(self, num_workers: int, use_gpu: bool) -> Job:
         """What every worker is asked to do; all that the config left open is settled in its config."""

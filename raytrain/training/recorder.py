@@ -42,10 +42,16 @@ class Recorder:
     """
 
     def __init__(
-        self, run: RunState, feed: Feed, saves: Checkpointer, journal: Journal, control: Control, heartbeat: Heartbeat
+        self,
+        run: RunState,
+        feed: Feed,
+        checkpointer: Checkpointer,
+        journal: Journal,
+        control: Control,
+        heartbeat: Heartbeat,
     ) -> None:
         self.run, self.feed, self.task = run, feed, feed.task
-        self.saves, self.journal, self.control, self.heartbeat = saves, journal, control, heartbeat
+        self.checkpointer, self.journal, self.control, self.heartbeat = checkpointer, journal, control, heartbeat
         self.validation: Validation | None = None
         self.notes: list[str] = []
         self._save: PendingSave | None = PendingSave.of_old(
@@ -74,7 +80,7 @@ class Recorder:
 
     def wishes(self) -> tuple[bool, bool]:
         """What this rank wants after the step under way: that the run stops, that it is saved."""
-        return self.control.stop_wished(), self.run.world.is_first and self.saves.time_due(self.control.now())
+        return self.control.stop_wished(), self.run.world.is_first and self.checkpointer.time_due(self.control.now())
 
     def stepped(self, step: Step, taken: Taken) -> bool:
         """Collective. All that follows a step; False if the run is to stop here."""
@@ -86,13 +92,13 @@ class Recorder:
         self._write_step(step, taken)
         if taken.stepped.bad_step is not None:
             self._handle_bad_step(taken.stepped.bad_step, taken.returns)
-        if self.saves.after_step(self.run):
+        if self.checkpointer.after_step(self.run):
             self.journal.hand_over()  # what a run that goes on from that memory would not measure again
         self._write_saved()
         self._write_stragglers()
         stop_granted, self._save_wished = taken.stepped.wishes
         is_same_epoch = self.run.progress.epoch == self._began.epoch
-        due = self._save_wished or self.saves.store.progress_due(self.run.progress, epoch_done=False)
+        due = self._save_wished or self.checkpointer.store.progress_due(self.run.progress, epoch_done=False)
         if due and is_same_epoch and not stop_granted:
             self.control.saved(self.save(may_be_replaced=True), {})
             self._save_wished, self._clock_s = False, time.perf_counter()
@@ -107,7 +113,7 @@ class Recorder:
         """
         run = self.run
         due = not is_whole or self._save_wished or evaluates or run.plan.finished(run.progress)
-        due = due or self.saves.store.progress_due(run.progress, epoch_done=True)
+        due = due or self.checkpointer.store.progress_due(run.progress, epoch_done=True)
         self._steps.clear()
         self.heartbeat.step(run.progress.step)
         if due:
@@ -116,7 +122,7 @@ class Recorder:
                 run.unevaluated = checkpoint_name(run.progress)
             else:
                 self.control.saved(self._save, {})
-        elif self.saves.after_epoch(run):
+        elif self.checkpointer.after_epoch(run):
             self.journal.hand_over()
         self._save_wished = False
         self._next_step_begins()
@@ -131,13 +137,13 @@ class Recorder:
         if is_last:  # predictions of earlier epochs would take up memory while training goes on
             self.validation = validation
         self._write_notes()
-        better = self.saves.store.is_better(metrics, run.best)
+        better = self.checkpointer.store.is_better(metrics, run.best)
         if better:
             run.best = {"epoch": run.progress.epoch, "step": run.progress.step, "metrics": metrics}
         name, run.metrics, run.unevaluated = run.unevaluated, metrics, None
         self._write_evaluation(validation, better)
         if run.world.is_first and name is not None:
-            self.saves.add_metrics(name, metrics)
+            self.checkpointer.add_metrics(name, metrics)
         self.control.saved(self._save, metrics)
         self.heartbeat.beat("rest")  # the answer may take its time
         goes_on = run.world.broadcast_object(run.world.is_first and self.control.goes_on(run.progress, metrics))
@@ -163,7 +169,7 @@ class Recorder:
                 "Lower OPTIMIZATION.LR or GRAD_NORM_CLIP, or look at the loss in journal.jsonl"
             )
         self.journal.flush()  # the steps that no resume from this checkpoint takes again
-        return self.saves.save(run, metrics, self.control.now(), may_be_replaced)
+        return self.checkpointer.save(run, metrics, self.control.now(), may_be_replaced)
 
     # Each record
 
@@ -197,7 +203,7 @@ class Recorder:
         )
 
     def _write_evaluation(self, validation: Validation, better: bool) -> None:
-        epoch, metrics, metric = self.run.progress.epoch, validation.metrics, self.saves.policy.METRIC
+        epoch, metrics, metric = self.run.progress.epoch, validation.metrics, self.checkpointer.policy.METRIC
         self.journal.write(
             "eval",
             epoch=epoch,
@@ -213,7 +219,7 @@ class Recorder:
 
     def _write_notes(self) -> None:
         compilation = self.run.compilation
-        for notes in (self.notes, self.saves.notes, compilation.notes if compilation else []):
+        for notes in (self.notes, self.checkpointer.notes, compilation.notes if compilation else []):
             while notes:
                 self.journal.write("event", event="note", message=notes.pop(0))
         for note in self.task.take_notes():
@@ -227,8 +233,8 @@ class Recorder:
     def _write_saved(self, wait: bool = False) -> None:
         """The journal tells of each checkpoint once it is on the storage; with `wait`, of all that are on their way."""
         if wait:
-            self.saves.settle()
-        for save in self.saves.finished():
+            self.checkpointer.settle()
+        for save in self.checkpointer.finished():
             self.journal.write(
                 "checkpoint",
                 name=save.name,
@@ -251,7 +257,8 @@ class Recorder:
         """Collective. Save the state, in which no bad step has left anything, and raise what ends the run."""
         run, name = self.run, checkpoint_name(self.run.progress)
         owed = had_good_step and run.world.is_first
-        if run.world.broadcast_object(owed and name not in [saved.name for saved in self.saves.store.listed()]):
+        store = self.checkpointer.store
+        if run.world.broadcast_object(owed and name not in [saved.name for saved in store.listed()]):
             self.control.saved(self.save(), {})
             self._write_saved(wait=True)
         self.heartbeat.beat("reduce")

@@ -167,7 +167,7 @@ def train(recorder: Recorder, restored: Restored) -> Outcome:
         predictions = recorder.validation.predictions if is_done and recorder.validation else []
         draws = predictions and feed.task.has_pictures() and run.config["EVAL"]["PICTURES"] > 0
         pictures = draw_pictures(restored.folder, run, feed, predictions, recorder.journal) if draws else None
-        write_end(recorder.journal, run, recorder.saves.store, status, seconds, pictures)
+        write_end(recorder.journal, run, recorder.checkpointer.store, status, seconds, pictures)
     if restored.keeper is not None and restored.keeper.leads:
         restored.keeper.end()
     return Outcome(status, run.progress, run.metrics, run.best)
