@@ -352,7 +352,7 @@ def run_train(args: argparse.Namespace) -> int:
 
 def train_as_asked(cfg: Any, options: dict[str, Any]) -> Any:
     """The run on Ray, or in this process; how it ended. A cluster for it starts while torch is imported."""
-    from raytrain.training.control import signals_wish_stop
+    from raytrain.training.signals import signals_wish_stop
 
     with contextlib.ExitStack() as stack:
         stop, starting_cluster = stack.enter_context(signals_wish_stop()), None
@@ -397,7 +397,7 @@ def train_with_torchrun(cfg: Any, args: argparse.Namespace, options: dict[str, A
 def run_tune(args: argparse.Namespace) -> int:
     cfg = load(args)
     from raytrain.cluster.cluster import starting_for_trials
-    from raytrain.training.control import signals_wish_stop
+    from raytrain.training.signals import signals_wish_stop
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(signals_wish_stop())

@@ -34,9 +34,10 @@ from raytrain.journal.records import Record
 from raytrain.keeper import client
 from raytrain.keeper.watchdog import failure_by, hangs_here
 from raytrain.task import load_task_class
-from raytrain.training.control import Judge, LocalControl, never_ends, signals_wish_stop
+from raytrain.training.control import Judge, LocalControl, never_ends
 from raytrain.training.job import Job, redirect_output
 from raytrain.training.preflight import BEREAVED_S, LaunchOptions, Start, find_start
+from raytrain.training.signals import signals_wish_stop
 from raytrain.training.worker import run_job
 
 

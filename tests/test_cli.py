@@ -246,6 +246,19 @@ def test_help_and_config_errors_wait_for_nothing_heavy(folder: Path, words: str,
     assert done.stdout.splitlines()[-1] == f"loaded {status} []"
 
 
+@pytest.mark.parametrize("words", ["train --num_workers 2", "tune"])
+def test_a_cluster_begins_to_start_before_torch_is_imported(folder: Path, words: str) -> None:
+    """Torch takes a second, and the cluster needs as long: they go on side by side."""
+    code = (
+        "import sys\nfrom raytrain.cli import main\nfrom raytrain.cluster import cluster\n"
+        "def begin(*asked): print('torch' in sys.modules, file=sys.stderr); raise SystemExit(9)\n"
+        "cluster.LocalCluster = begin\n"
+        f"main({[*words.split(), '--cfg_file', 'run.yaml']!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (9, "False\n")
+
+
 @pytest.mark.ray
 def test_training_loads_none_of_what_torch_compiles_with(folder: Path) -> None:
     """Each would make every worker's first step, or a run's end, seconds late. Two virtual workers share a step."""

@@ -3,7 +3,7 @@
 import ray.train.torch
 import ray.train.v2._internal.execution.worker_group.worker  # noqa: F401
 
-import raytrain.training.worker  # noqa: F401
+import raytrain.cluster.ray_worker  # noqa: F401
 from raytrain.cluster.mailbox import report_prestarted
 
 report_prestarted()

@@ -37,8 +37,8 @@ from raytrain.sweep.space import objective, sweep_seed
 from raytrain.sweep.sweep import BEST, Sweep, check_same
 from raytrain.sweep.view import SweepView
 from raytrain.task import load_task_class
-from raytrain.training.control import signals_wish_stop
 from raytrain.training.preflight import ANSWER_S, launch_after
+from raytrain.training.signals import signals_wish_stop
 
 
 def show_nothing(view: SweepView, now: float) -> None:

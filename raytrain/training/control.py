@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from raytrain.data.feed import Feed
@@ -14,8 +12,6 @@ from raytrain.engine.state import RunState
 from raytrain.journal.records import Record
 from raytrain.keeper.checkpointer import PendingSave
 from raytrain.progress import Progress
-
-TWICE_S = 0.3  # a signal that comes again within that is the same one; those of `timeout` are microseconds apart
 
 # Given a run's progress and the metrics of the evaluation just made: whether it is to go on. A sweep's, for its trials.
 Judge = Callable[[Progress, dict[str, float]], bool]
@@ -94,35 +90,3 @@ class LocalControl(Control):
 
     def write(self, record: Record) -> None:
         self._show(record)
-
-
-@contextlib.contextmanager
-def signals_wish_stop() -> Iterator[threading.Event]:
-    """Set by the first SIGINT or SIGTERM; a second one ends this process as it always would.
-
-    Not one within TWICE_S of it: `timeout` signals its command, and then the group that this is in.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    first_at = 0.0
-
-    def wish(number: int, frame: Any) -> None:
-        nonlocal first_at
-        if not stop.is_set():
-            stop.set()
-            first_at = time.monotonic()
-        elif time.monotonic() - first_at > TWICE_S:
-            for each, handler in kept.items():
-                signal.signal(each, handler)
-            signal.raise_signal(number)
-
-    for number in kept:
-        signal.signal(number, wish)
-    try:
-        yield stop
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)

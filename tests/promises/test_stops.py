@@ -14,7 +14,7 @@ from runs import Run, assert_curves_are_whole, assert_same_bits, loader_workers_
 
 from raytrain.cli import main
 from raytrain.cluster.mailbox import Mailbox
-from raytrain.training.control import TWICE_S
+from raytrain.training.signals import TWICE_S
 
 pytestmark = pytest.mark.ray
 

@@ -1,0 +1,44 @@
+"""SIGINT and SIGTERM wish that the run stops. Known before torch is imported, which takes a second."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+TWICE_S = 0.3  # a signal that comes again within that is the same one; those of `timeout` are microseconds apart
+
+
+@contextlib.contextmanager
+def signals_wish_stop() -> Iterator[threading.Event]:
+    """Set by the first SIGINT or SIGTERM; a second one ends this process as it always would.
+
+    Not one within TWICE_S of it: `timeout` signals its command, and then the group that this is in.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    first_at = 0.0
+
+    def wish(number: int, frame: Any) -> None:
+        nonlocal first_at
+        if not stop.is_set():
+            stop.set()
+            first_at = time.monotonic()
+        elif time.monotonic() - first_at > TWICE_S:
+            for each, handler in kept.items():
+                signal.signal(each, handler)
+            signal.raise_signal(number)
+
+    for number in kept:
+        signal.signal(number, wish)
+    try:
+        yield stop
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
