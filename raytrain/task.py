@@ -25,11 +25,15 @@ class ModelReturn:
     loss:      scalar tensor (a tensor of several values is averaged)
     tb_dict:   name -> scalar (tensor or number), journalled as `terms` and drawn as train/<name>
     disp_dict: name -> scalar, shown on the live line
+    weight:    how many things (tokens, boxes, valid pixels) the loss is the mean of, a number or a tensor of one. The
+               step's loss, gradient, tb_dict and disp_dict are then means over the things of all its micro-batches;
+               without it over samples
     """
 
     loss: torch.Tensor
     tb_dict: dict[str, Any] = dataclasses.field(default_factory=dict)
     disp_dict: dict[str, Any] = dataclasses.field(default_factory=dict)
+    weight: Any = None
 
 
 class Task:

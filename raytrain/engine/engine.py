@@ -6,7 +6,7 @@ The loop hands losses in and gets a step out; how gradients travel is engine/gra
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -26,6 +26,7 @@ from raytrain.engine.reduction import Reduction
 from raytrain.engine.schedule import StepSettings
 from raytrain.engine.stepper import Stepper
 from raytrain.engine.tail import Combined
+from raytrain.engine.terms import Key, Sum, Value, means_of
 from raytrain.engine.world import World
 from raytrain.errors import TaskError
 
@@ -34,9 +35,10 @@ from raytrain.errors import TaskError
 class Stepped:
     """What one step leaves behind: device scalars, not yet read, and what the ranks agreed on.
 
-    loss:      mean over all micro-batches of all virtual workers
+    loss:      mean over all micro-batches of all virtual workers, each by its share or weight
     grad_norm: L2 over the stepped parameters, before clipping
     wishes:    for each wish of `Engine.step`, whether some rank had it
+    terms:     the means of what is recorded beside the loss, alike; None if `step` was given none
     bad_step:  the step that changed nothing since its numbers were bad, if one is known now: this one, on a GPU
                the one of two steps ago
     """
@@ -44,6 +46,7 @@ class Stepped:
     loss: torch.Tensor
     grad_norm: torch.Tensor
     wishes: tuple[bool, ...]
+    terms: dict[Key, Value] | None
     bad_step: BadStep | None
 
 
@@ -100,6 +103,9 @@ class Engine:
         self._late_verdicts = LateVerdicts(self.guard)
         self.readers_done: torch.cuda.Event | None = None  # of what reads the parameters beside the computation
         self.loss_sum: torch.Tensor | None = None
+        self.weight_sum: torch.Tensor | None = None
+        self._is_weighted: bool | None = None  # whether micro-batches have weights; None: none has come yet
+        self._weights_agree = world.size == 1
 
     def _wait_for_readers(self) -> None:
         """What a GPU does from here on comes after the copy of the state that is being made beside it, if one is."""
@@ -117,20 +123,29 @@ class Engine:
         """Forget the gradients of every parameter, stepped or not (the heritage forgets some not, D6)."""
         for param in self.trainable:
             param.grad = None
-        self.loss_sum = None
+        self.loss_sum = self.weight_sum = None
         self.buffers.begin_step()
 
     def virtual_worker(self) -> AbstractContextManager[None]:
         """The forward passes of one hosted virtual worker, with buffers (BatchNorm statistics) of its own."""
         return self.buffers.virtual_worker()
 
-    def backward(self, loss: torch.Tensor, share: float, is_last: bool = False) -> None:
+    def backward(self, loss: torch.Tensor, share: float | torch.Tensor, is_last: bool = False) -> None:
         """Add `share` of this loss's gradient (and of the loss, for the journal) to the step.
 
+        share:   a number: all shares of a step add up to 1; or a weight, a scalar on the device: what is added up is
+                 divided by the sum of all weights in `step`. All micro-batches have the one or all the other
         is_last: no other follows before `step`, so gradients may travel as they arrive
         """
         self.beat("backward")
-        weighted = loss if share == 1.0 else loss * share
+        if self._is_weighted is not isinstance(share, torch.Tensor):
+            self._check_weights([self._is_weighted, not self._is_weighted])
+            self._is_weighted = isinstance(share, torch.Tensor)
+        if isinstance(share, torch.Tensor):
+            self.weight_sum = share if self.weight_sum is None else self.weight_sum + share
+            weighted = torch.where(share > 0, loss * share, 0.0)  # the mean of nothing is NaN, and counts nothing
+        else:
+            weighted = loss if share == 1.0 else loss * share
         part = weighted.detach()
         self.loss_sum = part if self.loss_sum is None else self.loss_sum + part
         if is_last and self.gradients is not None:
@@ -139,21 +154,41 @@ class Engine:
         scaled.backward()  # with a gradient given, torch imports sympy first: 2 s of every worker's first step
 
     @torch.no_grad()
-    def step(self, settings: StepSettings, wishes: Sequence[bool]) -> Stepped:
-        """Collective. Combine, clip and step; `wishes` are this rank's."""
+    def step(self, settings: StepSettings, wishes: Sequence[bool], terms: Mapping[Key, Sum] | None = None) -> Stepped:
+        """Collective. Combine, clip and step; `wishes` are this rank's, and `terms` what is to be recorded, if any."""
         assert self.loss_sum is not None, "backward() comes first"
         self.beat("reduce")
         if self.gradients is None:  # one process alone, whose gradients stay where they are
-            combined = Combined([True] * len(self.params), tuple(wishes), self.loss_sum)
+            means = None if terms is None else means_of(terms)
+            combined = Combined([True] * len(self.params), tuple(wishes), self.loss_sum, self.weight_sum, means)
         else:
-            combined = self.gradients.combine(self.loss_sum, tuple(wishes))
+            combined = self.gradients.combine(self.loss_sum, tuple(wishes), self.weight_sum, terms)
+        if not self._weights_agree:  # asked once; after the reduction, since parts of it may be under way before
+            self._check_weights(self.world.all_objects(self._is_weighted))
+            self._weights_agree = True
         self._wait_for_readers()
-        norm = self.stepper.norm(combined.used)
+        loss, divisor = combined.loss, None
+        if combined.weight is not None:  # where nothing counts the loss is NaN, but no gradient, nor what lies between
+            loss, divisor = loss / combined.weight, torch.where(combined.weight > 0, combined.weight, 1.0)
+        norm = self.stepper.norm(combined.used, divisor)
         step_if_good = self._step_if_good_late if self.reads_late else self._step_if_good
-        bad_step = step_if_good(settings, combined.loss, norm)
+        bad_step = step_if_good(settings, loss, norm)
         if bad_step is not None and self.guard.actions[bad_step.kind] == "rollback":
             bad_step = dataclasses.replace(bad_step, rolled_back_to=self.roll_back())
-        return Stepped(combined.loss, norm, combined.wishes, bad_step)
+        return Stepped(loss, norm, combined.wishes, combined.terms, bad_step)
+
+    def _check_weights(self, weighted: Sequence[bool | None]) -> None:
+        """TaskError if some have weights and some have not: one mean of both would be one of neither."""
+        if {True, False} <= set(weighted):
+            raise TaskError(
+                "model_func gave ModelReturn a weight for some micro-batches and none for others; give all of them one "
+                "(what the loss is the mean of: samples, tokens, boxes), or none"
+            )
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the user, to be taken out."""
+        return self.gradients.terms.notes if self.gradients else []
 
     def _step_if_good(self, settings: StepSettings, loss: torch.Tensor, norm: torch.Tensor) -> BadStep | None:
         """Where the verdict can be read at once."""

@@ -69,11 +69,13 @@ class FlatStepper:
         self.row_norms: list[torch.Tensor] = []  # by dtype: (rows,), of the newest step
         self._used_changed = False  # so that parameters take their first step perhaps
 
-    def norm(self, used: Sequence[bool]) -> torch.Tensor:
+    def norm(self, used: Sequence[bool], divisor: torch.Tensor | None = None) -> torch.Tensor:
         if [p.data_ptr() for p in self.params] != self._addresses:
             self._put_views_back()
         if used != self._used:
             self._cut_spans(used)
+        if divisor is not None:
+            torch._foreach_div_(list(self._gradients.values()), divisor)
         self.row_norms = [torch.linalg.vector_norm(rows, dim=1) for rows in self._rows]
         norms = [torch.linalg.vector_norm(of_rows) for of_rows in self.row_norms]
         return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([n.double() for n in norms]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from raytrain.engine.layout import Layout, collect
 from raytrain.engine.overlap import Overlap
 from raytrain.engine.reduction import CollectiveReduction, open_reduction
 from raytrain.engine.tail import Combined, Tail, with_tail
+from raytrain.engine.terms import Key, Sum, Terms, means_of
 from raytrain.engine.world import World
 
 
@@ -36,6 +37,7 @@ class Gradients:
         self.layout = Layout(params)
         self.reduction = open_reduction(with_tail(self.layout.sizes, len(params)), buffers.tensors(), world, reduction)
         self.tail = Tail(params, self.reduction)
+        self.terms = Terms(self.tail.terms_addend, self.tail.terms_sum, world)
         self._addends = self.layout.views(self.reduction.addends)
         self.overlap: Overlap | None = None
         size_bytes = sum(size * dtype.itemsize for dtype, size in self.layout.sizes.items())
@@ -51,20 +53,30 @@ class Gradients:
         if self.overlap is not None:
             self.overlap.arm()
 
-    def combine(self, loss: torch.Tensor, wishes: tuple[bool, ...]) -> Combined:
+    def combine(
+        self,
+        loss: torch.Tensor,
+        wishes: tuple[bool, ...],
+        weight: torch.Tensor | None,
+        terms: Mapping[Key, Sum] | None,
+    ) -> Combined:
         """Collective. Sum the gradients, and what rides in their tail; the model's buffers become rank 0's."""
         used = self._collect()
         if self.world.size == 1:
             self.reduction.reduce({})
-            return Combined(used, wishes, loss)
+            return Combined(used, wishes, loss, weight, None if terms is None else means_of(terms))
         buffers = self.buffers.tensors()
         unstaged = self.reduction.unstaged(buffers) if self.world.is_first else {}
-        self.tail.write(used, (*wishes, bool(unstaged)), loss)
+        has_new_term = self.terms.write(terms)
+        self.tail.write(used, (*wishes, has_new_term, bool(unstaged)), loss, weight)
         self.reduction.reduce(buffers)
-        summed = self.tail.read(len(wishes) + 1)
+        summed = self.tail.read(len(wishes) + 2)
+        if summed.wishes[-2]:
+            self.terms.new_name_met()
         if summed.wishes[-1] and self.world.device.type == "cpu":  # a GPU would learn of it too late
             self.buffers.take_over(self.world.broadcast_object(unstaged))
-        return Combined(summed.used, summed.wishes[:-1], summed.loss)
+        means = None if terms is None else self.terms.read()
+        return summed._replace(wishes=summed.wishes[:-2], weight=None if weight is None else summed.weight, terms=means)
 
     def _collect(self) -> list[bool]:
         if self.overlap is not None and self.overlap.armed:

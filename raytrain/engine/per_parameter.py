@@ -38,7 +38,7 @@ class TorchStepper:
         self.row_norms: list[torch.Tensor] = []
         self._start_momentum()
 
-    def norm(self, used: Sequence[bool]) -> torch.Tensor:
+    def norm(self, used: Sequence[bool], divisor: torch.Tensor | None = None) -> torch.Tensor:
         self._here = [p.grad for p in self.params]
         if self._gradients is not None:
             for param, gradient, is_used in zip(self.params, self._gradients, used, strict=True):
@@ -49,6 +49,8 @@ class TorchStepper:
                     param.grad = param.grad.to_dense()
         self._scaler.unscale_(self.optimizer)
         self._scaler.update()  # not scaler.step(): what it looks at shows in the norm, and it waits for a GPU
+        if divisor is not None:
+            torch._foreach_div_([p.grad for p in self.params if p.grad is not None], divisor)
         return clip_gradients(self.params, None)
 
     def step(self, settings: StepSettings, norm: torch.Tensor, bad: torch.Tensor | None = None) -> None:

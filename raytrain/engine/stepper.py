@@ -23,10 +23,11 @@ class Stepper(Protocol):
     params: list[nn.Parameter]
     row_norms: list[torch.Tensor]
 
-    def norm(self, used: Sequence[bool]) -> torch.Tensor:
+    def norm(self, used: Sequence[bool], divisor: torch.Tensor | None = None) -> torch.Tensor:
         """The L2 norm of the gradients that `step` will take: a scalar on the device, without a host sync.
 
-        used: for each parameter, whether it has a gradient; one that has none stays as it is
+        used:    for each parameter, whether it has a gradient; one that has none stays as it is
+        divisor: a scalar on the device, by which the gradients are divided first
         """
         ...
 

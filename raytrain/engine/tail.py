@@ -1,7 +1,8 @@
-"""What rides behind the gradients, so that it costs no collective of its own: used flags, wishes, the loss.
+"""What rides behind the gradients, so that it costs no collective of its own: used flags, wishes, loss, terms.
 
 The last numbers of a flat buffer: for each parameter whether a process used it, for each wish whether one has it,
-then the loss. They are summed as the gradients are, in the same order: what is above 0 then, some process had.
+the loss, the sum of the weights, and what is recorded beside the loss. They are summed as the gradients are, in the
+same order: what is above 0 then, some process had.
 """
 
 from __future__ import annotations
@@ -14,26 +15,32 @@ from torch import nn
 
 from raytrain.engine.late import LateReader
 from raytrain.engine.reduction import Reduction
+from raytrain.engine.terms import MAX_TERMS, Key, Value
 
-MAX_WISHES = 3  # of the loop two; one is the engine's own
+MAX_WISHES = 4  # of the loop two; two are the engine's own
+NUM_NUMBERS = 2 + 2 * MAX_TERMS  # behind flags and wishes
 
 
 class Combined(NamedTuple):
     """What all processes together used, wished and lost.
 
-    used: for each parameter, whether it has a gradient
-    loss: the mean over all micro-batches of all virtual workers: a scalar on the device
+    used:   for each parameter, whether it has a gradient
+    loss:   the sum over all micro-batches of all virtual workers: a scalar on the device
+    weight: the sum of their weights, by which gradients and loss are still to be divided; None: they are shares of 1
+    terms:  the means of what is recorded beside the loss; None in a step that is not recorded
     """
 
     used: Sequence[bool]
     wishes: tuple[bool, ...]
     loss: torch.Tensor
+    weight: torch.Tensor | None = None
+    terms: dict[Key, Value] | None = None
 
 
 def with_tail(sizes: Mapping[torch.dtype, int], num_params: int) -> dict[torch.dtype, int]:
     """`sizes` of flat buffers, with room for a tail behind the gradients."""
     dtype = tail_dtype(sizes)
-    return {**sizes, dtype: sizes.get(dtype, 0) + num_params + MAX_WISHES + 1}
+    return {**sizes, dtype: sizes.get(dtype, 0) + num_params + MAX_WISHES + NUM_NUMBERS}
 
 
 def tail_dtype(buffers: Mapping[torch.dtype, object]) -> torch.dtype:
@@ -51,27 +58,32 @@ class Tail:
     def __init__(self, params: Sequence[nn.Parameter], reduction: Reduction) -> None:
         """reduction: of buffers as large as with_tail() says"""
         self._params = params
-        dtype, size = tail_dtype(reduction.sums), len(params) + MAX_WISHES + 1
-        addends, self._sum = reduction.addends[dtype][-size:], reduction.sums[dtype][-size:]
-        self._flags_addend, self._loss_addend, self._loss_sum = addends[:-1], addends[-1], self._sum[-1]
+        dtype, parts = tail_dtype(reduction.sums), [len(params) + MAX_WISHES, 1, 1, 2 * MAX_TERMS]
+        addends, sums = (flat[dtype][-sum(parts) :].split(parts) for flat in (reduction.addends, reduction.sums))
+        self._flags_addend, self._loss_addend, self._weight_addend, self.terms_addend = addends
+        self._flags_sum, self._loss_sum, self._weight_sum, self.terms_sum = sums
         self._written: tuple[list[bool], tuple[bool, ...]] | None = None
         self._flags = torch.empty(0)
         self._late_wishes = LateReader()
 
-    def write(self, used: list[bool], wishes: tuple[bool, ...], loss: torch.Tensor) -> None:
-        """What this process used, wishes and lost."""
+    def write(
+        self, used: list[bool], wishes: tuple[bool, ...], loss: torch.Tensor, weight: torch.Tensor | None
+    ) -> None:
+        """What this process used, wishes and lost; and the sum of the weights, in a run that has some."""
         if self._written != (used, wishes):  # seldom; else what stands on the device is copied, without the host
             self._written = (used, wishes)
             flags = [*used, *wishes, *[False] * (MAX_WISHES - len(wishes))]
-            self._flags = torch.tensor(flags, dtype=self._sum.dtype).to(self._sum.device)
+            self._flags = torch.tensor(flags, dtype=self._flags_sum.dtype).to(self._flags_sum.device)
         self._flags_addend.copy_(self._flags)
         self._loss_addend.copy_(loss)
+        if weight is not None:
+            self._weight_addend.copy_(weight)
 
     def read(self, num_wishes: int) -> Combined:
         """What all processes together wrote."""
-        loss, num_used = self._loss_sum.clone(), len(self._params)
-        if self._sum.device.type == "cpu":
-            flags = [value > 0 for value in self._sum.tolist()]
-            return Combined(flags[:num_used], tuple(flags[num_used : num_used + num_wishes]), loss)
-        counts = self._late_wishes.swap(self._sum[num_used : num_used + num_wishes]) or [0.0] * num_wishes
-        return Combined([p.requires_grad for p in self._params], tuple(count > 0 for count in counts), loss)
+        num_used, (loss, weight) = len(self._params), torch.cat([self._loss_sum, self._weight_sum]).unbind()
+        if self._flags_sum.device.type == "cpu":
+            flags = [value > 0 for value in self._flags_sum.tolist()]
+            return Combined(flags[:num_used], tuple(flags[num_used : num_used + num_wishes]), loss, weight)
+        counts = self._late_wishes.swap(self._flags_sum[num_used : num_used + num_wishes]) or [0.0] * num_wishes
+        return Combined([p.requires_grad for p in self._params], tuple(count > 0 for count in counts), loss, weight)

@@ -9,23 +9,23 @@ from raytrain.data.feed import Step
 from raytrain.engine.guard import BadStep, is_finite
 from raytrain.engine.state import RunState
 from raytrain.journal.journal import Journal
-from raytrain.task import ModelReturn
+from raytrain.training.contract import Part
 
 SHOWN = 5  # parameters of an event
 SAMPLES_SHOWN = 24
 
 
-def suspects(bad_step: BadStep, taken: Sequence[Step], returns: Sequence[ModelReturn]) -> list[int]:
+def suspects(bad_step: BadStep, taken: Sequence[Step], parts: Sequence[Part]) -> list[int]:
     """Ids of this rank's samples of a bad step: of its micro-batches whose loss is not finite, else of all.
 
-    taken: the steps up to now;  returns: of the last one
+    taken: the steps up to now;  parts: of the last one
     """
     if bad_step.ago >= len(taken):  # it was taken in another epoch, or before the run was resumed
         return []
     keys = [key for of_worker in taken[-1 - bad_step.ago].micro_batches.values() for key in of_worker]
     bad = []
     if bad_step.ago == 0:
-        bad = [key for key, each in zip(keys, returns, strict=True) if not is_finite(each.loss.detach())]
+        bad = [key for key, each in zip(keys, parts, strict=True) if not is_finite(each.loss.detach())]
     return [sample for key in bad or keys for sample in key.ids]
 
 
@@ -41,7 +41,11 @@ def answer(run: RunState, journal: Journal, bad_step: BadStep, samples: list[int
     ranks = culprits([each for each, _ in everyone])
     parameters = list(dict.fromkeys(name for rank in ranks for name in everyone[rank][0].parameters))
     ids = [sample for rank in ranks for sample in everyone[rank][1]]
-    message = f"{described(step, bad_step, ranks, parameters, ids)}: it changed nothing"
+    what = described(step, bad_step, ranks, parameters, ids)
+    if math.isnan(bad_step.loss) and all(math.isfinite(each.loss_here) for each, _ in everyone):
+        nothing = "the weights of its micro-batches (ModelReturn) add up to nothing: 0, or one is negative"
+        what = f"step {step}: {nothing} ({of_samples(ids)})"
+    message = f"{what}: it changed nothing"
     if bad_step.rolled_back_to is not None:
         message += f", and the run went back to the weights of step {bad_step.rolled_back_to}"
     if bad_step.in_a_row > 1:
@@ -82,7 +86,11 @@ def described(step: int, bad_step: BadStep, ranks: Sequence[int], parameters: Se
     if parameters:
         where.append(f"first in the gradient of {', '.join(parameters[:SHOWN])}{', ...' if parameters[SHOWN:] else ''}")
     if ids:
-        left = len(ids) - SAMPLES_SHOWN
-        more = f" and {left} more" if left > 0 else ""
-        where.append(f"samples {', '.join(map(str, ids[:SAMPLES_SHOWN]))}{more}")
+        where.append(of_samples(ids))
     return f"step {step}: {what} ({'; '.join(where)})"
+
+
+def of_samples(ids: Sequence[int]) -> str:
+    """`samples 3, 4, 5`, not too many of them."""
+    left = len(ids) - SAMPLES_SHOWN
+    return f"samples {', '.join(map(str, ids[:SAMPLES_SHOWN]))}{f' and {left} more' if left > 0 else ''}"

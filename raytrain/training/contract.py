@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import itertools
+import math
 import numbers
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import IterableDataset
 
 from raytrain.batch import map_tensors, move_to
 from raytrain.engine.randomness import seed_all
+from raytrain.engine.terms import Key, Sum
 from raytrain.errors import TaskError
 from raytrain.task import ModelReturn, Task
 
 MAX_SAMPLES = 100_000_000  # 3 GB for the order of an epoch: shuffled and dealt, for the loop and for what reads ahead
 
 PNG = re.compile(rb"\x89PNG\r\n\x1a\n.{4}IHDR.{8}", re.DOTALL)  # up to its width and height, which tensorboard is told
+
+FIELDS = ("tb_dict", "disp_dict")  # of ModelReturn
+
+
+class Part(NamedTuple):
+    """One micro-batch of a step.
+
+    loss:  the scalar
+    share: what it counts in the step's means: its share of the samples, or its weight as a scalar on the device
+    """
+
+    returned: ModelReturn
+    loss: torch.Tensor
+    share: float | torch.Tensor
 
 
 def check_dataset(dataset: Any, split: str, task: Task) -> None:
@@ -103,20 +119,56 @@ def checked_metrics(metrics: Any, task: Task) -> dict[str, float]:
     return checked
 
 
-def mean_of(returns: list[ModelReturn], field: str, task: Task) -> dict[str, Any]:
-    """Mean of each name in that field over the micro-batches; values are numbers or device tensors of one."""
-    values: dict[str, list[Any]] = {}
-    for terms in (getattr(returned, field) for returned in returns):
-        if not isinstance(terms, dict):
-            raise TaskError(f"{type(task).__name__}.model_func gave {terms!r:.60} as {field}; give name -> number")
-        for name, value in terms.items():
-            if not isinstance(value, numbers.Real) and not (isinstance(value, torch.Tensor) and value.numel() == 1):
-                raise TaskError(
-                    f"{type(task).__name__}.model_func gave {field}[{name!r}] = {value!r:.60}; "
-                    "give one number or a tensor of one number"
-                )
-            values.setdefault(name, []).append(value.detach().reshape(()) if isinstance(value, torch.Tensor) else value)
-    return {name: sum(each) / len(each) for name, each in values.items()}
+def part_of(returned: ModelReturn, share: float, task: Task) -> Part:
+    """What a forward pass gave, checked. share: of the samples of the step, which counts where there is no weight."""
+    loss, weight = loss_of(returned, task), getattr(returned, "weight", None)
+    return Part(returned, loss, share if weight is None else weight_of(weight, loss, task))
+
+
+def weight_of(weight: Any, loss: torch.Tensor, task: Task) -> torch.Tensor:
+    """The weight of a ModelReturn as a scalar beside its loss; NaN for a negative one on a GPU, which is not asked."""
+    dtype = torch.float64 if loss.dtype is torch.float64 else torch.float32
+    given: Any = weight
+    if isinstance(weight, torch.Tensor) and weight.numel() == 1 and not weight.is_complex():
+        if weight.device.type != "cpu":
+            scalar = weight.detach().reshape(()).to(loss.device, dtype)
+            return torch.where(scalar >= 0, scalar, math.nan)
+        given = weight.item()
+    if not isinstance(given, numbers.Real) or not 0 <= float(given) < math.inf:
+        raise TaskError(
+            f"{type(task).__name__}.model_func gave {weight!r:.60} as weight; give how many samples, tokens, boxes (or "
+            "whatever the loss is the mean of) there are: 0 or more, one number or a tensor of one"
+        )
+    return torch.full((), float(given), dtype=dtype, device=loss.device)
+
+
+def sums_of(parts: Sequence[Part], task: Task) -> dict[Key, Sum]:
+    """Of each name in tb_dict and disp_dict, what the micro-batches that have it gave, each times what it counts."""
+    sums: dict[Key, Sum] = {}
+    for part, field in itertools.product(parts, FIELDS):
+        share = part.share
+        for name, value in checked_terms(part.returned, field, task).items():
+            # As the loss: what counts nothing may be NaN.
+            counted = torch.where(share > 0, value * share, 0.0) if torch.is_tensor(share) else value * share
+            total, weight = sums.get((field, name), (0.0, 0.0))
+            sums[field, name] = Sum(total + counted, weight + share)
+    return sums
+
+
+def checked_terms(returned: ModelReturn, field: str, task: Task) -> dict[str, Any]:
+    """Numbers and scalar tensors by name, or a TaskError."""
+    terms = getattr(returned, field)
+    if not isinstance(terms, dict):
+        raise TaskError(f"{type(task).__name__}.model_func gave {terms!r:.60} as {field}; give name -> number")
+    checked = {}
+    for name, value in terms.items():
+        if not isinstance(value, numbers.Real) and not (isinstance(value, torch.Tensor) and value.numel() == 1):
+            raise TaskError(
+                f"{type(task).__name__}.model_func gave {field}[{name!r}] = {value!r:.60}; "
+                "give one number or a tensor of one number"
+            )
+        checked[name] = value.detach().reshape(()) if isinstance(value, torch.Tensor) else float(value)
+    return checked
 
 
 def pictures_of(

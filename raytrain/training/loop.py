@@ -6,14 +6,15 @@ in one process, and on a cluster. Whatever changes a weight is in train_step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from raytrain.data.feed import Feed, Step
 from raytrain.engine.randomness import seed_all
 from raytrain.engine.state import RunState
+from raytrain.engine.terms import Key, Sum
 from raytrain.task import Task
-from raytrain.training.contract import loss_of
+from raytrain.training.contract import Part, part_of
 from raytrain.training.recorder import Recorder, Taken
 from raytrain.training.validate import evaluate, rehearse
 
@@ -37,19 +38,27 @@ def train_one_epoch(run: RunState, task: Task, feed: Feed, recorder: Recorder) -
     """Collective. Train what is left of this epoch; False if a stop was granted on the way."""
     run.model.train()
     for step in feed.epoch_steps(run.progress):
-        taken = train_step(run, task, feed, step, recorder.wishes)
+        taken = train_step(run, task, feed, step, recorder.wishes, recorder.terms)
         run.progress = run.plan.advanced(run.progress, step.consumed)
         if not recorder.stepped(step, taken):  # journal, bad step, memory, checkpoint where due
             return False
     return True
 
 
-def train_step(run: RunState, task: Task, feed: Feed, step: Step, wishes: Callable[[], Sequence[bool]]) -> Taken:
+def train_step(
+    run: RunState,
+    task: Task,
+    feed: Feed,
+    step: Step,
+    wishes: Callable[[], Sequence[bool]],
+    terms: Callable[[Sequence[Part]], Mapping[Key, Sum] | None],
+) -> Taken:
     """Collective. One optimizer step on the micro-batches of every virtual worker.
 
     wishes: asked as late as can be, so that a signal in mid-step stops the run after that very step
+    terms:  what is to be recorded of the micro-batches beside the loss; None where no record is due
     """
-    at, returns = run.progress.step, []
+    at, parts = run.progress.step, []
     run.engine.begin_step(at)
     for v, micro_batches in step.micro_batches.items():
         with run.engine.virtual_worker():
@@ -60,7 +69,7 @@ def train_step(run: RunState, task: Task, feed: Feed, step: Step, wishes: Callab
                 seed_all(run.seed, "step", at, v, i)
                 with run.engine.precision.autocast():
                     returned = task.model_func(run.model, batch)
-                share = 1.0 / (len(micro_batches) * run.plan.virtual_workers)  # the mean, as of one large batch
-                run.engine.backward(loss_of(returned, task), share, is_last=(v, i) == step.last)
-                returns.append(returned)
-    return Taken(run.engine.step(run.schedule.at(at), wishes()), returns)
+                part = part_of(returned, len(key.ids) / step.consumed, task)  # the mean, as of one large batch
+                run.engine.backward(part.loss, part.share, is_last=(v, i) == step.last)
+                parts.append(part)
+    return Taken(run.engine.step(run.schedule.at(at), wishes(), terms(parts)), parts)

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
 from raytrain.data.feed import Feed, Step
@@ -14,24 +14,24 @@ from raytrain.engine.engine import Stepped
 from raytrain.engine.guard import BadStep
 from raytrain.engine.late import LATE_STEPS
 from raytrain.engine.state import RunState
+from raytrain.engine.terms import Key, Sum
 from raytrain.errors import DivergedError, RaytrainError
 from raytrain.journal.journal import Journal
 from raytrain.keeper.checkpointer import Checkpointer, PendingSave
 from raytrain.keeper.heartbeat import Heartbeat
 from raytrain.progress import Progress
 from raytrain.storage.store import checkpoint_name
-from raytrain.task import ModelReturn
 from raytrain.training.bad_steps import answer, suspects
-from raytrain.training.contract import mean_of
+from raytrain.training.contract import FIELDS, Part, sums_of
 from raytrain.training.control import Control
 from raytrain.training.validate import Validation
 
 
 class Taken(NamedTuple):
-    """A step that was taken. returns: of each of this process's micro-batches, in order."""
+    """A step that was taken. parts: this process's micro-batches, in order."""
 
     stepped: Stepped
-    returns: list[ModelReturn]
+    parts: list[Part]
 
 
 class Recorder:
@@ -82,6 +82,12 @@ class Recorder:
         """What this rank wants after the step under way: that the run stops, that it is saved."""
         return self.control.stop_wished(), self.run.world.is_first and self.checkpointer.time_due(self.control.now())
 
+    def terms(self, parts: Sequence[Part]) -> Mapping[Key, Sum] | None:
+        """What is recorded of the step under way beside its loss, on every rank; None if no record of it is due."""
+        per_epoch = self.run.plan.steps_per_epoch
+        due = self.journal.wants(self._began.step + 1, self._began.step % per_epoch, per_epoch)
+        return sums_of(parts, self.task) if due else None
+
     def stepped(self, step: Step, taken: Taken) -> bool:
         """Collective. All that follows a step; False if the run is to stop here."""
         self.heartbeat.beat("checkpoint")
@@ -91,7 +97,7 @@ class Recorder:
         self._write_notes()
         self._write_step(step, taken)
         if taken.stepped.bad_step is not None:
-            self._handle_bad_step(taken.stepped.bad_step, taken.returns)
+            self._handle_bad_step(taken.stepped.bad_step, taken.parts)
         if self.checkpointer.after_step(self.run):
             self.journal.hand_over()  # what a run that goes on from that memory would not measure again
         self._write_saved()
@@ -183,20 +189,20 @@ class Recorder:
         """The record of a step, where one is due. Its numbers stay on the device."""
         run, began, now_s = self.run, self._began, time.perf_counter()
         data_s, step_s, self._clock_s = self.feed.take_wait_s(), now_s - self._clock_s, now_s
-        iteration = began.step % run.plan.steps_per_epoch
-        if not self.journal.wants(run.progress.step, iteration, run.plan.steps_per_epoch):
+        if taken.stepped.terms is None:
             return
-        settings = run.schedule.at(began.step)
+        settings, terms = run.schedule.at(began.step), taken.stepped.terms
+        tb_dict, disp_dict = ({key[1]: mean for key, mean in terms.items() if key[0] == field} for field in FIELDS)
         self.journal.step(
             step=run.progress.step,
             epoch=began.epoch,
-            iteration=iteration,
+            iteration=began.step % run.plan.steps_per_epoch,
             loss=taken.stepped.loss,
             grad_norm=taken.stepped.grad_norm,
             lr=settings.lr,
             momentum=settings.momentum,
-            terms=mean_of(taken.returns, "tb_dict", self.task),
-            disp=mean_of(taken.returns, "disp_dict", self.task),
+            terms=tb_dict,
+            disp=disp_dict,
             samples=step.consumed,
             data_s=data_s,
             step_s=step_s,
@@ -218,8 +224,8 @@ class Recorder:
             self.journal.write("event", event="warning", message=f"{message} (CHECKPOINT.METRIC)")
 
     def _write_notes(self) -> None:
-        compilation = self.run.compilation
-        for notes in (self.notes, self.checkpointer.notes, compilation.notes if compilation else []):
+        of_compilation = self.run.compilation.notes if self.run.compilation else []
+        for notes in (self.notes, self.checkpointer.notes, self.run.engine.notes, of_compilation):
             while notes:
                 self.journal.write("event", event="note", message=notes.pop(0))
         for note in self.task.take_notes():
@@ -244,9 +250,9 @@ class Recorder:
                 save_s=save.save_s,
             )
 
-    def _handle_bad_step(self, bad_step: BadStep, returns: list[ModelReturn]) -> None:
+    def _handle_bad_step(self, bad_step: BadStep, parts: Sequence[Part]) -> None:
         """Collective. Tell of a bad step, which has changed nothing, and end the run where that is asked for."""
-        why_end = answer(self.run, self.journal, bad_step, suspects(bad_step, self._steps, returns))
+        why_end = answer(self.run, self.journal, bad_step, suspects(bad_step, self._steps, parts))
         if why_end is not None:
             had_good_step = bad_step.in_a_row < self.run.progress.step - bad_step.ago
             if self.run.engine.guard.takes_again(bad_step):

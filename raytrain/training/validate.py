@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -17,7 +18,7 @@ from raytrain.engine.randomness import seed_all
 from raytrain.engine.state import RunState
 from raytrain.errors import TaskError, users_traceback
 from raytrain.task import Task
-from raytrain.training.contract import checked_metrics, loss_of, predictions_of
+from raytrain.training.contract import checked_metrics, loss_of, part_of, predictions_of
 
 
 def rehearse(run: RunState, task: Task, batch: Any) -> None:
@@ -49,7 +50,7 @@ def gradients_as_wished(task: Task) -> Iterator[None]:
 def predict_split(run: RunState, task: Task, feed: Feed) -> list[tuple[int, Any]]:
     """(position in the data set, prediction) of each sample of this process's part of the validation split.
 
-    Where the task has no predict: (position, (loss, samples)) of each batch.
+    Where the task has no predict: (position, (loss, samples or weight)) of each batch.
     """
     run.model.eval()
     predictions: list[tuple[int, Any]] = []
@@ -64,8 +65,8 @@ def predict_split(run: RunState, task: Task, feed: Feed) -> list[tuple[int, Any]
             if task.has_predict():
                 predictions.extend(zip(key.ids, predictions_of(task, run.model, batch, len(key.ids)), strict=True))
             else:
-                loss = loss_of(task.model_func(run.model, batch), task)
-                predictions.append((key.ids[0], (float(loss.detach()), len(key.ids))))
+                part = part_of(task.model_func(run.model, batch), len(key.ids), task)
+                predictions.append((key.ids[0], (part.loss.item(), float(part.share))))
     return predictions
 
 
@@ -74,7 +75,7 @@ class Validation:
     """What a pass over the validation split came to.
 
     metrics:     the same on every rank and for any number of them
-    predictions: on rank 0, in the data set's order; (loss, samples) of each batch where the task has no predict
+    predictions: on rank 0, in the data set's order; of each batch (loss, samples or weight) where there is no predict
     """
 
     metrics: dict[str, float]
@@ -98,7 +99,9 @@ def evaluate(run: RunState, task: Task, feed: Feed) -> Validation:
             with gradients_as_wished(task):
                 metrics = checked_metrics(task.score(in_order, feed.datasets["val"]), task)
         else:
-            metrics = {"loss": sum(loss * n for loss, n in in_order) / sum(n for _, n in in_order)}
+            counted = [(loss, weight) for loss, weight in in_order if weight]  # the mean of nothing is NaN
+            total = sum(weight for _, weight in counted)
+            metrics = {"loss": sum(loss * weight for loss, weight in counted) / total if total else math.nan}
     run.engine.beat("reduce")
     metrics = run.world.broadcast_object(metrics)
     return Validation(metrics, in_order, time.perf_counter() - began_s)

@@ -10,6 +10,7 @@ from torch import nn
 from raytrain.engine.late import LATE_STEPS
 from raytrain.engine.reduction import open_reduction
 from raytrain.engine.tail import Combined, Tail, with_tail
+from raytrain.engine.terms import MAX_TERMS
 from raytrain.engine.world import World
 
 PARAMS = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
@@ -21,7 +22,9 @@ def ridden(rank: int, size: int, dtype: torch.dtype) -> list[Combined]:
     tail, combined = Tail(PARAMS, reduction), []
     for step in range(2):
         reduction.open()
-        tail.write([i == rank for i in range(3)], (False, step == 1 and rank == size - 1), torch.tensor(0.5 + rank))
+        tail.write(
+            [i == rank for i in range(3)], (False, step == 1 and rank == size - 1), torch.tensor(0.5 + rank), None
+        )
         reduction.reduce({})
         combined.append(tail.read(2))
     return combined
@@ -40,9 +43,10 @@ def test_a_tail_is_behind_the_gradients_and_leaves_them_alone() -> None:
     reduction = open_reduction(with_tail({torch.float32: 8}, len(PARAMS)), {}, World(), "auto")
     reduction.addends[torch.float32][:8] = 7.0
     tail = Tail(PARAMS, reduction)
-    tail.write([True] * 3, (True,), torch.tensor(3.0))
-    assert reduction.addends[torch.float32].tolist() == [7.0] * 8 + [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 3.0]
-    assert tail.read(1) == ([True] * 3, (True,), torch.tensor(3.0))
+    tail.write([True] * 3, (True,), torch.tensor(3.0), torch.tensor(5.0))
+    flags = [1.0, 1.0, 1.0, *[1.0, 0.0, 0.0, 0.0]]
+    assert reduction.addends[torch.float32].tolist() == [7.0] * 8 + flags + [3.0, 5.0] + [0.0] * 2 * MAX_TERMS
+    assert tail.read(1) == ([True] * 3, (True,), torch.tensor(3.0), torch.tensor(5.0), None)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -50,6 +54,6 @@ def test_on_a_gpu_wishes_are_those_of_two_steps_ago() -> None:
     reduction = open_reduction(with_tail({torch.float32: 8}, 3), {}, World(device=torch.device("cuda")), "auto")
     tail, wishes = Tail(PARAMS, reduction), []
     for step in range(4):
-        tail.write([True] * 3, (step == 1,), torch.tensor(1.0, device="cuda"))
+        tail.write([True] * 3, (step == 1,), torch.tensor(1.0, device="cuda"), None)
         wishes.append(tail.read(1).wishes)
     assert wishes == [(step == 1 + LATE_STEPS,) for step in range(4)]

@@ -285,11 +285,11 @@ def test_a_step_on_a_gpu_never_waits_for_it(tmp_path: Path) -> None:
     feed = Feed(task, datasets, run.plan, world, cfg.LOADER, cfg.SEED, lambda epoch: False)
     feed.start(run.progress)
     steps = list(feed.epoch_steps(run.progress))
-    loop.train_step(run, task, feed, steps[0], lambda: (False, False))
+    loop.train_step(run, task, feed, steps[0], lambda: (False, False), lambda parts: None)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in steps[1:4]:
-            loop.train_step(run, task, feed, step, lambda: (False, False))
+            loop.train_step(run, task, feed, step, lambda: (False, False), lambda parts: None)
     finally:
         torch.cuda.set_sync_debug_mode("default")
         feed.close()

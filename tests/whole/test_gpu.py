@@ -165,7 +165,7 @@ def steps_of(cfg: Config, device: str, count: int, profiler: Any = None) -> RunS
 
     def train_on(some: Any) -> None:
         for step in some:
-            loop.train_step(run, task, feed, step, lambda: (False, False))
+            loop.train_step(run, task, feed, step, lambda: (False, False), lambda parts: None)
 
     try:
         train_on(itertools.islice(steps, count))
