@@ -26,6 +26,8 @@ class Plan:
 
     A step takes `accumulate` micro-batches of `batch_size` samples from each of
     `virtual_workers`; the last step of an epoch takes what is left.
+
+    last: what becomes of the last micro-batches where they are not whole: "keep", "drop" or "pad" (LOADER.LAST)
     """
 
     num_samples: int
@@ -33,6 +35,7 @@ class Plan:
     virtual_workers: int
     accumulate: int
     num_epochs: int
+    last: str = "keep"
 
     @property
     def samples_per_step(self) -> int:
@@ -40,24 +43,37 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        share = math.ceil(self.num_samples / self.virtual_workers)  # DistributedSampler pads to this
-        return math.ceil(share / (self.batch_size * self.accumulate))
+        return math.ceil(self.taken(0) / self.samples_per_step)
 
     @property
     def total_steps(self) -> int:
         return self.steps_per_epoch * self.num_epochs
 
+    def taken(self, cursor: int) -> int:
+        """Samples that an epoch takes from `cursor` on: as many of each virtual worker, some of them again or left out.
+
+        "keep" fills up to equal shares, as DistributedSampler does, "pad" to whole micro-batches.
+        """
+        left = max(0, self.num_samples - cursor)
+        unit = self.virtual_workers * (1 if self.last == "keep" else self.batch_size)
+        return left // unit * unit if self.last == "drop" else math.ceil(left / unit) * unit
+
+    @property
+    def smallest_batch(self) -> int:
+        """Samples of the smallest micro-batch."""
+        return self.taken(0) // self.virtual_workers % self.batch_size or self.batch_size
+
     def advanced(self, progress: Progress, consumed: int) -> Progress:
         """Progress after one step that consumed `consumed` samples over all virtual workers."""
         cursor = progress.cursor + consumed
-        if cursor >= self.num_samples:
+        if self.taken(cursor) == 0:
             # Equal to step + 1 unless the plan changed in mid-epoch (--allow-config-change).
             return Progress(progress.epoch + 1, 0, (progress.epoch + 1) * self.steps_per_epoch)
         return Progress(progress.epoch, cursor, progress.step + 1)
 
     def converted(self, epoch: int, cursor: int) -> Progress:
         """The same place in the data under this plan, for a run whose plan was changed."""
-        if cursor >= self.num_samples:  # the data set has shrunk: nothing of this epoch is left
+        if self.taken(cursor) == 0:  # the data set has shrunk: nothing of this epoch is left
             epoch, cursor = epoch + 1, 0
         return Progress(epoch, cursor, epoch * self.steps_per_epoch + cursor // self.samples_per_step)
 

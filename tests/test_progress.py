@@ -10,10 +10,11 @@ from raytrain.data.sampler import epoch_order, step_samples
 from raytrain.progress import Plan, Progress
 
 PLANS = [
-    Plan(num_samples, batch_size, virtual_workers, accumulate, 3)
-    for num_samples, batch_size, virtual_workers, accumulate in itertools.product(
-        (1, 2, 7, 64, 101), (1, 4), (1, 2, 3), (1, 2)
+    Plan(num_samples, batch_size, virtual_workers, accumulate, 3, last)
+    for num_samples, batch_size, virtual_workers, accumulate, last in itertools.product(
+        (1, 2, 7, 64, 101), (1, 4), (1, 2, 3), (1, 2), ("keep", "drop", "pad")
     )
+    if last != "drop" or num_samples >= batch_size * virtual_workers  # else nothing is left
 ]
 
 

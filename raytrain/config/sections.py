@@ -213,6 +213,8 @@ class Loader(Section):
     WORKERS: Natural = 2  #: loader processes of each worker; 0: it loads by itself
     PREFETCH: Annotated[Count, Field(le=1024)] = 2  #: batches that each of them keeps ready
     SHUFFLE: Flag = True  #: another order each epoch; false: that of the data set
+    #: the last batch of an epoch, if it is not whole: trained as it is, left out, or filled up with first samples
+    LAST: Literal["keep", "drop", "pad"] = "keep"
 
 
 class Checkpoint(Section):

@@ -1,9 +1,9 @@
 """Which samples each virtual worker takes next: pure functions of seed, epoch and cursor.
 
 The order is torch's DistributedSampler(seed): a permutation drawn from seed + epoch, padded by
-wrapping around to a multiple of the number of virtual workers, dealt like cards. Since it is dealt, the samples
-consumed up to a cursor are exactly the first `cursor` of one global order, whatever the number of
-virtual workers; the rest can be dealt again to any number.
+wrapping around to a multiple of the number of virtual workers (LOADER.LAST may say otherwise), dealt
+like cards. Since it is dealt, the samples consumed up to a cursor are exactly the first `cursor` of one
+global order, whatever the number of virtual workers; the rest can be dealt again to any number.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool) -> torch
     return torch.randperm(num_samples, generator=generator)
 
 
-def padded_order(order: torch.Tensor, cursor: int, virtual_workers: int) -> torch.Tensor:
-    """`order` from `cursor` on, wrapped around so that every virtual worker gets as many.
+def dealt_order(order: torch.Tensor, cursor: int, plan: Plan) -> torch.Tensor:
+    """`order` from `cursor` on, wrapped around or cut off so that every virtual worker gets as many.
 
-    Returns (multiple of virtual_workers,) int64. With cursor 0 it is DistributedSampler's padding.
+    Returns (plan.taken(cursor),) int64. With cursor 0 and "keep" it is DistributedSampler's padding.
     """
-    rest = order[cursor:]
-    missing = math.ceil(len(rest) / virtual_workers) * virtual_workers - len(rest)
+    rest, taken = order[cursor:], plan.taken(cursor)
+    missing = max(0, taken - len(rest))
     repeats = math.ceil(missing / max(1, len(order)))
-    return torch.cat([rest, order.repeat(repeats)[:missing]])
+    return torch.cat([rest[:taken], order.repeat(repeats)[:missing]])
 
 
 def step_samples(order: torch.Tensor, cursor: int, plan: Plan) -> Iterator[torch.Tensor]:
@@ -42,7 +42,7 @@ def step_samples(order: torch.Tensor, cursor: int, plan: Plan) -> Iterator[torch
     Yields (virtual_workers, n) int64 with n = accumulate * batch_size, fewer in the last step.
     Row v is what rank v of a DistributedSampler over `virtual_workers` ranks takes.
     """
-    shares = padded_order(order, cursor, plan.virtual_workers).reshape(-1, plan.virtual_workers).t()
+    shares = dealt_order(order, cursor, plan).reshape(-1, plan.virtual_workers).t()
     size = plan.batch_size * plan.accumulate
     for start in range(0, shares.shape[1], size):  # not split(): it makes all steps at once, 400 bytes each
         yield shares[:, start : start + size]

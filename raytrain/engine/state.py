@@ -108,6 +108,7 @@ def manifest_of(run: RunState, metrics: dict[str, float | None] | None) -> Manif
         "num_samples": plan.num_samples,
         "batch_size": plan.batch_size,
         "accumulate": plan.accumulate,
+        "last": plan.last,
         **run.engine.arithmetic,
     }
     return Manifest(run.progress, run.config, world, run.seed, metrics)

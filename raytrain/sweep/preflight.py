@@ -10,13 +10,13 @@ import torch
 from raytrain.config.sections import Config
 from raytrain.engine.determinism import torch_put_back
 from raytrain.engine.randomness import seed_all
+from raytrain.engine.world import World
 from raytrain.errors import ConfigError
-from raytrain.progress import Plan
 from raytrain.sweep.datasets import are_the_same_for_all, built_and_pickled
 from raytrain.sweep.space import objective, workers_of_trial
 from raytrain.task import Task, make_task
 from raytrain.training.contract import checked_metrics, predictions_of
-from raytrain.training.worker import build_datasets
+from raytrain.training.worker import build_datasets, plan_of
 
 MAX_SCORED = 2000  # validation samples of an untrained model; with more the first trial's evaluation tells the metrics
 
@@ -44,9 +44,8 @@ def inspect_task(cfg: Config) -> TaskFacts:
             f"a sweep compares its trials by {metric!r} of their evaluations, but {type(task).__name__} has nothing to "
             'evaluate: build_dataset("val") gives None. Give it a validation split'
         )
-    optim_cfg, (_, virtual_workers) = cfg.OPTIMIZATION, workers_of_trial(cfg)
-    num_samples, batch_size = len(datasets["train"]), optim_cfg.BATCH_SIZE_PER_GPU
-    plan = Plan(num_samples, batch_size, virtual_workers, optim_cfg.ACCUMULATE, optim_cfg.NUM_EPOCHS)
+    _, virtual_workers = workers_of_trial(cfg)
+    plan = plan_of(cfg, len(datasets["train"]), World(virtual_workers=virtual_workers))
     metrics = metrics_given(task, datasets)
     if metrics is not None and metric not in metrics:
         raise ConfigError(

@@ -178,7 +178,8 @@ def restored(cfg: Config, task: Task, datasets: dict[str, Any], checkpoint: str)
     """A run on this process's device with a checkpoint's weights, at its epoch."""
     world = World(device=device_here(cfg))
     prepare_torch(cfg, world.device)
-    run = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), world), world)
+    plan = plan_of(with_overrides(cfg, ["LOADER.LAST", "keep"]), len(datasets["train"]), world)  # nothing is trained
+    run = build_run(cfg, task, datasets["train"], plan, world)
     compile_model(run, cfg.OPTIMIZATION)
     payload = load_origin(origin_at(checkpoint))
     load_model_state(run.model, payload["model_state"], checkpoint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from raytrain.config.load import config_diff
+from raytrain.config.load import ABSENT, config_diff
 from raytrain.engine.pretrained import load_pretrained
 from raytrain.engine.state import RunState, restore, restore_heritage
 from raytrain.errors import CheckpointError, ResumeError
@@ -25,6 +25,7 @@ FIXED = {
     "TASK": "the model and data would be another's",
     "SEED": "the rest of the epoch would come in another order",
     "LOADER.SHUFFLE": "the rest of the epoch would come in another order",
+    "LOADER.LAST": "steps and schedule would no longer mean the same",
     "OPTIMIZATION.BATCH_SIZE_PER_GPU": "steps and schedule would no longer mean the same",
     "OPTIMIZATION.ACCUMULATE": "steps and schedule would no longer mean the same",
     "OPTIMIZATION.OPTIMIZER": "the optimizer's state would not fit",
@@ -140,7 +141,7 @@ def compare(manifest: Manifest, new: dict[str, Any], allow_config_change: bool, 
     """
     old, new = (without_later_phases(config, manifest.progress) for config in (manifest.config, new))
     different = [(k, a, b) for k, a, b in config_diff(old, new) if not k.startswith(FREE)]
-    refused = [(k, a, b) for k, a, b in different if k in FIXED]
+    refused = [(k, a, b) for k, a, b in different if k in FIXED and a is not ABSENT]  # one from before the key
     if refused and not allow_config_change:
         raise ResumeError(
             f"{where} was made with another config:\n"
@@ -167,7 +168,9 @@ def check_plan(manifest: Manifest, plan: Plan, allow_config_change: bool, where:
         "batch_size": plan.batch_size,
         "virtual_workers": plan.virtual_workers,
         "accumulate": plan.accumulate,
+        "last": plan.last,
     }
+    old = {"last": "keep", **old}  # which it was before there was a choice
     changed = [f"{k}: was {old[k]}, now {v}" for k, v in now.items() if old[k] != v]
     if changed and not allow_config_change:
         raise ResumeError(
@@ -182,7 +185,7 @@ def check_plan(manifest: Manifest, plan: Plan, allow_config_change: bool, where:
 def check_place(progress: Progress, plan: Plan, where: str) -> None:
     """ResumeError if `progress` is no place in the data: no step is left of such an epoch, and it would never end."""
     epoch, cursor, step = dataclasses.astuple(progress)
-    if not all(type(number) is int and number >= 0 for number in (epoch, cursor, step)) or cursor >= plan.num_samples:
+    if not all(type(number) is int and number >= 0 for number in (epoch, cursor, step)) or plan.taken(cursor) == 0:
         raise ResumeError(
             f"{where}: it says that it was made after {epoch!r:.20} epochs, {cursor!r:.20} samples of the next and "
             f"{step!r:.20} steps, which is no place in a data set of {plan.num_samples} samples. What to do: go on "

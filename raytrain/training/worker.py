@@ -20,6 +20,7 @@ from raytrain.engine.determinism import prepare_torch
 from raytrain.engine.randomness import seed_all
 from raytrain.engine.state import RunState, build_run, compile_model
 from raytrain.engine.world import World
+from raytrain.errors import ConfigError
 from raytrain.journal.run_folder import RunFolder
 from raytrain.keeper.checkpointer import Checkpointer
 from raytrain.keeper.client import KeeperClient, is_possible, join_keeper, start_keeper
@@ -30,6 +31,7 @@ from raytrain.task import Task, make_task
 from raytrain.training.contract import check_dataset
 from raytrain.training.control import Control
 from raytrain.training.job import Job
+from raytrain.training.last_batch import last_batch_notes, refuse_lone_sample
 from raytrain.training.loop import train_model
 from raytrain.training.pictures import draw_pictures
 from raytrain.training.recorder import Recorder
@@ -97,7 +99,7 @@ def build(
     datasets = datasets_of() if datasets_of else build_datasets(task, cfg.SEED)
     control.begin("Building the model")
     run = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), world), world)
-    notes = compile_model(run, cfg.OPTIMIZATION)
+    notes = [*last_batch_notes(run.plan), *compile_model(run, cfg.OPTIMIZATION)]
     evaluates_after, channels_last = evaluation_epochs(cfg, datasets), cfg.OPTIMIZATION.CHANNELS_LAST
     feed = Feed(task, datasets, run.plan, world, cfg.LOADER, cfg.SEED, evaluates_after, channels_last)
     return run, feed, notes
@@ -160,6 +162,7 @@ def open_recorder(
 def train(recorder: Recorder, restored: Restored) -> Outcome:
     """Collective. Train what is left; then pictures, the journal's last record, and the end of the keeper."""
     run, feed, began_s = recorder.run, recorder.feed, time.monotonic()
+    refuse_lone_sample(run)
     feed.start(run.progress, evaluate_first=run.unevaluated is not None)
     is_done = train_model(run, feed.task, feed, recorder)
     status, seconds = "finished" if is_done else "stopped", time.monotonic() - began_s
@@ -202,11 +205,16 @@ def build_datasets(task: Task, seed: int) -> dict[str, Any]:
 
 
 def plan_of(cfg: Config, num_samples: int, world: World) -> Plan:
-    """How the data is cut into steps."""
-    optim_cfg = cfg.OPTIMIZATION
-    return Plan(
-        num_samples, optim_cfg.BATCH_SIZE_PER_GPU, world.virtual_workers, optim_cfg.ACCUMULATE, optim_cfg.NUM_EPOCHS
-    )
+    """How the data is cut into steps; a ConfigError where none is left."""
+    optim_cfg, size = cfg.OPTIMIZATION, cfg.OPTIMIZATION.BATCH_SIZE_PER_GPU
+    workers, last = world.virtual_workers, cfg.LOADER.LAST
+    plan = Plan(num_samples, size, workers, optim_cfg.ACCUMULATE, optim_cfg.NUM_EPOCHS, last)
+    if plan.steps_per_epoch == 0:
+        raise ConfigError(
+            f"LOADER.LAST is drop, and {num_samples} samples are not one whole batch of {size} for each of {workers} "
+            "virtual workers, so nothing is left to train on; set it to keep or pad, or BATCH_SIZE_PER_GPU lower"
+        )
+    return plan
 
 
 def evaluation_epochs(cfg: Config, datasets: dict[str, Any]) -> Callable[[int], bool]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DistributedSampler
 
-from raytrain.data.sampler import epoch_order, padded_order, step_samples
+from raytrain.data.sampler import dealt_order, epoch_order, step_samples
 from raytrain.progress import Plan
 
 
@@ -54,9 +54,10 @@ def test_a_micro_batch_is_the_batch_of_a_data_loader(batch_size: int, accumulate
 def test_what_was_consumed_is_the_beginning_of_one_global_order(num_samples: int, virtual_workers: int) -> None:
     order = epoch_order(num_samples, 1, 2, True)
     consumed: list[int] = []
-    for shares in step_samples(order, 0, plan_of(num_samples, virtual_workers)):
+    plan = plan_of(num_samples, virtual_workers)
+    for shares in step_samples(order, 0, plan):
         consumed += shares.flatten().tolist()
-        first = padded_order(order, 0, virtual_workers)[: len(consumed)]
+        first = dealt_order(order, 0, plan)[: len(consumed)]
         assert Counter(consumed) == Counter(first.tolist())
 
 
@@ -91,4 +92,60 @@ def test_each_epoch_has_its_own_order_and_a_seed_is_an_epoch_of_seed_0_as_in_tor
 
 
 def test_more_virtual_workers_than_samples_repeat_them_as_in_torch() -> None:
-    assert padded_order(torch.tensor([1, 0]), 0, 5).tolist() == [1, 0, 1, 0, 1]
+    assert dealt_order(torch.tensor([1, 0]), 0, plan_of(2, 5)).tolist() == [1, 0, 1, 0, 1]
+
+
+# LOADER.LAST
+
+
+def cut_as(last: str, num_samples: int, virtual_workers: int, accumulate: int, cursor: int = 0) -> list[torch.Tensor]:
+    plan = Plan(num_samples, 4, virtual_workers, accumulate, 1, last)
+    steps = list(step_samples(epoch_order(num_samples, 3, 1, True), cursor, plan))
+    assert sum(shares.numel() for shares in steps) == plan.taken(cursor)
+    return steps
+
+
+SIZES = pytest.mark.parametrize(
+    ("num_samples", "virtual_workers", "accumulate"),
+    [(65, 1, 1), (65, 1, 4), (64, 2, 1), (33, 3, 2), (3, 1, 1), (3, 2, 2), (100, 8, 1)],
+)
+
+
+@SIZES
+def test_drop_leaves_out_what_is_no_whole_batch_of_each_virtual_worker_as_in_torch(
+    num_samples: int, virtual_workers: int, accumulate: int
+) -> None:
+    steps = cut_as("drop", num_samples, virtual_workers, accumulate)
+    taken = [i for shares in steps for i in shares.t().flatten().tolist()]
+    whole = num_samples // (4 * virtual_workers) * 4 * virtual_workers
+    assert taken == epoch_order(num_samples, 3, 1, True)[:whole].tolist()
+    for v in range(virtual_workers):
+        sampler = DistributedSampler(range(num_samples), virtual_workers, v, seed=3, drop_last=True)
+        sampler.set_epoch(1)
+        expected = [i for batch in BatchSampler(sampler, 4, drop_last=True) for i in batch]
+        assert [i for shares in steps for i in shares[v].tolist()] == expected
+
+
+@SIZES
+def test_pad_fills_the_last_batch_with_the_first_samples(
+    num_samples: int, virtual_workers: int, accumulate: int
+) -> None:
+    order = epoch_order(num_samples, 3, 1, True).tolist()
+    steps = cut_as("pad", num_samples, virtual_workers, accumulate)
+    assert all(shares.shape[1] % 4 == 0 for shares in steps)
+    taken = [i for shares in steps for i in shares.t().flatten().tolist()]
+    assert taken == [order[i % num_samples] for i in range(len(taken))]
+    assert 0 <= len(taken) - num_samples < 4 * virtual_workers
+
+
+@pytest.mark.parametrize("last", ["keep", "drop", "pad"])
+@SIZES
+def test_going_on_takes_the_steps_that_were_left_whatever_the_last_batch_is(
+    num_samples: int, virtual_workers: int, accumulate: int, last: str
+) -> None:
+    steps = cut_as(last, num_samples, virtual_workers, accumulate)
+    cursor = 0
+    for done, shares in enumerate(steps):
+        rest = cut_as(last, num_samples, virtual_workers, accumulate, cursor)
+        assert [s.tolist() for s in rest] == [s.tolist() for s in steps[done:]]
+        cursor += shares.numel()

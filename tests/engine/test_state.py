@@ -200,6 +200,7 @@ def test_a_manifest_says_how_the_data_was_cut() -> None:
         "num_samples": 22,
         "batch_size": 4,
         "accumulate": 1,
+        "last": "keep",
         "engine": "flat",
         "reduction": "collective",
     }

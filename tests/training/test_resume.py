@@ -57,6 +57,7 @@ def changed(*words: str) -> dict[str, Any]:
 OTHER_VALUES = {
     "TASK": "other.tasks:Task",
     "SEED": "1",
+    "LOADER.LAST": "drop",
     "LOADER.SHUFFLE": "false",
     "OPTIMIZATION.BATCH_SIZE_PER_GPU": "8",
     "OPTIMIZATION.ACCUMULATE": "2",
