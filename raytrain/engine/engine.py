@@ -26,7 +26,7 @@ from raytrain.engine.reduction import Reduction
 from raytrain.engine.schedule import StepSettings
 from raytrain.engine.stepper import Stepper
 from raytrain.engine.tail import Combined
-from raytrain.engine.terms import Key, Sum, Value, means_of
+from raytrain.engine.terms import Key, Sum, Value, means_of, refuse_mixture
 from raytrain.engine.world import World
 from raytrain.errors import TaskError
 
@@ -139,7 +139,7 @@ class Engine:
         """
         self.beat("backward")
         if self._is_weighted is not isinstance(share, torch.Tensor):
-            self._check_weights([self._is_weighted, not self._is_weighted])
+            refuse_mixture([self._is_weighted, not self._is_weighted])
             self._is_weighted = isinstance(share, torch.Tensor)
         if isinstance(share, torch.Tensor):
             self.weight_sum = share if self.weight_sum is None else self.weight_sum + share
@@ -164,7 +164,7 @@ class Engine:
         else:
             combined = self.gradients.combine(self.loss_sum, tuple(wishes), self.weight_sum, terms)
         if not self._weights_agree:  # asked once; after the reduction, since parts of it may be under way before
-            self._check_weights(self.world.all_objects(self._is_weighted))
+            refuse_mixture(self.world.all_objects(self._is_weighted))
             self._weights_agree = True
         self._wait_for_readers()
         loss, divisor = combined.loss, None
@@ -176,14 +176,6 @@ class Engine:
         if bad_step is not None and self.guard.actions[bad_step.kind] == "rollback":
             bad_step = dataclasses.replace(bad_step, rolled_back_to=self.roll_back())
         return Stepped(loss, norm, combined.wishes, combined.terms, bad_step)
-
-    def _check_weights(self, weighted: Sequence[bool | None]) -> None:
-        """TaskError if some have weights and some have not: one mean of both would be one of neither."""
-        if {True, False} <= set(weighted):
-            raise TaskError(
-                "model_func gave ModelReturn a weight for some micro-batches and none for others; give all of them one "
-                "(what the loss is the mean of: samples, tokens, boxes), or none"
-            )
 
     @property
     def notes(self) -> list[str]:

@@ -6,12 +6,13 @@ recorded, and again after one of them has met a new name, which a flag of the ta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
 
 from raytrain.engine.world import World
+from raytrain.errors import TaskError
 
 MAX_TERMS = 64  # that ride in the tail; those beyond are summed by a collective of their own
 
@@ -29,6 +30,15 @@ class Sum(NamedTuple):
 def means_of(sums: Mapping[Key, Sum]) -> dict[Key, Value]:
     """Of one process alone."""
     return {key: each.total / each.weight for key, each in sums.items()}
+
+
+def refuse_mixture(weighted: Collection[bool | None]) -> None:
+    """TaskError if some micro-batches have weights and some have not: one mean of both would be one of neither."""
+    if {True, False} <= set(weighted):
+        raise TaskError(
+            "model_func gave ModelReturn a weight for some micro-batches and none for others; give all of them one "
+            "(what the loss is the mean of: samples, tokens, boxes), or none"
+        )
 
 
 class Terms:

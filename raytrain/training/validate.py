@@ -16,6 +16,7 @@ from raytrain.data.feed import Feed
 from raytrain.data.loader import BatchKey
 from raytrain.engine.randomness import seed_all
 from raytrain.engine.state import RunState
+from raytrain.engine.terms import refuse_mixture
 from raytrain.errors import TaskError, users_traceback
 from raytrain.task import Task
 from raytrain.training.contract import checked_metrics, loss_of, part_of, predictions_of
@@ -54,6 +55,7 @@ def predict_split(run: RunState, task: Task, feed: Feed) -> list[tuple[int, Any]
     """
     run.model.eval()
     predictions: list[tuple[int, Any]] = []
+    weighted: set[bool] = set()
     for key in feed.validation_keys(run.progress.epoch):
         with torch.no_grad():
             batch = feed.fetch(key)
@@ -67,6 +69,8 @@ def predict_split(run: RunState, task: Task, feed: Feed) -> list[tuple[int, Any]
             else:
                 part = part_of(task.model_func(run.model, batch), len(key.ids), task)
                 predictions.append((key.ids[0], (part.loss.item(), float(part.share))))
+                weighted.add(torch.is_tensor(part.share))
+                refuse_mixture(weighted)
     return predictions
 
 

@@ -41,7 +41,9 @@ class Tokens(Task):
         counts = y.flatten() != IGNORED
         right = cross_entropy(scores, y.flatten(), ignore_index=IGNORED)  # NaN where no token counts
         size = scores.square().sum(1)[counts].mean()
-        weight = {"none": None, "tensor": counts.sum(), "number": int(counts.sum()), "one": counts.sum()[None]}
+        half = None if len(x) % 4 else counts.sum()  # the last batch of four has none
+        weight = {"in half of train": half if model.training else 1, "in half of val": 1 if model.training else half}
+        weight |= {"none": None, "tensor": counts.sum(), "number": int(counts.sum()), "one": counts.sum()[None]}
         terms = {"right": right, "size": 0.1 * size}
         return ModelReturn(right + 0.1 * size, terms, {"right": right}, weight[self.cfg.MODEL.get("WEIGHT", "tensor")])
 

@@ -107,6 +107,14 @@ def test_evaluation_by_the_loss_is_the_mean_over_what_counts(tmp_path: Path) -> 
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_weight_for_some_batches_only_is_refused_in_training_and_in_evaluation(split: str, tmp_path: Path) -> None:
+    cfg = cfg_of(tmp_path, "Tokens", {"BATCH_SIZE_PER_GPU": 4}, f"in half of {split}")
+    with pytest.raises(TaskError, match="gave ModelReturn a weight for some micro-batches and none for others"):
+        train(cfg)
+    assert bool(list(tmp_path.rglob("checkpoint_epoch_1"))) == (split == "val")
+
+
 def test_a_step_in_which_nothing_counts_is_told_as_such(tmp_path: Path) -> None:
     cfg = cfg_of(tmp_path, "Tokens", {"BATCH_SIZE_PER_GPU": 1}, LOADER={"WORKERS": 0, "SHUFFLE": False})
     result = train(cfg)
