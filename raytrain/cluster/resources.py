@@ -28,7 +28,7 @@ def resolve_workers(scale: Any) -> tuple[int, bool]:
 
 
 def check_resources(num_workers: int, per_worker: dict[str, float]) -> None:
-    """PreflightError if this cluster could never hold the workers; Ray itself would wait for ever (RAY.md F15)."""
+    """PreflightError if this cluster could never hold the workers; Ray itself would wait for ever."""
     import ray
 
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]

@@ -2,7 +2,7 @@
 
 One set of loader workers serves the whole run: the stream of batch keys (which samples, of which
 split and epoch) is known in advance, training and evaluation alike, so the loader reads ahead
-across epochs and nothing is started twice (the heritage keeps a second, unused set, D18).
+across epochs and nothing is started twice (the heritage keeps a second, unused set).
 """
 
 from __future__ import annotations

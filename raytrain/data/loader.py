@@ -152,7 +152,7 @@ def unchanged(batch: Any) -> Any:
 def loader_context(task_module: str) -> Any:
     """Loader workers are forked from a clean server process that has imported torch once.
 
-    A plain fork would inherit the threads and locks of a Ray worker and can deadlock (RAY.md F12).
+    A plain fork would inherit the threads and locks of a Ray worker and can deadlock.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "raytrain.data.feed", task_module])

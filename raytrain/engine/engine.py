@@ -120,7 +120,7 @@ class Engine:
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        """Forget the gradients of every parameter, stepped or not (the heritage forgets some not, D6)."""
+        """Forget the gradients of every parameter, stepped or not (the heritage forgets only those it steps)."""
         for param in self.trainable:
             param.grad = None
         self.loss_sum = self.weight_sum = None

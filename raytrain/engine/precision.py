@@ -39,7 +39,7 @@ class Precision:
 
     fp16 scales the loss by LOSS_SCALE_FP16 (65536 unless given), halves it after an overflow and
     skips that step; the scaler is part of the checkpoint, one scaler for the whole run (the
-    heritage makes a new one each epoch and so skips steps there, D12).
+    heritage makes a new one each epoch and so skips steps there).
     """
 
     def __init__(self, optim_cfg: Any, device: torch.device) -> None:

@@ -165,7 +165,7 @@ def restore_heritage(run: RunState, payload: dict[str, Any], where: str) -> list
     step, epoch = int(payload.get("it") or 0), int(payload.get("epoch") or 0)
     per_epoch = run.plan.steps_per_epoch
     if epoch * per_epoch <= step <= (epoch + 1) * per_epoch:
-        # D10: one written in the last iteration of an epoch belongs to the start of the next.
+        # One written in the last iteration of an epoch belongs to the start of the next: OpenPCDet repeats the epoch.
         run.progress = Progress(step // per_epoch, step % per_epoch * run.plan.samples_per_step, step)
     else:
         run.progress = Progress(epoch, 0, epoch * per_epoch)

@@ -186,7 +186,7 @@ def test_accumulation_equals_one_large_batch() -> None:
 
 @pytest.mark.parametrize("kind", ["flat", "ddp"])
 def test_the_norm_is_of_what_is_stepped_before_it_is_clipped(kind: str) -> None:
-    """A parameter that no group holds (LEGACY_PARAM_GROUPS) neither counts nor keeps an old gradient (D6)."""
+    """A parameter that no group holds (LEGACY_PARAM_GROUPS) neither counts nor keeps an old gradient."""
     model, engine = model_and_engine(World(), OPTIMIZER="adam_onecycle", LEGACY_PARAM_GROUPS=True, ENGINE=kind)
     norms, left_out = [], []
     for step in range(2):

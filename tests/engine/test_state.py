@@ -184,7 +184,7 @@ def test_a_payload_has_openpcdets_keys_and_reads_as_one_of_its_files() -> None:
     assert {"epoch", "it", "model_state", "optimizer_state", "version", "raytrain"} == set(payload)
     assert (payload["epoch"], payload["it"]) == (1, 6)
     assert [len(g["params"]) for g in payload["optimizer_state"]["param_groups"]] == [4, 2]
-    assert all(type(g["lr"]) is float for g in payload["optimizer_state"]["param_groups"])  # D3
+    assert all(type(g["lr"]) is float for g in payload["optimizer_state"]["param_groups"])  # numpy's do not load
     other = run_of()
     assert restore_heritage(other, payload, "there") == []
     assert other.progress == run.progress
@@ -236,7 +236,7 @@ def heritage_file(folder: Path, epoch: int, it: int, **changes: Any) -> Path:
     [
         (2, 12, Progress(2, 0, 12)),  # checkpoint_epoch_2.pth
         (2, 15, Progress(2, 12, 15)),  # latest_model.pth in mid-epoch
-        (2, 18, Progress(3, 0, 18)),  # latest_model.pth of the last iteration: OpenPCDet repeats the epoch (D10)
+        (2, 18, Progress(3, 0, 18)),  # latest_model.pth of the last iteration: OpenPCDet repeats the epoch
         (0, 0, Progress(0, 0, 0)),
         (5, 30, Progress(5, 0, 30)),
     ],
