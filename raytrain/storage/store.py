@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import math
 import re
-from collections.abc import Collection
 from typing import Any, Protocol
 
 from raytrain.errors import CheckpointError, TaskError
@@ -130,12 +129,6 @@ class Store:
                 continue  # damaged: the next best one is the best that exists
         return None
 
-    def retain(self) -> None:
-        """What the policy does not keep is removed, if at least one checkpoint verifies."""
-        newest, passed_over = self.latest_verified()
-        if newest is not None:
-            self._remove_all_but(newest, damaged={name for name, _ in passed_over})
-
     def supersede(self, progress: Progress) -> list[str]:
         """Names of the checkpoints beyond `progress`, now in ckpt/superseded/<launch>/, which retention never touches.
 
@@ -167,14 +160,14 @@ class Store:
                 else:
                     self.storage.remove_tree(folder + name)
 
-    def _remove_all_but(self, sure: Saved, damaged: Collection[str] = ()) -> None:
+    def _remove_all_but(self, sure: Saved) -> None:
         """Everything goes that the policy does not keep; `sure`, which has just been verified, stays.
 
         A damaged checkpoint counts for nothing and goes only when all that is kept is newer:
         until then it may be what is left of the only copy.
         """
         entries = self.listed()
-        whole = [entry for entry in entries if entry.manifest is not None and entry.name not in damaged]
+        whole = [entry for entry in entries if entry.manifest is not None]
         kept = {sure.name, *(entry.name for entry in whole[: self.policy.KEEP_LAST])}
         kept |= {entry.name for entry in self.ranked(whole)[: self.policy.KEEP_BEST]}
         if not whole:

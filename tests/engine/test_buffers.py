@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from optimization import OPTIMIZATION, settings
+from optimization import optim_cfg, settings
 from processes import Pair
 from torch import nn
 
@@ -43,8 +42,8 @@ def with_caches(rank: int, size: int, reduction: str) -> dict[str, torch.Tensor]
     """What the buffers are after three steps; virtual worker 0 sees the longer sequences."""
     torch.manual_seed(0)
     model = Caches()
-    optim_cfg = SimpleNamespace(**{**OPTIMIZATION, "OPTIMIZER": "sgd", "LR": 0.1})
-    engine = Engine(model, optim_cfg, World(rank, size, 2), reduction)
+    cfg = optim_cfg(OPTIMIZER="sgd", LR=0.1)
+    engine = Engine(model, cfg, World(rank, size, 2), reduction)
     for step in range(3):
         engine.zero_grad()
         for v in engine.world.block:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import optimization
 import pytest
 import torch
 from torch import nn
@@ -33,14 +34,12 @@ SETTINGS = StepSettings(lr=0.01, momentum=None, clip=10, weight_decay=0.01)
 
 
 def optim_cfg(**changes):
-    defaults = {
+    """With a schedule, as that of OpenPCDet's own runs."""
+    heritage = {
         "OPTIMIZER": "adam_onecycle",
         "SCHEDULER": None,
         "LR": 0.01,
         "WEIGHT_DECAY": 0.01,
-        "MOMENTUM": 0.9,
-        "MOMS": [0.95, 0.85],
-        "BETAS": None,
         "PCT_START": 0.4,
         "DIV_FACTOR": 10,
         "DECAY_STEP_LIST": [1, 2],
@@ -51,16 +50,8 @@ def optim_cfg(**changes):
         "WARMUP_ITER": 5,
         "GRAD_NORM_CLIP": 10,
         "PHASES": [],
-        "LEGACY_PARAM_GROUPS": False,
-        "USE_AMP": False,
-        "LOSS_SCALE_FP16": None,
-        "ENGINE": "auto",
-        "NONFINITE": "skip",
-        "NONFINITE_LIMIT": 10,
-        "ROLLBACK_EVERY": 100,
-        "SPIKE": None,
     }
-    return SimpleNamespace(**{**defaults, **changes})
+    return optimization.optim_cfg(**{**heritage, **changes})
 
 
 ENGINES = pytest.mark.parametrize("engine", ["flat", "ddp"])

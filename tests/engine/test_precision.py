@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import optimization
 import pytest
 import torch
 from optimization import settings
@@ -20,22 +21,9 @@ CPU = torch.device("cpu")
 
 
 def optim_cfg(**changes: Any) -> SimpleNamespace:
-    defaults = {
-        "OPTIMIZER": "sgd",
-        "LR": 0.1,
-        "WEIGHT_DECAY": 0.0,
-        "MOMENTUM": 0.0,
-        "BETAS": None,
-        "USE_AMP": True,
-        "AMP_DTYPE": "fp16",
-        "LOSS_SCALE_FP16": None,
-        "ENGINE": "auto",
-        "NONFINITE": "skip",
-        "NONFINITE_LIMIT": 10,
-        "ROLLBACK_EVERY": 100,
-        "SPIKE": None,
-    }
-    return SimpleNamespace(**{**defaults, **changes})
+    """Plain SGD in fp16."""
+    plain = {"OPTIMIZER": "sgd", "LR": 0.1, "WEIGHT_DECAY": 0.0, "MOMENTUM": 0.0, "USE_AMP": True}
+    return optimization.optim_cfg(**{**plain, **changes})
 
 
 def engine_of(world: World | None = None, **changes: Any) -> tuple[nn.Module, Engine]:

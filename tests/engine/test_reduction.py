@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from optimization import OPTIMIZATION, settings
+from optimization import optim_cfg, settings
 from processes import Pair
 from torch import nn
 
@@ -184,8 +184,8 @@ def train_until_killed(rank: int, steps: int, dies: int) -> str:
     """An engine on shared memory; rank `dies` kills itself in the middle of the third step."""
     torch.manual_seed(0)
     model = nn.Linear(50, 50)
-    optim_cfg = SimpleNamespace(**{**OPTIMIZATION, "OPTIMIZER": "adamw", "LR": 0.1})
-    engine = Engine(model, optim_cfg, World(rank, 2, 2), "shared_memory")
+    cfg = optim_cfg(OPTIMIZER="adamw", LR=0.1)
+    engine = Engine(model, cfg, World(rank, 2, 2), "shared_memory")
     for step in range(steps):
         engine.zero_grad()
         engine.backward(model(torch.ones(1, 50)).sum(), 0.5)

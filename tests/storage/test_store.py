@@ -101,7 +101,6 @@ def test_a_save_is_verified_and_says_who_made_it_when(storage: Storage) -> None:
 def test_an_empty_run_folder_has_no_checkpoint(storage: Storage) -> None:
     store = Store(storage, policy(METRIC="accuracy"), "a")
     store.clean_leftovers()
-    store.retain()
     assert store.latest_verified() == (None, [])
     assert store.best() is None
 
@@ -155,23 +154,13 @@ def test_damaged_checkpoints_do_not_count_as_kept_ones(tmp_path: Path) -> None:
     store = Store(LocalStorage(tmp_path), policy(KEEP_LAST=9), "a")
     for step in (10, 20, 30, 40, 50):
         save(store, step)
-    flip(tmp_path / "ckpt/checkpoint_epoch_5/checkpoint.pth")
-    (tmp_path / "ckpt/checkpoint_epoch_3/manifest.json").unlink()
-    (tmp_path / "ckpt/checkpoint_epoch_1/checkpoint.pth").unlink()
-    store.policy.KEEP_LAST = 2
-    store.retain()
-    # 4 and 2 are whole and kept; 5 and 3 are damaged and not older than those; 1 is both.
-    assert names(store) == [f"checkpoint_epoch_{n}" for n in (5, 4, 3, 2)]
-
-
-def test_nothing_is_removed_while_nothing_verifies(tmp_path: Path) -> None:
-    store = Store(LocalStorage(tmp_path), policy(KEEP_LAST=9), "a")
-    for step in (10, 20, 30):
-        save(store, step)
-        flip(tmp_path / f"ckpt/checkpoint_epoch_{step // 10}/checkpoint.pth")
-    store.policy.KEEP_LAST = 1
-    store.retain()
-    assert len(names(store)) == 3
+    (tmp_path / "ckpt/checkpoint_epoch_5/manifest.json").unlink()
+    (tmp_path / "ckpt/checkpoint_epoch_3/checkpoint.pth").unlink()
+    (tmp_path / "ckpt/checkpoint_epoch_1/manifest.json").write_text("{")
+    store.policy.KEEP_LAST = 3
+    save(store, 60)
+    # 6, 4 and 2 are whole and kept; 5 and 3 are damaged and not older than those; 1 is both.
+    assert names(store) == [f"checkpoint_epoch_{n}" for n in (6, 5, 4, 3, 2)]
 
 
 def test_retention_never_leaves_less_than_one_verified_checkpoint(tmp_path: Path) -> None:
@@ -188,9 +177,11 @@ def test_retention_never_leaves_less_than_one_verified_checkpoint(tmp_path: Path
             chosen.choice([flip, Path.unlink, lambda path: path.write_bytes(b"")])(file)
         before, _ = store.latest_verified()
         store.policy.KEEP_LAST = chosen.randint(1, 3)
-        store.retain()
-        assert before is not None
-        assert store.latest_verified()[0] == before
+        just_saved = store.verified(save(store, chosen.randrange(1, 60)))
+        newest, _ = store.latest_verified()
+        assert newest is not None and before is not None
+        assert just_saved.name in names(store)
+        assert newest.manifest.progress.step >= just_saved.manifest.progress.step
 
 
 def test_metrics_of_a_later_evaluation_join_the_checkpoint_and_decide_what_is_kept(storage: Storage) -> None:

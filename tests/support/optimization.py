@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 from raytrain.engine.schedule import StepSettings
@@ -21,6 +22,11 @@ OPTIMIZATION: dict[str, Any] = {
     "ROLLBACK_EVERY": 100,
     "SPIKE": None,
 }
+
+
+def optim_cfg(**changes: Any) -> SimpleNamespace:
+    """OPTIMIZATION with these changes, as a config holds it."""
+    return SimpleNamespace(**{**OPTIMIZATION, **changes})
 
 
 def settings(
