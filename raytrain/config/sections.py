@@ -289,7 +289,7 @@ class Tune(Section):
     @field_validator("SCHEDULER", "SEARCH", mode="before")
     @classmethod
     def _without_bohb(cls, value: Any) -> Any:
-        if value == "bohb":
+        if isinstance(value, str) and value.lower() == "bohb":
             raise ValueError(BOHB_REMOVED)
         return value
 

@@ -182,6 +182,7 @@ def test_a_space_that_cannot_be_is_told_its_line(tmp_path, entry, message):
         ("CONSTANTS: {EXTRA_TAG: x}", ".CONSTANTS.EXTRA_TAG: all trials have the same EXTRA_TAG: it names the folder"),
         ("SCHEDULER: ahsa", '.SCHEDULER is "ahsa", but it must be one of none, asha, hyperband, median, pbt, pb2'),
         ("SEARCH: bohb", '.SEARCH is "bohb", but BOHB was removed; use SEARCH tpe with SCHEDULER hyperband'),
+        ("SEARCH: BOHB", '.SEARCH is "BOHB", but BOHB was removed; use SEARCH tpe with SCHEDULER hyperband'),
         ("SCHEDULER: bohb", '.SCHEDULER is "bohb", but BOHB was removed; use SEARCH tpe with SCHEDULER hyperband'),
         ("NUM_SAMPLES: 0", ".NUM_SAMPLES is 0, but it must be a whole number >= 1"),
         ("REDUCTION: 1", ".REDUCTION is 1, but it must be a whole number >= 2"),
