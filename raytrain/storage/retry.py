@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import os
 import random
 import re
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from raytrain.errors import StorageError
@@ -27,6 +29,12 @@ PASSING_TEXTS = (
     r"|NO_SUCH_UPLOAD|UNKNOWN \(HTTP status (408|429|5\d\d)\))(?!.*curlCode: (3|51|58|60|77)\b)"  # those: certificates
     r"|google::cloud::Status\((UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|INTERNAL)\b"
     r"|(?i:timed out|connection (reset|refused|aborted|closed)|RetriableException|StandbyException)"
+)
+
+# By any of these AWS's own library finds credentials.
+AWS_CREDENTIALS = (
+    *("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE"),
+    *("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"),
 )
 
 T = TypeVar("T")
@@ -85,10 +93,10 @@ def may_pass(error: OSError) -> bool:
 
 def _failure(error: OSError, action: str, path: str, tried: str = "") -> StorageError:
     what = (error.strerror or str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-    return StorageError(f"{path}: cannot {action}: {what}{tried}. {_advice(error)}")
+    return StorageError(f"{path}: cannot {action}: {what}{tried}. {_advice(error, path)}")
 
 
-def _advice(error: OSError) -> str:
+def _advice(error: OSError, path: str) -> str:
     """What a person can do about `error`; pyarrow gives most of its own only as text."""
     match error.errno:
         case errno.EACCES | errno.EPERM:
@@ -112,9 +120,33 @@ def _advice(error: OSError) -> str:
     if re.search(r"signature", text):
         return "The secret does not belong to the access key: check AWS_SECRET_ACCESS_KEY, on every node"
     if re.search(r"access.?denied|credential|access.?key|expired.?token|http status 40[13]|forbidden", text):
-        return "Check the credentials of the machine that raytrain runs on (every node has its own) and their rights"
+        return _credentials_advice(path)
     if re.search(r"connect|timeout|timed out|resolve|network|curl", text):
         return "Check the network of this machine and the endpoint in the URI"
     if isinstance(error, FileNotFoundError):
         return "It does not exist, or something removed it meanwhile"
     return "Check that the path is right and the storage is healthy"
+
+
+def _credentials_advice(path: str) -> str:
+    """What to set where a server lets nobody in."""
+    scheme = path.partition("://")[0].lower()
+    if scheme == "s3" and "@" not in path and not has_aws_credentials():
+        return (
+            "There are no credentials here (no AWS_ACCESS_KEY_ID, AWS_PROFILE or ~/.aws/credentials): set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY on every node, or give its role the right to this bucket"
+        )
+    if scheme in ("gs", "gcs") and not os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
+        return (
+            "Set GOOGLE_APPLICATION_CREDENTIALS to the key file of a service account on every node (or run "
+            "`gcloud auth application-default login` there), and see to its rights"
+        )
+    return "Check the credentials of the machine that raytrain runs on (every node has its own) and their rights"
+
+
+def has_aws_credentials() -> bool:
+    """Whether this machine names any, other than by its role."""
+    home = Path(os.environ.get("HOME", "/"), ".aws")
+    files = {"AWS_SHARED_CREDENTIALS_FILE": home / "credentials", "AWS_CONFIG_FILE": home / "config"}
+    named = any(os.environ.get(name) for name in AWS_CREDENTIALS)
+    return named or any(Path(os.environ.get(name, file)).is_file() for name, file in files.items())

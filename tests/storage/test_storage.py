@@ -22,7 +22,7 @@ from raytrain.errors import ConfigError, StorageError, masked
 from raytrain.storage.arrow import ArrowStorage
 from raytrain.storage.local import LocalStorage
 from raytrain.storage.paths import joined, parent_and_name, parse_temporary, temporary_name
-from raytrain.storage.retry import as_storage_error, may_pass, with_retries
+from raytrain.storage.retry import AWS_CREDENTIALS, as_storage_error, may_pass, with_retries
 from raytrain.storage.storage import Storage, open_storage
 
 
@@ -203,18 +203,61 @@ def test_a_file_in_the_way_of_a_folder_says_so(tmp_path: Path) -> None:
     ("text", "advice"),
     [
         ("AWS Error NO_SUCH_BUCKET during HeadBucket operation", "Create the bucket or correct its name"),
-        ("AWS Error ACCESS_DENIED during PutObject operation: Access Denied", "Check the credentials"),
-        ("AWS Error UNKNOWN (HTTP status 403) during HeadObject operation", "Check the credentials"),
         ("AWS Error NETWORK_CONNECTION: curlCode: 7, Could not connect to server", "Check the network"),
     ],
 )
 def test_object_store_errors_say_what_to_do(text: str, advice: str) -> None:
+    with pytest.raises(StorageError, match=rf"s3://b/run/x: cannot look at: .*{advice}"):
+        refusing("s3://b/run", text).exists("x")
+
+
+def refusing(uri: str, text: str) -> ArrowStorage:
+    """One that fails with this text."""
+
     class Refusing:
         def get_file_info(self, _: object) -> None:
             raise OSError(text)
 
-    with pytest.raises(StorageError, match=rf"s3://b/run/x: cannot look at: .*{advice}"):
-        ArrowStorage(Refusing(), "b/run", "s3://b/run", retry_s=0.0).exists("x")
+    return ArrowStorage(Refusing(), "b/run", uri, retry_s=0.0)
+
+
+DENIED, FORBIDDEN = "AWS Error ACCESS_DENIED during PutObject operation", "AWS Error UNKNOWN (HTTP status 403)"
+NO_DEFAULT = "google::cloud::Status(UNKNOWN: Could not find Application Default Credentials)"
+
+
+@pytest.mark.parametrize(
+    ("uri", "text", "has", "advice"),
+    [
+        (
+            "s3://b/run",
+            DENIED,
+            "",
+            r"There are no credentials here \(no AWS_ACCESS_KEY_ID.*: set AWS_ACCESS_KEY_ID and",
+        ),
+        ("s3://b/run", FORBIDDEN, "", r"There are no credentials here"),
+        ("s3://b/run", DENIED, "AWS_ACCESS_KEY_ID", "Check the credentials"),
+        ("s3://b/run", DENIED, "AWS_PROFILE", "Check the credentials"),
+        ("s3://b/run", DENIED, "AWS_WEB_IDENTITY_TOKEN_FILE", "Check the credentials"),
+        ("s3://b/run", DENIED, ".aws/credentials", "Check the credentials"),
+        ("s3://b/run", DENIED, ".aws/config", "Check the credentials"),
+        ("s3://key:***@b/run", FORBIDDEN, "", "Check the credentials"),
+        ("gs://b/run", NO_DEFAULT, "", "Set GOOGLE_APPLICATION_CREDENTIALS to the key file"),
+        ("gs://b/run", NO_DEFAULT, "GOOGLE_APPLICATION_CREDENTIALS", "Check the credentials"),
+    ],
+)
+def test_where_nobody_is_let_in_it_says_what_to_set(
+    uri: str, text: str, has: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (*AWS_CREDENTIALS, "AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE", "GOOGLE_APPLICATION_CREDENTIALS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if has.startswith("."):
+        (tmp_path / ".aws").mkdir()
+        (tmp_path / has).touch()
+    elif has:
+        monkeypatch.setenv(has, "something")
+    with pytest.raises(StorageError, match=f"cannot look at: .*{advice}"):
+        refusing(uri, text).exists("x")
 
 
 @pytest.mark.parametrize(
