@@ -6,10 +6,12 @@ import contextlib
 import logging
 import os
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 
-from raytrain.cluster.local_cluster import is_tested, on_loopback, silence_raylets
+from raytrain.cluster.local_cluster import TEMP_PREFIX, is_tested, on_loopback, silence_raylets
 from raytrain.errors import PreflightError
+from raytrain.storage.processes import commands
 
 ANSWER_S = 5.0  # a Ray head that has not answered by then is not there
 
@@ -45,6 +47,40 @@ def is_on_loopback_only(address: str) -> bool:
     return False
 
 
+def meant_by(address: str) -> str:
+    """HOST:PORT of the cluster that `auto` means: RAY_ADDRESS, else the one that runs on this machine.
+
+    None that another run has started for itself: that would end under this one.
+    """
+    if address != "auto" or not Path("/proc/self").exists():
+        return address
+    named = os.environ.get("RAY_ADDRESS", "auto")
+    return named if named not in ("", "auto") else head_among(commands())
+
+
+def head_among(processes: Iterable[list[str]]) -> str:
+    """HOST:PORT of the one cluster that has nodes among these processes, each told by its words."""
+    raylets = [command for command in processes if Path(command[0]).name == "raylet"]
+    private = [command for command in raylets if any(f"/{TEMP_PREFIX}" in word for word in command)]
+    heads = {word.partition("=")[2] for raylet in raylets if raylet not in private for word in raylet if is_head(word)}
+    if len(heads) == 1:
+        return heads.pop()
+    if heads:
+        raise PreflightError(
+            f"--address auto: {len(heads)} Ray clusters run on this machine ({', '.join(sorted(heads))}); give one"
+        )
+    others = f", only {len(private)} that other runs have for themselves" if private else ""
+    raise PreflightError(
+        f"--address auto: no Ray cluster runs on this machine{others}. Start one with `ray start --head`, or leave "
+        "--address out to use this machine alone"
+    )
+
+
+def is_head(word: str) -> bool:
+    """Whether this word of a raylet's command names the head of its cluster."""
+    return word.startswith("--gcs-address=") and ":" in word
+
+
 def check_address(address: str, timeout_s: float = ANSWER_S) -> None:
     """PreflightError unless a Ray head answers at `address`: ray.init would try for minutes, and print of it."""
     if address.startswith("ray://"):
@@ -53,9 +89,7 @@ def check_address(address: str, timeout_s: float = ANSWER_S) -> None:
             f"`ray job submit --address http://HEAD:8265 -- raytrain train ...`, or give HEAD:6379"
         )
     if address == "auto":
-        address = os.environ.get("RAY_ADDRESS", address)
-    if address == "auto":
-        return  # Ray looks for one on this machine, and says at once if there is none
+        return  # without /proc; Ray looks for one on this machine, and says at once if there is none
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise PreflightError(f"--address {address}: this is no address of a Ray head; write HOST:PORT, or auto")

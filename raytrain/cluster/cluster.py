@@ -11,9 +11,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from raytrain.cluster.address import check_address, join
+from raytrain.cluster.address import check_address, join, meant_by
 from raytrain.cluster.local_cluster import PRELOAD_FOR_TRIALS, LocalCluster, Prestart, is_tested, restore_raylets
 from raytrain.cluster.mailbox import count_prestarted
+from raytrain.cluster.signal_handlers import keep_signal_handlers
 from raytrain.cluster.suspend import suspended_together
 from raytrain.errors import PreflightError
 
@@ -45,6 +46,11 @@ class Cluster:
         return self._own is not None
 
     @property
+    def address(self) -> str | None:
+        """Of the one that is joined; None of one that was started for this process."""
+        return self._address
+
+    @property
     def dashboard_url(self) -> str:
         """Where the dashboard that was asked for is; "" if none was."""
         return "" if self._own is None else self._own.dashboard_url
@@ -67,6 +73,7 @@ class Cluster:
             keep_signal_handlers()
             return
         if self._address is not None:
+            self._address = meant_by(self._address)
             check_address(self._address)
         import ray
 
@@ -81,16 +88,6 @@ class Cluster:
                 f"--address {self._address}: this process is already connected to Ray; "
                 "leave the address out to use that"
             )
-
-
-def keep_signal_handlers() -> None:
-    """What Python says of signals holds again beneath it, where Ray has put handlers of its own.
-
-    local_cluster.signal_handlers_kept, which does so in a thread, may not know one that came meanwhile.
-    """
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.getsignal(number))
 
 
 @contextlib.contextmanager

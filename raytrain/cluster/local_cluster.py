@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import dataclasses
 import functools
 import importlib.metadata
@@ -19,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from raytrain.cluster.signal_handlers import signal_handlers_kept
 from raytrain.errors import PreflightError
 from raytrain.storage.processes import children_of, command_of
 
@@ -30,7 +30,6 @@ TESTED = ("2.60.0",)
 # Imported by worker processes as they start, while the driver does what comes before a run, or before a sweep.
 PRELOAD_FOR_RUNS, PRELOAD_FOR_TRIALS = "raytrain.cluster.prestart", "raytrain.sweep.prestart"
 
-WATCH_SIGNALS_S = 0.002
 IDLE = "ray::IDLE"  # what Ray calls a worker process without work
 
 # Processes that wait for work are kept: they are few, and all are wanted.
@@ -178,43 +177,6 @@ def on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-@contextlib.contextmanager
-def signal_handlers_kept() -> Iterator[None]:
-    """Beneath this process's handlers ray.init puts its own, which print a stack and abort: they go at once.
-
-    Python would put back what it says of a signal only in the main thread, which does other things meanwhile.
-    """
-    libc, pointer_bytes = ctypes.CDLL(None), ctypes.sizeof(ctypes.c_void_p)
-    size = 1024  # bytes, more than a struct sigaction has anywhere; its handler comes first
-    kept = {number: ctypes.create_string_buffer(size) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number, action in kept.items():
-        libc.sigaction(number, None, action)
-    known = {action.raw[:pointer_bytes] for action in kept.values()} | {bytes(pointer_bytes)}
-    over = threading.Event()
-
-    def put_back() -> None:
-        now = ctypes.create_string_buffer(size)
-        for number, action in kept.items():
-            libc.sigaction(number, None, now)
-            if now.raw[:pointer_bytes] in known:  # this process's own, perhaps another than before
-                action.raw = now.raw
-            else:
-                libc.sigaction(number, action, None)
-
-    def watch() -> None:
-        while not over.wait(WATCH_SIGNALS_S):
-            put_back()
-
-    watcher = threading.Thread(target=watch, name="raytrain-signals", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        over.set()
-        watcher.join()
-        put_back()
 
 
 def start_node(temp_dir: str, num_cpus: int | None, prestart: Prestart) -> Any:

@@ -88,6 +88,13 @@ def command_of(pid: int) -> str:
     return ""
 
 
+def commands() -> Iterator[list[str]]:
+    """The words of every process of this host."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        if command := command_of(int(folder.name)):
+            yield command.split("\0")
+
+
 def status_of(pid: int, name: str) -> str:
     """That line of /proc/PID/status; nothing if the process is gone."""
     with contextlib.suppress(OSError):

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from raytrain.cluster.address import check_address
+from raytrain.cluster.address import check_address, head_among, meant_by
+from raytrain.cluster.local_cluster import TEMP_PREFIX
 from raytrain.errors import PreflightError
+from raytrain.storage.processes import commands
 
 
 def test_ray_client_is_refused_with_the_command_that_works() -> None:
@@ -50,9 +52,68 @@ def test_another_programs_address_is_refused() -> None:
                 checked.result()
 
 
+def node(head: str, folder: str) -> list[str]:
+    """The words of the process of a node, as Ray starts it."""
+    return [f"{RAY}/raylet", "--raylet_socket_name=x", f"--gcs-address={head}", f"--session_dir={folder}/session_1"]
+
+
+RAY = "/venv/ray/core/src/ray/raylet"
+OWN = node("127.0.0.1:7001", f"/tmp/{TEMP_PREFIX}4711-abc")  # of a run that has started a cluster for itself
+STARTED, OTHER = node("10.0.0.1:6379", "/tmp/ray"), node("10.0.0.2:6379", "/scratch/ray")
+OTHERS = [["python", "-m", "raytrain", "--gcs-address=1.2.3.4:5"], ["grep", "raylet"], ["gcs_server", "--port=1"]]
+
+
+@pytest.mark.parametrize(
+    ("processes", "head"),
+    [
+        ([STARTED], "10.0.0.1:6379"),
+        ([OTHER, *OTHERS], "10.0.0.2:6379"),
+        ([STARTED, STARTED], "10.0.0.1:6379"),  # two nodes of one cluster
+        ([OWN, STARTED, *OTHERS], "10.0.0.1:6379"),
+        ([STARTED, OWN, OWN], "10.0.0.1:6379"),
+        ([node("[fd00::1]:6379", "/tmp/ray"), OWN], "[fd00::1]:6379"),
+    ],
+)
+def test_auto_is_the_cluster_that_runs_here_and_none_that_another_run_has_for_itself(
+    processes: list[list[str]], head: str
+) -> None:
+    assert head_among(processes) == head
+
+
+@pytest.mark.parametrize(
+    ("processes", "said"),
+    [
+        ([], r"no Ray cluster runs on this machine. Start one with `ray start --head`"),
+        (OTHERS, r"no Ray cluster runs on this machine. Start one"),
+        ([OWN], r"no Ray cluster runs on this machine, only 1 that other runs have for themselves. Start one"),
+        ([OWN, OWN], r"no Ray cluster runs on this machine, only 2 that other runs have for themselves"),
+        ([STARTED, OTHER], r"2 Ray clusters run on this machine \(10.0.0.1:6379, 10.0.0.2:6379\); give one"),
+        ([STARTED, OTHER, OWN], r"2 Ray clusters run on this machine"),
+    ],
+)
+def test_where_auto_means_none_or_several_it_says_what_there_is(processes: list[list[str]], said: str) -> None:
+    with pytest.raises(PreflightError, match=f"--address auto: {said}"):
+        head_among(processes)
+
+
+def test_auto_is_what_ray_address_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.3:6379")
+    assert meant_by("auto") == "10.0.0.3:6379"
+    assert meant_by("10.0.0.4:6379") == "10.0.0.4:6379"
+
+
 @pytest.mark.ray
-def test_the_address_of_a_cluster_is_accepted(ray_address: str) -> None:
+def test_the_address_of_a_cluster_is_accepted_but_auto_never_means_one_of_a_runs_own(
+    ray_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check_address(ray_address)
+    nodes = [command for command in commands() if f"--gcs-address={ray_address}" in command]
+    assert "raylet" in {Path(command[0]).name for command in nodes}
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    try:
+        assert meant_by("auto") != ray_address
+    except PreflightError as error:
+        assert "other runs have for themselves" in str(error) or "give one" in str(error)
 
 
 @pytest.mark.ray
