@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from raytrain import __version__
-from raytrain.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USAGE, ConfigError, RaytrainError, masked
+from raytrain.errors import (
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_STOPPED,
+    EXIT_USAGE,
+    ConfigError,
+    RaytrainError,
+    StorageError,
+    masked,
+)
 
 # Flags that set a config key: name -> (what its value is, key, help). The schema checks the value.
 CONFIG_FLAGS: dict[str, tuple[str, str, str]] = {
@@ -46,6 +55,7 @@ SWITCHES: dict[str, tuple[str, str, str]] = {
     "--use_gpu": ("SCALE.USE_GPU", "true", "one GPU for each worker"),
     "--no_gpu": ("SCALE.USE_GPU", "false", "train on the CPU"),
 }
+LOOK_S = 3.0  # so long a disk may take to answer before anything starts
 LISTING_COLUMNS = 240  # of a table that goes to a file or a pipe: one line a checkpoint
 # Flags of the heritage that have nothing left to do: name -> (takes a value, what is so instead).
 LAUNCHERS_FLAGS: dict[str, tuple[bool, str]] = {
@@ -78,21 +88,13 @@ IGNORED_EVAL_FLAGS: dict[str, tuple[bool, str]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0 finished, 1 failed, 2 bad usage or config, 75 stopped and saved."""
+    # Or a thread of Ray's that outlives its cluster (a second Ctrl-C) would start another. Read as Ray is imported.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not where a program has put one of its own in its place
             stream.reconfigure(errors="backslashreplace")  # a name or a bar that it cannot encode ends no run
-    parser = build_parser()
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].replace("-", "_").strip("_"), vars(args), n=1)
-        hint = f"; did you mean --{near[0]}?" if near else ""
-        parser.prog = f"raytrain {args.command}"
-        parser.error(f"{unknown[0]} is unknown{hint}")
     try:
-        Path.cwd()
-    except FileNotFoundError:
-        parser.error("the current folder has been removed; go to one that exists (cd)")
-    try:
+        args = parsed(argv)
         return int(args.run(args))
     except RaytrainError as error:
         if error.was_shown:
@@ -107,6 +109,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
 
 
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; what is wrong with it ends the process."""
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].replace("-", "_").strip("_"), vars(args), n=1)
+        hint = f"; did you mean --{near[0]}?" if near else ""
+        parser.prog = f"raytrain {args.command}"
+        parser.error(f"{unknown[0]} is unknown{hint}")
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        parser.error("the current folder has been removed; go to one that exists (cd)")
+    return args
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one line, without all the flags there are."""
 
@@ -116,6 +134,12 @@ class Parser(argparse.ArgumentParser):
         if not prints_messages():
             wait_for_rank_0()
         self.exit(EXIT_USAGE, text if prints_messages() else None)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if file is sys.stdout:  # what --help and --version print
+            say(message.rstrip("\n"))
+        else:
+            super()._print_message(message, file)
 
 
 def world_of_torchrun() -> tuple[int, int] | None:
@@ -354,6 +378,7 @@ def train_as_asked(cfg: Any, options: dict[str, Any]) -> Any:
     """The run on Ray, or in this process; how it ended. A cluster for it starts while torch is imported."""
     from raytrain.training.signals import signals_wish_stop
 
+    check_output(cfg)
     with contextlib.ExitStack() as stack:
         stop, starting_cluster = stack.enter_context(signals_wish_stop()), None
         if cfg.SCALE.NUM_WORKERS != 0 and options["address"] is None and not seems_complete(cfg, options):
@@ -364,6 +389,19 @@ def train_as_asked(cfg: Any, options: dict[str, Any]) -> Any:
         from raytrain.training.preflight import LaunchOptions
 
         return launch(cfg, LaunchOptions(**options), stop=stop, starting_cluster=starting_cluster)
+
+
+def check_output(cfg: Any) -> None:
+    """A ConfigError or StorageError where OUTPUT cannot be: before anything starts that takes seconds.
+
+    A bucket is asked later: that takes its time too, and Ray starts meanwhile.
+    """
+    from raytrain.journal.run_folder import check_writable, run_dir_of
+    from raytrain.storage.storage import open_storage
+
+    run_dir = run_dir_of(cfg)
+    if "://" not in run_dir:
+        check_writable(open_storage(run_dir, LOOK_S), folder="")
 
 
 def seems_complete(cfg: Any, options: dict[str, Any]) -> bool:
@@ -396,6 +434,7 @@ def train_with_torchrun(cfg: Any, args: argparse.Namespace, options: dict[str, A
 
 def run_tune(args: argparse.Namespace) -> int:
     cfg = load(args)
+    check_output(cfg)
     from raytrain.cluster.cluster import starting_for_trials
     from raytrain.training.signals import signals_wish_stop
 
@@ -505,11 +544,15 @@ def run_show_config(args: argparse.Namespace) -> int:
 
 
 def say(text: str) -> None:
-    """Prints it; that nobody reads any more (`raytrain ... | head`) is no error."""
+    """Prints it; that nobody reads any more (`raytrain ... | head`) is no error, a full disk is."""
     try:
         print(masked(text), flush=True)
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at exit has a place to go
+        if not isinstance(error, BrokenPipeError):
+            raise StorageError(
+                f"standard output: cannot print there: {error.strerror}. Free some space, or send it elsewhere"
+            ) from None
 
 
 if __name__ == "__main__":

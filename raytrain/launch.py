@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
 import threading
@@ -13,12 +14,13 @@ import torch
 import torch.distributed as dist
 
 from raytrain.cluster.cluster import Cluster
-from raytrain.cluster.driver import Show
+from raytrain.cluster.driver import Show, say
 from raytrain.config.load import load_config, with_overrides
 from raytrain.config.sections import Config
 from raytrain.engine.determinism import device_here, torch_put_back
 from raytrain.engine.world import World
 from raytrain.errors import (
+    EXIT_FAILED,
     ConfigError,
     PreflightError,
     RaytrainError,
@@ -37,6 +39,7 @@ from raytrain.task import load_task_class
 from raytrain.training.control import Judge, LocalControl, never_ends
 from raytrain.training.job import Job, redirect_output
 from raytrain.training.preflight import BEREAVED_S, LaunchOptions, Start, find_start
+from raytrain.training.run_journal import write_failure
 from raytrain.training.signals import signals_wish_stop
 from raytrain.training.worker import run_job
 
@@ -112,13 +115,13 @@ def launch(
     judge: is asked after each evaluation whether the run is to go on: a sweep's, for its trials
     """
     load_task_class(cfg.TASK)
-    start = find_start(cfg, options)
-    if start.is_complete:
-        return result_of(start, "complete")
     display = None
     if show is None:
         display = Display()
         show = display.feed
+    start = find_start(cfg, options, functools.partial(say, show, "waiting"))
+    if start.is_complete:
+        return result_of(start, "complete")
     try:
         with contextlib.nullcontext(stop) if stop else signals_wish_stop() as stop:
             if cfg.SCALE.NUM_WORKERS == 0:
@@ -127,9 +130,11 @@ def launch(
                 from raytrain.cluster.on_ray import run_on_ray  # imports Ray, which no other run waits for
 
                 status = run_on_ray(start, stop, show, starting_cluster, judge)
-    except BaseException:
-        with contextlib.suppress(PreflightError):  # what failed is what to tell; the next launch says the rest
+    except BaseException as error:
+        with contextlib.suppress(RaytrainError):  # what failed is what to tell; the next launch says the rest
             client.take_over(start.run_dir, BEREAVED_S)  # the last state it had is saved
+            if isinstance(error, RaytrainError) and error.exit_status == EXIT_FAILED:
+                write_failure(start.run_dir, str(error))
         raise
     finally:
         if display is not None:
@@ -223,7 +228,7 @@ def begin_run(cfg: Config, options: LaunchOptions, world: World) -> tuple[Start,
     beginning: tuple[Start, Job | None] | RaytrainError | None = None
     if world.is_first:
         try:
-            start = find_start(cfg, options)
+            start = find_start(cfg, options, functools.partial(say, Display().feed, "waiting"))
             beginning = start, None if start.is_complete else start.job(world.size, world.device.type == "cuda")
         except RaytrainError as error:
             beginning = error
@@ -241,7 +246,8 @@ def run_as_worker(job: Job, world: World, meeting: Any, stop: threading.Event) -
         if world.is_first:
             display, logs = Display(), ""
             stack.callback(display.close)
-            control = LocalControl(display.feed, stop)
+            restart = "a worker process failed" if restart_count() else None
+            control = LocalControl(display.feed, stop, restart=restart)
         else:
             control, logs = LocalControl(silent, stop), ""
         try:
@@ -249,7 +255,10 @@ def run_as_worker(job: Job, world: World, meeting: Any, stop: threading.Event) -
                 logs = redirect_output(job.run_uri, world.rank)
             return run_job(job, world, control).status
         except (Exception, SystemExit) as error:  # a task that calls sys.exit has not finished the run
+            reason = f"raytrain/failure/{restart_count()}"
             if meeting.add(f"raytrain/failures/{restart_count()}", 1) > 1:  # torchrun keeps it, so it outlives ranks
+                if world.is_first and meeting.check([reason]):
+                    write_failure(job.run_uri, meeting.get(reason).decode())
                 sys.exit(1)
             if lost_another(error):
                 error = TrainingError(
@@ -263,4 +272,7 @@ def run_as_worker(job: Job, world: World, meeting: Any, stop: threading.Event) -
             # Here, while a SIGTERM is only a wish: torchrun sends one as soon as it sees a rank die.
             print(f"raytrain: {seen}", file=screen, flush=True)
             seen.was_shown = True
+            meeting.set(reason, str(seen))
+            if world.is_first:  # else rank 0, which has the journal open
+                write_failure(job.run_uri, str(seen))
             raise seen from error

@@ -230,6 +230,8 @@ def test_a_failing_evaluation_shows_the_users_own_traceback(folder: Path, capsys
         ("train --cfg_file none.yaml", 2, False),
         ("train --cfg_file run.yaml --set OPTIMIZATION.LRR 1", 2, False),
         ("train --cfg_file run.yaml --ckpt a --resume b", 2, False),
+        ("train --cfg_file run.yaml --num_workers 2 --output ~nobody-here/runs", 2, False),
+        ("tune --cfg_file run.yaml --output ~nobody-here/runs", 2, False),
         ("show-config --cfg_file run.yaml", 0, False),
     ],
 )
@@ -290,6 +292,23 @@ def test_a_pipe_that_is_closed_early_is_no_error(folder: Path) -> None:
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
     os.close(write)
     assert done.stderr == b""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("--help", "--version", "train --help", "tune --help", "show-config --reference"),
+        *("show-config --cfg_file run.yaml", "show-config --cfg_file run.yaml --set SEED 3"),
+    ],
+)
+def test_what_cannot_be_printed_is_told_in_one_line(
+    folder: Path, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(shlex.split(words)) == 1
+    said = "raytrain: standard output: cannot print there: No space left on device. Free some space, or send it"
+    assert capsys.readouterr().err == f"{said} elsewhere\n"
 
 
 def test_a_current_folder_that_was_removed_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

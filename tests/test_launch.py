@@ -15,6 +15,7 @@ import torch
 from commands import ROOT, Launched, torchrun, wait_for
 
 from raytrain.cli import main
+from raytrain.journal.records import read_journal
 from raytrain.storage import processes
 from raytrain.training.preflight import driver
 
@@ -62,6 +63,8 @@ def test_a_rank_that_fails_is_shown_once_and_ends_the_run(tmp_path: Path) -> Non
     out = on_two(tmp_path, "--cfg_file", str(small(tmp_path, "tasks_for_units:FailsOnRank1"))).ended(1)
     assert out.count("no anchors for 4 points") == 1 and out.count("failed on rank") == 1, out
     assert "failed on rank 1" in out
+    *_, failure = read_journal(tmp_path / "output" / "run" / "default" / "journal.jsonl")
+    assert failure["event"] == "failure" and failure["message"].startswith("Training failed on rank 1 at step ")
 
 
 def test_a_log_that_cannot_be_opened_is_told(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ DEATH_HINT = (
     "The worker process died without a word. Most often the machine ran out of memory and the system killed it\n"
     "(`dmesg` tells: fewer workers, a smaller batch or LOADER.WORKERS 0 need less), or native code crashed."
 )
+NOTHING_TO_SAVE = "no worker trains at this moment, so there is nothing to save; the same command goes on"
 RESUME_HINT = (
     "The same command goes on from the newest checkpoint; SCALE.MAX_FAILURES sets how often a run does so by itself."
 )
@@ -51,17 +52,17 @@ class Inbox:
         if judge is not never_ends:
             mailbox.put("judged", True)  # rank 0 then asks, and waits for the answer
         self.attempt, self.begun = "", False
-        self._deaths: list[str] = []
         self._last_number = 0
 
     def expect_restart(self) -> None:
-        """Others are started from here on, for reasons that were told."""
+        """Others are started from here on, since a node is taken away."""
         self._mailbox.remove("records")
         self.begun = False
+        self.add_reason("a node that they were on is taken away")
 
-    def add_death(self, who: str) -> None:
-        """The workers are to be started again; said as soon as they have."""
-        self._deaths.append(who)
+    def add_reason(self, why: str) -> None:
+        """The workers are to be started again; rank 0 says so in the journal, from which it is shown here."""
+        self._mailbox.put("restart_reasons", [*(self._mailbox.get("restart_reasons") or []), why])
 
     def fetch(self) -> None:
         posted = self._mailbox.get("records")
@@ -69,8 +70,6 @@ class Inbox:
             return
         records = sorted(posted["records"], key=lambda record: record["number"])
         if posted["attempt"] != self.attempt:
-            if self.attempt:
-                self.say("restart", self._restarted(records))
             self.attempt, self._last_number = posted["attempt"], 0  # they count anew
         self.begun = True
         for record in records:
@@ -86,13 +85,6 @@ class Inbox:
         self._mailbox.remove("question")
         goes_on = self._judge(Progress(**question["progress"]), question["metrics"])
         self._mailbox.put("answer", {"number": question["number"], "goes_on": goes_on})
-
-    def _restarted(self, records: list[Record]) -> str:
-        why, self._deaths = "; ".join(self._deaths), []
-        at = next((record["step"] for record in records if record["kind"] == "run"), None)
-        where = "" if at is None else f" and go on after step {at}" if at else " and begin anew"
-        message = f"the workers were started again{where}"
-        return f"{why}; {message}" if why else message
 
     def say(self, event: str, message: str) -> None:
         say(self.show, event, message)
@@ -125,9 +117,17 @@ class Fit:
 
     def follow(self, stop: threading.Event) -> str:
         """How it ended: "stopped", "finished", or "failed", as `failure` says."""
-        inbox, asked = self._inbox, False
         thread = threading.Thread(target=self._run, name="raytrain-fit", daemon=True)
         thread.start()
+        try:
+            return self._attend(thread, stop)
+        except BaseException:  # a second Ctrl-C, say: the run in that thread would go on where its cluster is gone
+            if self._controller is not None:
+                self._controller.abandoned.set()
+            raise
+
+    def _attend(self, thread: threading.Thread, stop: threading.Event) -> str:
+        inbox, asked = self._inbox, False
         while thread.is_alive():
             thread.join(POLL_S)
             inbox.fetch()
@@ -140,15 +140,18 @@ class Fit:
                 waits = self._crowded and not inbox.begun
             else:
                 waits = self._controller.waits_for_resources
+            is_idle = waits or not inbox.begun
             if stop.is_set() and not asked:
                 self._mailbox.put("stop", "signal to the driver")
-                inbox.say("stopping", "the state is saved after the step under way; once more to stop at once")
                 asked = True
-            if asked and (waits or not inbox.begun):
+                if not is_idle:
+                    inbox.say("stopping", "the state is saved after the step under way; once more to stop at once")
+            if asked and is_idle:
                 # No worker trains; one that still does finds the wish in the mailbox.
                 if self._controller is not None:
                     self._controller.abandoned.set()
                     thread.join()
+                inbox.say("stopped", NOTHING_TO_SAVE)
                 return "stopped"
             self._tell_of_waiting(waits, now)
         inbox.fetch()
@@ -169,7 +172,7 @@ class Fit:
         while not controller.restart_reasons.empty():
             reason, hangs = controller.restart_reasons.get(), hangs_here(self._job.run_uri)
             hung = "; ".join(f"rank {hang['rank']} hung in step {hang['step']}" for hang in hangs)
-            self._inbox.add_death(hung or reason)
+            self._inbox.add_reason(hung or reason)
         if self._inbox.attempt != self._training_attempt:
             self._spares_at = now + (SPARES_AFTER_DEATH_S if self._training_attempt else SPARES_S)
             self._training_attempt = self._inbox.attempt

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from raytrain.cluster.cluster import Cluster, starting
-from raytrain.cluster.driver import Fit, Inbox, Show, say
+from raytrain.cluster.driver import NOTHING_TO_SAVE, Fit, Inbox, Show, say
 from raytrain.cluster.local_cluster import is_tested
 from raytrain.cluster.mailbox import Mailbox
 from raytrain.cluster.ray_worker import train_loop_per_worker, worker_callbacks
@@ -26,7 +26,8 @@ from raytrain.training.preflight import Start
 
 def run_on_ray(start: Start, stop: threading.Event, show: Show, started: Cluster | None, judge: Judge) -> str:
     """The run on a Ray cluster, joined or started for it; how it ended."""
-    with locked(open_storage(start.run_dir)):  # or Ray would stumble over what another run is writing there
+    # Or Ray would stumble over what another run is writing there.
+    with locked(open_storage(start.run_dir), tell=functools.partial(say, show, "waiting")):
         pass
     with contextlib.ExitStack() as stack:
         options = start.options
@@ -36,7 +37,10 @@ def run_on_ray(start: Start, stop: threading.Event, show: Show, started: Cluster
         try:
             cluster.connect()
         except SystemExit:  # Ray's own answer to a SIGTERM while it starts
+            say(show, "stopped", NOTHING_TO_SAVE)
             return "stopped"
+        if options.address == "auto":
+            say(show, "cluster", f"joined the one at {cluster.address}")
         if cluster.dashboard_url:
             say(show, "dashboard", f"http://{cluster.dashboard_url}")
         num_workers, use_gpu = resolve_workers(start.cfg.SCALE)
@@ -45,7 +49,10 @@ def run_on_ray(start: Start, stop: threading.Event, show: Show, started: Cluster
         check_resources(num_workers, per_worker)
         check_reachable(start.run_dir)
         cluster.wait_for_workers()
-        return "stopped" if stop.is_set() else train_on_ray(job, cluster, per_worker, stop, show, judge)
+        if stop.is_set():
+            say(show, "stopped", NOTHING_TO_SAVE)
+            return "stopped"
+        return train_on_ray(job, cluster, per_worker, stop, show, judge)
 
 
 def train_on_ray(
@@ -56,7 +63,7 @@ def train_on_ray(
     inbox = Inbox(mailbox, show, judge)
     try:
         while True:
-            # Ray would take up from its own list, which may name checkpoints that retention has removed (RAY.md F6).
+            # Ray would take up from its own list, and start no run where that names a checkpoint that is removed.
             open_storage(job.run_uri).remove_tree("checkpoint_manager_snapshot.json")
             trainer = ray_trainer(job, per_worker, cluster.is_ours, budget, mailbox)
             fit = Fit(job, trainer, cluster, per_worker, inbox)
@@ -87,7 +94,7 @@ def ray_trainer(
     if is_tested():
         from raytrain.cluster.controller import InDriverTrainer
 
-        trainer_class = partial(InDriverTrainer, own_cluster=own_cluster, budget=budget, mailbox=mailbox)
+        trainer_class = functools.partial(InDriverTrainer, own_cluster=own_cluster, budget=budget, mailbox=mailbox)
         if own_cluster:
             from raytrain.cluster.rendezvous import FileRendezvous
 
@@ -95,7 +102,7 @@ def ray_trainer(
 
     parent, name = parent_and_name(job.run_uri)
     scale = job.cfg.SCALE
-    # Two workers that share a GPU cannot use NCCL (RAY.md F26).
+    # Two workers that share a GPU cannot use NCCL, which refuses them.
     backend = "nccl" if job.use_gpu and scale.GPUS_PER_WORKER >= 1 else "gloo"
     return trainer_class(
         train_loop_per_worker,

@@ -34,7 +34,7 @@ class RayControl(Control):
     """In a Ray Train worker. Two threads keep Ray's latency out of the loop.
 
     One posts records to the driver and reads its wish to stop (rank 0); one hands checkpoints to
-    ray.train.report, which is a barrier of all ranks and takes one report a poll (RAY.md F1).
+    ray.train.report, which is a barrier of all ranks and takes one report a poll.
     """
 
     in_a_worker = True
@@ -69,6 +69,13 @@ class RayControl(Control):
             if answer is not None and answer["number"] == number:
                 return bool(answer["goes_on"])
         return False
+
+    def take_restart(self) -> str | None:
+        before = self._mailbox.get("attempt")
+        self._mailbox.put("attempt", self._attempt)
+        reasons = self._mailbox.get("restart_reasons") or []
+        self._mailbox.remove("restart_reasons")
+        return "; ".join(reasons) if reasons or before not in (None, self._attempt) else None
 
     def write(self, record: Record) -> None:
         with self._lock:
@@ -126,7 +133,7 @@ class RayControl(Control):
             if name is not None:
                 path = joined(self._run_uri, "ckpt", name)
                 checkpoint = Checkpoint(path) if "://" in path else Checkpoint.from_directory(path)
-            # Anything but a finite float would end the run from within Ray's controller (RAY.md F4).
+            # Anything but a finite float would end the run from within Ray's controller.
             clean = {k: float(v) for k, v in metrics.items() if math.isfinite(v)}
             ray.train.report(clean, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
 

@@ -86,9 +86,9 @@ class RunFolder:
         self.storage.write_bytes("config.yaml", config_yaml.encode())
         self.storage.write_bytes("environment.json", json.dumps(environment(arguments), indent=1).encode() + b"\n")
 
-    def locked(self, timeout_s: float = 30.0) -> contextlib.AbstractContextManager[None]:
+    def locked(self, *args: Any, **options: Any) -> contextlib.AbstractContextManager[None]:
         """See the function `locked`."""
-        return locked(self.storage, timeout_s)
+        return locked(self.storage, *args, **options)
 
 
 class _Publisher:
@@ -154,8 +154,9 @@ def check_writable(storage: Storage, folder: str = "ckpt") -> None:
     first checkpoint."""
     storage.list("")  # the one request to which S3 says whether it is the key or its secret that is wrong
     storage.makedirs(folder)
-    storage.write_bytes(f"{folder}/{PROBE}", b"")
-    storage.remove_tree(f"{folder}/{PROBE}")
+    probe = f"{folder}/{PROBE}" if folder else PROBE
+    storage.write_bytes(probe, b"")
+    storage.remove_tree(probe)
 
 
 def run_dir_of(cfg: Config) -> str:

@@ -7,7 +7,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from raytrain.errors import PreflightError
@@ -17,6 +17,7 @@ from raytrain.storage.storage import Storage
 
 LOCK = ".lock"
 JOURNAL = "journal.jsonl"
+TELL_AFTER_S = 1.0  # one that is just dying is gone by then
 
 
 def refuse_links(storage: Storage, continued: str = JOURNAL) -> None:
@@ -36,10 +37,13 @@ def refuse_links(storage: Storage, continued: str = JOURNAL) -> None:
 
 
 @contextlib.contextmanager
-def locked(storage: Storage, timeout_s: float = 30.0) -> Iterator[None]:
+def locked(
+    storage: Storage, timeout_s: float = 30.0, tell: Callable[[str], None] = lambda text: None
+) -> Iterator[None]:
     """Only one process at a time writes in this run folder; one that is just dying is waited for.
 
     Local and NFS folders only: object stores have no locks.
+    tell: is given a line on what is waited for, where that takes a while
     """
     if not storage.is_local:
         yield
@@ -48,25 +52,29 @@ def locked(storage: Storage, timeout_s: float = 30.0) -> Iterator[None]:
         with as_storage_error("lock this run folder", storage.path_of(LOCK)):
             file = stack.enter_context(open(storage.local_path(LOCK), "a+"))
             closed_in_forks(file)
-            _wait_for_lock(file, storage.path_of(""), timeout_s)
+            _wait_for_lock(file, storage.path_of(""), timeout_s, tell)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}")
             file.flush()
         yield
 
 
-def _wait_for_lock(file: Any, folder: str, timeout_s: float) -> None:
-    give_up = time.monotonic() + timeout_s
+def _wait_for_lock(file: Any, folder: str, timeout_s: float, tell: Callable[[str], None]) -> None:
+    began, is_told = time.monotonic(), False
     while True:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() >= give_up:
-                file.seek(0)
+            waited_s = time.monotonic() - began
+            file.seek(0)
+            found = f"{folder}: another run is training in this folder ({file.read() or 'holder unknown'})"
+            if waited_s >= timeout_s:
                 raise PreflightError(
-                    f"{folder}: another run is training in this folder ({file.read() or 'holder unknown'}). "
-                    "Wait for it or end it, or give this one a folder of its own (--extra_tag NAME)"
+                    f"{found}. Wait for it or end it, or give this one a folder of its own (--extra_tag NAME)"
                 ) from None
+            if waited_s >= TELL_AFTER_S and not is_told:
+                tell(f"{found}; its end is waited for, {timeout_s:.0f} s at most")
+                is_told = True
             time.sleep(0.1)
         except OSError:
             return None  # a file system without locks

@@ -68,6 +68,14 @@ class Control:
         """Rank 0 only. Whether the run is to go on after this evaluation; all its state is saved."""
         return True
 
+    def take_restart(self) -> str | None:
+        """Rank 0 only. Why the workers were started again, "" where nobody knows; None if these are the first."""
+        return None
+
+    def tell_of_wait(self, message: str) -> None:
+        """What keeps the run from beginning."""
+        self.write({"kind": "event", "time": self.now(), "event": "waiting", "message": message})
+
     def write(self, record: Record) -> None: ...
 
     def flush(self) -> None: ...
@@ -76,11 +84,23 @@ class Control:
 
 
 class LocalControl(Control):
-    """In-process: records go straight to the display, signals of this process wish a stop."""
+    """In-process: records go straight to the display, signals of this process wish a stop.
 
-    def __init__(self, show: Callable[[Record], None], stop: threading.Event, judge: Judge = never_ends) -> None:
+    restart: see take_restart
+    """
+
+    def __init__(
+        self,
+        show: Callable[[Record], None],
+        stop: threading.Event,
+        judge: Judge = never_ends,
+        restart: str | None = None,
+    ) -> None:
         super().__init__()
-        self._show, self._stop, self._judge = show, stop, judge
+        self._show, self._stop, self._judge, self._restart = show, stop, judge, restart
+
+    def take_restart(self) -> str | None:
+        return self._restart
 
     def stop_wished(self) -> bool:
         return self._stop.is_set()

@@ -147,8 +147,11 @@ def launch_after(before: Iterable[str]) -> str:
     return f"{second // 10**6:08d}-{second % 10**6:06d}-{token}"
 
 
-def find_start(cfg: Config, options: LaunchOptions) -> Start:
-    """Where a launch begins; errors of the run folder, of --resume and of its checkpoints come here, in seconds."""
+def find_start(cfg: Config, options: LaunchOptions, tell: Callable[[str], None] = lambda text: None) -> Start:
+    """Where a launch begins; errors of the run folder, of --resume and of its checkpoints come here, in seconds.
+
+    tell: see locked
+    """
     if options.overwrite and options.resume != "never":
         raise ConfigError("--overwrite starts over in a run folder that is not empty: it goes with --resume never")
     if options.address is not None and cfg.SCALE.NUM_WORKERS == 0:
@@ -174,7 +177,8 @@ def find_start(cfg: Config, options: LaunchOptions) -> Start:
     if origin is None and weights is not None and not expanded(weights, "--pretrained_model").is_file():
         raise ResumeError(f"--pretrained_model {weights}: there is no such file; name a .pth file")
     if options.resume == "never":
-        with locked(storage):  # or the checkpoints of a run that is still training would be moved away under it
+        # Or the checkpoints of a run that is still training would be moved away under it.
+        with locked(storage, tell=tell):
             pass
         client.take_over(run_dir, BEREAVED_S)  # one that is just dying saves its state: before, not into the new run
         with locked(storage):

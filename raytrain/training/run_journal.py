@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 from raytrain.config.load import dump_config
@@ -9,10 +10,14 @@ from raytrain.engine.state import RunState
 from raytrain.journal.heritage_log import header_lines, model_lines
 from raytrain.journal.journal import Journal
 from raytrain.journal.run_folder import RunFolder
+from raytrain.journal.sinks import JsonlSink
+from raytrain.storage.lock import JOURNAL
 from raytrain.storage.store import Store
 from raytrain.training.control import Control
 from raytrain.training.job import Job
 from raytrain.training.resume import Origin
+
+LOCK_S = 2.0  # the workers of a launch that has failed are gone by then
 
 
 def open_journal(
@@ -28,6 +33,8 @@ def open_journal(
         log.text(text)
     folder.describe(dump_config(job.cfg), job.arguments)
     journal = Journal([*folder.sinks(), log, control], job.cfg.LOG)
+    if (why := control.take_restart()) is not None:
+        journal.write("event", event="restart", message=restart_message(why, run.progress.step))
     journal.run(
         tag=tag,
         launch=job.launch,
@@ -47,6 +54,24 @@ def open_journal(
     for note in notes:
         journal.write("event", event="note", message=note)
     return journal
+
+
+def restart_message(why: str, step: int) -> str:
+    """For people. why: "" where nobody knows.   step: after which the run goes on"""
+    where = f"go on after step {step}" if step else "begin anew"
+    return "; ".join(filter(None, [why, f"the workers were started again and {where}"]))
+
+
+def write_failure(run_uri: str, message: str) -> None:
+    """The journal of a run that has begun tells why its launch failed. None of its processes has it open any more."""
+    folder = RunFolder(run_uri)
+    if not folder.storage.exists(JOURNAL):
+        return
+    with contextlib.closing(folder), folder.locked(LOCK_S):
+        sink = JsonlSink(folder.local / JOURNAL)
+        sink.write({"kind": "event", "time": time.time(), "event": "failure", "message": message})
+        sink.flush()
+        sink.close()
 
 
 def write_end(journal: Journal, run: RunState, store: Store, status: str, seconds: float, pictures: str | None) -> None:

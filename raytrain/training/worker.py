@@ -128,7 +128,7 @@ def restore(
             heartbeat = watch(run, feed, keeper)
     control.follow(run, feed)
     if run.world.is_first:
-        stack.enter_context(folder.locked())
+        stack.enter_context(folder.locked(tell=control.tell_of_wait))
         store.clean_leftovers()
     checkpointer = Checkpointer(store, keeper)
     checkpointer.notes += no_keeper

@@ -156,7 +156,7 @@ def test_a_run_that_waits_for_room_on_a_busy_cluster_says_so_and_ends_soon_after
         remove_placement_group(others)
     assert result.status == "stopped" and took_s < 20, took_s  # it was up to a minute
     assert said[0] == ("waiting", "the cluster has no room yet: CPU 2 (1 free)")
-    assert [event for event, _ in said[1:]] == ["stopping"]
+    assert [event for event, _ in said[1:]] == ["stopped"]
 
 
 # One command on a cluster of its own

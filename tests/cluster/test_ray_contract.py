@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import ray
 import ray.train.torch.config as torch_config
-from ray._private import ray_constants, services, worker
+from ray._private import auto_init_hook, ray_constants, services, worker
 from ray._private.authentication import authentication_token_setup
 from ray._private.node import Node
 from ray._private.parameter import RayParams
@@ -102,6 +102,18 @@ def test_what_a_node_listens_on_and_asks_for() -> None:
     why = "who reaches the ports of a node could else run code"
     node.calls(authentication_token_setup.enable_token_auth_by_default, why)
     node.calls(authentication_token_setup.ensure_token_if_auth_enabled, why, create_token_if_missing=True)
+
+
+def test_how_a_cluster_on_this_machine_is_found() -> None:
+    why = "--address auto looks for the processes of nodes by it"
+    Dependent("cluster/address.py").mentions(
+        services, why, '_find_address_from_flag("--gcs-address")', "_is_raylet_process("
+    )
+
+
+def test_what_ray_starts_by_itself() -> None:
+    why = "no thread that outlives its cluster is to start another"
+    Dependent("cli.py").mentions(auto_init_hook, why, 'os.environ.get("RAY_ENABLE_AUTO_CONNECT", "") != "0"')
 
 
 def test_what_ray_prints_of_workers_that_die() -> None:

@@ -173,8 +173,12 @@ def test_the_loop_draws_no_bar_opens_no_file_and_prints_nothing():
     assert not {"open", "print", "input"} & set(calls)
 
 
-@pytest.mark.parametrize("name", ["raytrain", "raytrain.cli", "raytrain.config.load"])
-def test_help_and_bad_configs_need_not_wait_for_torch_or_ray(name):
+# The last two: what a command imports before its cluster starts, which then does so while torch is imported.
+@pytest.mark.parametrize(
+    "name",
+    ["raytrain", "raytrain.cli", "raytrain.config.load", "raytrain.training.signals", "raytrain.cluster.cluster"],
+)
+def test_help_bad_configs_and_the_start_of_a_cluster_need_not_wait_for_torch_or_ray(name):
     heavy = ("torch", "ray", "pandas", "pyarrow", "tensorboardX", "sklearn")
     code = f"import sys, {name}; print([heavy for heavy in {heavy} if heavy in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import s3_server
@@ -25,9 +26,11 @@ from raytrain.errors import ConfigError, PreflightError
 from raytrain.journal.journal import Journal
 from raytrain.journal.records import read_journal
 from raytrain.journal.run_folder import RunFolder, environment, run_dir_of
+from raytrain.launch import launch
 from raytrain.storage.lock import locked
 from raytrain.storage.scratch import own_mark
 from raytrain.storage.storage import open_storage
+from raytrain.training.preflight import LaunchOptions
 
 LOG = SimpleNamespace(EVERY=1, LINE_EVERY=1)
 
@@ -145,6 +148,41 @@ def test_the_lock_of_a_killed_run_is_free_at_once(tmp_path: Path) -> None:
         holder.wait()
     with RunFolder(str(tmp_path)).locked(0.0):
         pass
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "told"),
+    [(0.0, False), (0.1, False), (0.4, True), (0.5, True)],
+)
+def test_what_is_waited_for_is_told_once_and_not_of_one_that_is_just_dying(
+    tmp_path: Path, timeout_s: float, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raytrain.storage.lock.TELL_AFTER_S", 0.2)
+    lines: list[str] = []
+    first, second = RunFolder(str(tmp_path)).locked(), RunFolder(str(tmp_path)).locked(timeout_s, lines.append)
+    with first, pytest.raises(PreflightError), second:
+        pass
+    assert len(lines) == told
+    for line in lines:
+        assert line.startswith(f"{tmp_path}: another run is training in this folder (process {os.getpid()} on ")
+        assert line.endswith(f"; its end is waited for, {timeout_s:.0f} s at most")
+
+
+def test_a_run_that_waits_for_its_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raytrain.storage.lock.TELL_AFTER_S", 0.0)
+    cfg = config(tmp_path, "PointsTask", {})
+    folder = Path(run_dir_of(cfg))
+    folder.mkdir(parents=True)
+    said: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(open_storage(str(folder))))
+
+        def show(record: dict[str, Any]) -> None:
+            said.append(record)
+            stack.close()
+
+        assert launch(cfg, LaunchOptions(), show).status == "finished"
+    assert said[0]["event"] == "waiting" and f"(process {os.getpid()} on " in said[0]["message"]
 
 
 def test_a_dying_run_is_waited_for(tmp_path: Path) -> None:

@@ -147,6 +147,7 @@ def test_an_error_in_any_phase_leaves_the_state_before_it(run: Run, phase: str) 
     wish(run, phase, "raise")
     assert main(run.words(*HERE)) == 1
     assert run.payload(run.names()[-1])["it"] == PHASES[phase] + (phase == "eval")
+    assert run.lines("event")[-1]["event"] == "failure"
 
 
 @pytest.mark.parametrize("and_its_keeper", [False, True], ids=["alone", "with its keeper"])

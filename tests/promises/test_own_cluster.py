@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from commands import ROOT, SUPPORT, family
+from commands import ROOT, SUPPORT, family, gone
 from runs import Run
 
 from raytrain.cluster.address import ask_head
@@ -18,29 +19,31 @@ from raytrain.cluster.address import ask_head
 pytestmark = pytest.mark.ray
 
 
-def test_a_worker_that_is_killed_is_one_screen(tmp_path: Path) -> None:
+def test_it_listens_on_loopback_only_wants_a_token_and_says_in_one_screen_that_a_worker_was_killed(
+    tmp_path: Path,
+) -> None:
+    """That it goes with a driver that is killed is shown in test_killed_runs_leave_nothing."""
     run = Run(tmp_path, {"SCALE.MAX_FAILURES": 0})
-    said = run.with_a_worker_killed_at(9, None, rank=1, status=1)
-    assert said.count("failed on rank 1") == 1 and "died without a word" in said and "Traceback" not in said
-    assert "(raylet)" not in said
-
-
-def test_it_listens_on_loopback_only_wants_a_token_and_goes_with_a_driver_that_is_killed(tmp_path: Path) -> None:
-    run = Run(tmp_path)
     run.hold(9)
     launched = run.start("--num_workers", "2", env={"RAY_ADDRESS": ""})
-    run.held(2, launched)
+    pids = run.held(2, launched)
     everyone = set(family(launched.pid))
-    try:
-        sockets = {pid: listening(pid) for pid in everyone}
-        head = next(pid for pid in everyone if "gcs_server" in command_of(pid))
-        answers = [ask_head("127.0.0.1", port, 5.0) for _, port in sockets[head]]
-    finally:
-        launched.kill([])
+    sockets = {pid: listening(pid) for pid in everyone}
+    head = next(pid for pid in everyone if "gcs_server" in command_of(pid))
+    answers = [ask_head("127.0.0.1", port, 5.0) for _, port in sockets[head]]
+    first = int((run.run_dir / ".lock").read_text().split()[1])
+    os.kill(next(pid for pid in pids if pid != first), signal.SIGKILL)
+    run.release()
+    said = launched.ended(1)
+    gone(everyone)
     assert [pid for pid in sockets if sockets[pid]], "none listens: this looks at the wrong processes"
     heard = [f"{command_of(pid)} {where}" for pid in sockets for where in sockets[pid] if not where[0].is_loopback]
     assert heard == []
     assert answers == ["refused"]
+    assert said.count("failed on rank 1") == 1 and "died without a word" in said and "Traceback" not in said
+    assert "(raylet)" not in said
+    *_, failure = run.records("event")
+    assert failure["event"] == "failure" and failure["message"] in said
 
 
 def listening(pid: int) -> list[tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]]:

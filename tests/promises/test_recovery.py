@@ -10,20 +10,21 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ROOT, SUPPORT, Launched, family, wait_for
+from commands import ROOT, SUPPORT, Launched, family, gone, wait_for
 from ray_nodes import ray_nodes
 from runs import Run, assert_curves_are_whole, assert_same_bits
 
 from raytrain.cli import main
+from raytrain.training.signals import TWICE_S
 
 pytestmark = pytest.mark.ray
 
 
-def started(run: Run, change: str, *flags: str) -> Launched:
+def started(run: Run, change: str, *flags: str, **changes: str) -> Launched:
     """The command on two workers, its driver changed so that a test need not wait."""
     code = f"from raytrain.cluster import driver; {change}; from raytrain.cli import main; exit(main())"
     words = [sys.executable, "-c", code, *run.words("--num_workers", "2", *flags)]
-    env = {**os.environ, "PYTHONPATH": f"{SUPPORT}{os.pathsep}{ROOT}", "COLUMNS": "200", "RAY_ADDRESS": ""}
+    env = {**os.environ, "PYTHONPATH": f"{SUPPORT}{os.pathsep}{ROOT}", "COLUMNS": "200", "RAY_ADDRESS": "", **changes}
     return Launched.of(words, run.folder, env)
 
 
@@ -53,15 +54,22 @@ def test_a_run_leaves_a_node_that_is_drained_and_waits_for_room_when_one_has_die
     assert_curves_are_whole(run, steps_per_epoch=6)
 
 
-def test_a_restart_takes_processes_that_stand_ready_and_none_of_them_outlives_the_run(tmp_path: Path) -> None:
+def test_a_restart_takes_processes_that_stand_ready_and_none_outlives_a_second_ctrl_c(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.hold(5)
-    launched = started(run, "driver.SPARES_S = 0.1")
+    launched = started(run, "driver.SPARES_S = 0.1", TMPDIR=str(tmp_path))
     pids = run.held(2, launched)
     ready = wait_for(lambda: ready_below(launched.pid), "processes that stand ready")
     os.kill(pids[0], signal.SIGKILL)
     assert set(run.held(4, launched)) - set(pids) == ready
-    launched.kill([])
+    everyone = set(family(launched.pid))
+    os.killpg(launched.pid, signal.SIGINT)
+    wait_for(lambda: "stopping" in launched.output(), "the driver's answer")
+    time.sleep(TWICE_S + 0.2)
+    os.killpg(launched.pid, signal.SIGINT)
+    assert "stopped at once" in launched.ended(1)
+    gone(everyone | set(family(launched.pid)))
+    assert not (tmp_path / "ray").exists(), "a cluster that Ray has started by itself"
 
 
 def test_a_run_that_is_complete_starts_no_cluster(tmp_path: Path) -> None:
