@@ -9,16 +9,15 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import s3_server
-from commands import Launched, family, gone, wait_for
+from commands import Launched, alive, family, gone, wait_for
 from runs import Run, keepers_of, loader_workers_of
 
 pytestmark = pytest.mark.ray
 
-LOADING = {"LOADER.WORKERS": 1, "CHECKPOINT.SNAPSHOT_EVERY": 1}
+LOADING = {"LOADER.WORKERS": 1, "LOADER.PREFETCH": 1, "CHECKPOINT.SNAPSHOT_EVERY": 1}
 HERE, ON_TWO = ("--num_workers", "0"), ("--num_workers", "2")
 
 
@@ -42,42 +41,51 @@ def maps_of(pid: int) -> str:
         return ""
 
 
-def killed(run: Run, launched: Launched, victims: str, workers: list[int]) -> set[Path]:
-    """Kills what `victims` says of the run, lets the others go on, and gives the semaphores that all of them had."""
+def killed(run: Run, launched: Launched, workers: list[int], victim: int, next_hold: int = 1000) -> set[Path]:
+    """Kills that process of the run; the others go on to the next hold. The semaphores that all of them had."""
     everyone = {pid for root in {launched.pid, *workers} for pid in family(root)}
     wait_for(lambda: semaphores_of(everyone), "the semaphores")
     semaphores = semaphores_of(everyone)
-    chosen = {"driver": [launched.pid], "worker": workers[:1], "loader": loader_workers_of(workers[0])[:1]}
-    for pid in chosen[victims]:
-        os.kill(pid, signal.SIGKILL)
-    if victims == "driver":
+    os.kill(victim, signal.SIGKILL)
+    if victim == launched.pid:
         launched.process.wait()
         gone(everyone)
-    run.release()
-    for path in run.gate.glob("held-*"):
-        path.unlink()
+    run.hold(next_hold)
+    for pid in workers:
+        held = run.gate / f"held-{pid}"
+        wait_for(lambda pid=pid, held=held: not (held.exists() and alive(pid)), "a worker that goes on, or has died")
+        held.unlink(missing_ok=True)
     return semaphores
 
 
-@pytest.mark.parametrize(
-    ("flags", "victims"),
-    [(HERE, "driver"), (HERE, "loader"), (ON_TWO, "driver"), (ON_TWO, "worker"), (ON_TWO, "loader")],
-)
-def test_the_same_command_clears_what_was_left(
-    tmp_path: Path, temp_dir: Path, flags: tuple[str, ...], victims: str
-) -> None:
+def test_the_same_command_clears_what_a_run_in_one_process_left(tmp_path: Path, temp_dir: Path) -> None:
     run, env = Run(tmp_path, LOADING), {"TMPDIR": str(temp_dir)}
     run.hold(8)
-    launched = run.start(*flags, env=env)
-    semaphores = killed(run, launched, victims, run.held(len(workers_of(flags)), launched))
-    if victims != "driver":
-        launched.process.wait()
-    run.start(*flags, env=env).ended(0)
+    launched = run.start(*HERE, env=env)
+    [worker] = run.held(1, launched)
+    semaphores = killed(run, launched, [worker], loader_workers_of(worker)[0], next_hold=20)
+    assert "loader worker" in launched.ended(1)
+    launched = run.start(*HERE, env=env)
+    semaphores |= killed(run, launched, run.held(1, launched), launched.pid)
+    run.start(*HERE, env=env).ended(0)
     assert_nothing_is_left(run, temp_dir, semaphores)
 
 
-def workers_of(flags: Any) -> range:
-    return range(max(1, int(flags[1])))
+def test_the_same_command_clears_what_a_run_on_two_workers_left(tmp_path: Path, temp_dir: Path) -> None:
+    """One launch in which a loader worker, a worker and then the command itself are killed, and another."""
+    run, env = Run(tmp_path, LOADING), {"TMPDIR": str(temp_dir)}
+    run.hold(4)
+    launched = run.start(*ON_TWO, env=env)
+    workers = run.held(2, launched)
+    semaphores = killed(run, launched, workers, loader_workers_of(workers[0])[0], next_hold=10)
+    workers = run.held(2, launched)
+    semaphores |= killed(run, launched, workers, workers[0], next_hold=16)
+    semaphores |= killed(run, launched, run.held(2, launched), launched.pid)
+    run.start(*ON_TWO, env=env).ended(0)
+    failed, died = (event["message"] for event in run.records("event") if event["event"] == "restart")
+    assert re.match(r"rank \d failed in step .*LostLoaderError.*; the workers were started again and go on", failed)
+    assert re.match(r"ranks? .* died without a word in step .*; the workers were started again and go on", died)
+    assert_nothing_is_left(run, temp_dir, semaphores)
 
 
 def test_the_copy_of_a_run_behind_a_uri_is_cleared_too(tmp_path: Path, temp_dir: Path) -> None:
@@ -86,7 +94,7 @@ def test_the_copy_of_a_run_behind_a_uri_is_cleared_too(tmp_path: Path, temp_dir:
         flags = [*HERE, "--output", server.uri("bucket/output")]
         run.hold(8)
         launched = run.start(*flags, env=env)
-        semaphores = killed(run, launched, "driver", run.held(1, launched))
+        semaphores = killed(run, launched, run.held(1, launched), launched.pid)
         run.start(*flags, env=env).ended(0)
         assert_nothing_is_left(run, temp_dir, semaphores)
 

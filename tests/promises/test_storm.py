@@ -17,9 +17,9 @@ from raytrain.keeper import client
 
 pytestmark = pytest.mark.ray
 
-EPOCHS, SAMPLES = 6, 400  # 300 steps of 8 samples
+EPOCHS, SAMPLES = 4, 400  # 200 steps of 8 samples
 EVERY_STEPS = 25
-KILLS = 7  # of a worker, but for one of the driver
+KILLS = 5  # of a worker, but for one of the driver
 STORM: dict[str, Any] = {
     "TASK": "tasks_for_faults:Named",
     "DATA_CONFIG.NUM_SAMPLES": SAMPLES,
@@ -40,7 +40,7 @@ def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_left_alone(tmp_p
     (run.gate / "slow").write_text("0.02")
     launched, drivers_turn = run.start("--num_workers", "2"), chance.randrange(1, KILLS - 1)
     for kill in range(KILLS):
-        wait_for_steps(run, chance.randrange(20, 40), launched)
+        wait_for_steps(run, chance.randrange(15, 30), launched)
         pids = pids_of(run)
         if kill == drivers_turn:
             launched.kill(pids, workers_too=False)

@@ -103,7 +103,7 @@ def test_best_yaml_trains_to_the_bits_of_the_best_trial(
 
 def test_a_population_of_two_workers_each_clones_inside_its_places_on_a_cluster_of_two_cpus(tmp_path: Path) -> None:
     options = {**under("pbt"), "CONCURRENT": None, "NUM_SAMPLES": 2}
-    run = sweep(tmp_path, options, **{"SCALE.NUM_WORKERS": 2, "OPTIMIZATION.NUM_EPOCHS": 3})
+    run = sweep(tmp_path, options, **{"SCALE.NUM_WORKERS": 2, "OPTIMIZATION.NUM_EPOCHS": 2})
     with ray_nodes() as nodes:
         nodes.add()
         started(run, "--address", nodes.address).ended(0)
@@ -115,7 +115,7 @@ def test_a_population_of_two_workers_each_clones_inside_its_places_on_a_cluster_
         assert cfg.OPTIMIZATION.PHASES
         (tmp_path / "alone.yaml").write_text(dump_config(cfg.model_copy(update={"OUTPUT": str(tmp_path / "alone")})))
         commanded(["train", "--cfg_file", "alone.yaml", "--address", nodes.address], tmp_path).ended(0)
-    name = "ckpt/checkpoint_epoch_3/checkpoint.pth"
+    name = "ckpt/checkpoint_epoch_2/checkpoint.pth"
     trial, alone = (
         torch.load(next(folder.rglob(name)), weights_only=True)["model_state"]
         for folder in (run.run_dir / trial_folder(clone.number), tmp_path / "alone")

@@ -97,6 +97,7 @@ def test_what_is_passed_over_is_told_with_the_reason(storage: Storage) -> None:
     ]
 
 
+@pytest.mark.ray
 def test_what_it_says_is_what_a_start_does(storage: Storage) -> None:
     for epoch in (1, 2, 3):
         save(storage, epoch)

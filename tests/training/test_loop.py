@@ -169,6 +169,7 @@ def test_a_wish_to_stop_ends_the_run_after_the_step_under_way_with_its_state_sav
     assert journal(run_dir, "end")[-1]["status"] == "stopped"
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("stop_at", [1, 5, 12, 13, 24])
 def test_a_stopped_run_ends_with_the_same_bits(stop_at: int, tmp_path: Path) -> None:
     """12 steps make an epoch: in its middle, at its end, and at the very end."""
@@ -199,6 +200,7 @@ def test_an_evaluation_that_a_stop_left_owing_comes_before_the_next_step(tmp_pat
     assert order[-2:] == [("eval", 12), ("step", 13)]
 
 
+@pytest.mark.ray
 def test_checkpoints_come_by_steps_by_seconds_and_by_epochs(tmp_path: Path) -> None:
     def saved(every: dict[str, Any]) -> list[int]:
         policy = {"EVERY_EPOCHS": None, "EVERY_SECONDS": None, **every}

@@ -49,6 +49,7 @@ def images(folder: Path) -> dict[str, list[tuple[int, int, int, bytes]]]:
 # At the end of training
 
 
+@pytest.mark.ray
 def test_the_last_evaluations_pictures_are_in_the_run_folder_and_in_tensorboard(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -65,6 +66,7 @@ def test_the_last_evaluations_pictures_are_in_the_run_folder_and_in_tensorboard(
     assert f"Drew eval/epoch_2/val/pictures: {', '.join(names)}" in next(run.glob("train_*.log")).read_text()
 
 
+@pytest.mark.ray
 def test_pictures_come_to_a_run_folder_behind_a_uri(tmp_path: Path) -> None:
     with s3_server.serving() as server:
         cfg = config(server.uri("bucket/output"), "Drawing", EVAL={"PICTURES": 1})
@@ -78,6 +80,7 @@ def test_pictures_come_to_a_run_folder_behind_a_uri(tmp_path: Path) -> None:
     assert images(copy.parent) == {"pictures/sample_0": [(2, 3, 2, png(6))]}
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize(("task", "section"), [("Drawing", {"PICTURES": 0}), ("Good", {})])
 def test_none_are_drawn_where_none_are_wished_or_the_task_has_none(
     task: str, section: dict[str, int], tmp_path: Path
@@ -152,6 +155,7 @@ def test_a_view_without_a_checkpoint_shows_the_data(
     assert [path.read_bytes() for path in paths] == [png(0), png(0)]
 
 
+@pytest.mark.ray
 def test_a_view_with_a_checkpoint_predicts_no_more_than_it_shows(tmp_path: Path) -> None:
     cfg = config(tmp_path, "Drawing")
     result = raytrain.train(cfg, quiet=True)

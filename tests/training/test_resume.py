@@ -233,6 +233,7 @@ def train(run_dir: Path, *words: str, **options: Any) -> Result:
     return raytrain.train(with_overrides(CFG, ["OUTPUT", output, *words]), quiet=True, **options)
 
 
+@pytest.mark.ray
 def test_more_epochs_go_on_where_the_run_ended(run_dir: Path) -> None:
     result = train(run_dir, "OPTIMIZATION.NUM_EPOCHS", "3")
     assert result.status == "finished"
@@ -242,6 +243,7 @@ def test_more_epochs_go_on_where_the_run_ended(run_dir: Path) -> None:
     assert "config differs from the checkpoint's: OPTIMIZATION.NUM_EPOCHS: was 2, now 3" in notes
 
 
+@pytest.mark.ray
 def test_another_batch_size_is_refused_and_with_leave_keeps_the_place_in_the_data(run_dir: Path) -> None:
     shutil.rmtree(run_dir / "ckpt" / "checkpoint_epoch_2")
     (run_dir / "journal.jsonl").unlink()
@@ -270,6 +272,7 @@ def test_going_back_to_an_older_checkpoint_moves_the_newer_ones_aside(run_dir: P
     assert open_storage(str(run_dir)).exists("ckpt/checkpoint_epoch_2")
 
 
+@pytest.mark.ray
 def test_a_bare_file_of_ours_restores_all_and_says_what_could_not_be_compared(run_dir: Path, tmp_path: Path) -> None:
     bare = shutil.copy(run_dir / "ckpt" / "checkpoint_epoch_1" / "checkpoint.pth", tmp_path / "bare.pth")
     before = load_weights_file(run_dir / "ckpt" / "checkpoint_epoch_2" / "checkpoint.pth")

@@ -65,6 +65,7 @@ def test_a_run_that_never_began_has_no_journal_and_another_runs_is_left_alone(
     assert (tmp_path / "journal.jsonl").read_bytes() == STEP
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize(
     ("task", "model"),
     [

@@ -21,7 +21,8 @@ from commands import commanded, environment
 from pages import ROOT, Command, commands, write_examples
 
 COMMANDS = commands()
-TUTORIAL = "raytrain train --cfg_file configs/digits.yaml"  # in full
+TUTORIAL = "raytrain train --cfg_file configs/digits.yaml"
+FEW_EPOCHS = ["--epochs", "20"]  # of the tutorial's 50
 FEW_SCENES = ["DATA_CONFIG.SIMULATION.NUM_SCENES", "train:24,val:8"]
 S3 = "127.0.0.1:9000"  # where the pages say that it is
 FIRST = ("make train", "make test")  # the first has a test of its own, the second is what runs here
@@ -52,7 +53,9 @@ def run(words: list[str], folder: Path, status: int = 0) -> str:
 
 
 def abridged(words: list[str]) -> list[str]:
-    """With a few of its trials, or a few of its scenes."""
+    """With a few of its trials, of its scenes, or of the tutorial's epochs."""
+    if ["raytrain", *words] == TUTORIAL.split():
+        return [*words, *FEW_EPOCHS]
     if words[0] == "tune":
         return [*words, "--num_samples", "3", "--epochs", "3"]
     if words[0] != "simulate" and "configs/pointpillars_sim.yaml" in words:

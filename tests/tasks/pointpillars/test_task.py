@@ -48,6 +48,7 @@ def payload(result: raytrain.Result) -> dict[str, Any]:
     return torch.load(epoch_folders[-1] / "checkpoint.pth", weights_only=True)
 
 
+@pytest.mark.ray
 def test_scenes_that_were_written_train_to_the_same_bits_as_simulated_ones(tmp_path: Path) -> None:
     simulated = config(tmp_path, "simulated")
     there = raytrain.train(simulated, quiet=True)
@@ -64,6 +65,7 @@ def test_scenes_that_were_written_train_to_the_same_bits_as_simulated_ones(tmp_p
     assert pictures == [["500000.png"], ["500000.png"]]
 
 
+@pytest.mark.ray
 def test_a_class_of_few_labels_brings_a_note_that_r40_cannot_reach_100(tmp_path: Path) -> None:
     result = raytrain.train(config(tmp_path, "few", OPTIMIZATION__NUM_EPOCHS=1), quiet=True)
     notes = [r["message"] for r in read_journal(Path(result.run_dir, "journal.jsonl")) if r.get("event") == "note"]
