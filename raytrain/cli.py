@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from raytrain import __version__
+from raytrain import __version__, hash_seed
 from raytrain.errors import (
     EXIT_FAILED,
     EXIT_FINISHED,
@@ -56,6 +56,7 @@ SWITCHES: dict[str, tuple[str, str, str]] = {
     "--no_gpu": ("SCALE.USE_GPU", "false", "train on the CPU"),
 }
 LOOK_S = 3.0  # so long a disk may take to answer before anything starts
+WITH_A_TASK = ("train", "tune", "eval", "view")  # commands that run the user's code
 LISTING_COLUMNS = 240  # of a table that goes to a file or a pipe: one line a checkpoint
 # Flags of the heritage that have nothing left to do: name -> (takes a value, what is so instead).
 LAUNCHERS_FLAGS: dict[str, tuple[bool, str]] = {
@@ -90,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0 finished, 1 failed, 2 bad usage or config, 75 stopped and saved."""
     # Or a thread of Ray's that outlives its cluster (a second Ctrl-C) would start another. Read as Ray is imported.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    if argv is None and runs_a_task(sys.argv[1:]) and hash_seed.may_begin_again():
+        hash_seed.begin_again()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not where a program has put one of its own in its place
             stream.reconfigure(errors="backslashreplace")  # a name or a bar that it cannot encode ends no run
@@ -123,6 +126,11 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     except FileNotFoundError:
         parser.error("the current folder has been removed; go to one that exists (cd)")
     return args
+
+
+def runs_a_task(words: Sequence[str]) -> bool:
+    """Whether a command line has the user's code run; a look, before anything is parsed."""
+    return bool(words) and words[0] in WITH_A_TASK and not {"-h", "--help"} & set(words)
 
 
 class Parser(argparse.ArgumentParser):
@@ -486,6 +494,8 @@ def run_view(args: argparse.Namespace) -> int:
     say(seen.checkpoint or "no checkpoint: the data alone")
     for path in seen.pictures:
         say(f"  {path}")
+    for note in seen.notes:
+        say(f"  note: {note}")
     return EXIT_FINISHED
 
 

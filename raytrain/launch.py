@@ -31,6 +31,7 @@ from raytrain.errors import (
     keep_traceback,
     lost_another,
 )
+from raytrain.hash_seed import FIXED, RANDOM, VARIABLE, hash_seed
 from raytrain.journal.display import Display
 from raytrain.journal.records import Record
 from raytrain.keeper import client
@@ -42,6 +43,12 @@ from raytrain.training.preflight import BEREAVED_S, LaunchOptions, Start, find_s
 from raytrain.training.run_journal import write_failure
 from raytrain.training.signals import signals_wish_stop
 from raytrain.training.worker import run_job
+
+# The command line fixes it for itself; a script, or a notebook, has begun already.
+UNORDERED = (
+    "sets of names have another order in each process, also in loader workers and in a run that goes on; if your task "
+    f"numbers anything by a set, sort it, or start Python with {VARIABLE}={FIXED}"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +132,8 @@ def launch(
     try:
         with contextlib.nullcontext(stop) if stop else signals_wish_stop() as stop:
             if cfg.SCALE.NUM_WORKERS == 0:
+                if hash_seed() == RANDOM:
+                    say(show, "note", UNORDERED)
                 status = run_in_process(start, stop, show, judge)
             else:
                 from raytrain.cluster.on_ray import run_on_ray  # imports Ray, which no other run waits for

@@ -17,6 +17,7 @@ from raytrain.cluster.mailbox import count_prestarted
 from raytrain.cluster.signal_handlers import keep_signal_handlers
 from raytrain.cluster.suspend import suspended_together
 from raytrain.errors import PreflightError
+from raytrain.hash_seed import FIXED, VARIABLE
 
 PRESTART_TIMEOUT_S = 30.0  # processes that do not stand by then are not waited for
 
@@ -109,8 +110,9 @@ def starting(
         yield Cluster(address)
         return
     # Ray turns its token on in the environment; another cluster may want none.
-    kept = {name: os.environ.get(name) for name in (*RAY_SETTINGS, "RAY_AUTH_MODE")}
-    os.environ.update({name: value for name, value in RAY_SETTINGS.items() if kept[name] is None})
+    settings = {**RAY_SETTINGS, VARIABLE: FIXED}  # one order of sets, also where the driver's own is random
+    kept = {name: os.environ.get(name) for name in (*settings, "RAY_AUTH_MODE")}
+    os.environ.update({name: value for name, value in settings.items() if kept[name] is None})
     own = None
     try:
         if address is None:

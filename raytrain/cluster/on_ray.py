@@ -16,6 +16,7 @@ from raytrain.cluster.ray_worker import train_loop_per_worker, worker_callbacks
 from raytrain.cluster.resources import check_reachable, check_resources, resolve_workers, resources_per_worker
 from raytrain.cluster.restarts import RestartBudget
 from raytrain.errors import as_seen
+from raytrain.hash_seed import VARIABLE, hash_seed_to_hand_on
 from raytrain.storage.lock import locked
 from raytrain.storage.paths import parent_and_name
 from raytrain.storage.storage import open_storage
@@ -116,6 +117,8 @@ def ray_trainer(
             storage_path=parent,
             failure_config=FailureConfig(max_failures=scale.MAX_FAILURES or 0),
             callbacks=worker_callbacks(job.launch),
+            # For a cluster that was started elsewhere: the processes of our own have it from this one.
+            worker_runtime_env={"env_vars": {VARIABLE: hash_seed_to_hand_on()}},
             logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]
         ),
     )

@@ -14,6 +14,7 @@ from typing import Any
 from raytrain import __version__
 from raytrain.config.sections import Config, stays_below
 from raytrain.errors import ConfigError, masked
+from raytrain.hash_seed import hash_seed
 from raytrain.journal.heritage_log import log_file_name
 from raytrain.journal.records import Record
 from raytrain.journal.sinks import JsonlSink, LogSink, TensorBoardSink
@@ -122,6 +123,7 @@ def environment(arguments: dict[str, Any]) -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "ray": getattr(sys.modules.get("ray"), "__version__", None),
+        "hash_seed": hash_seed(),
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),

@@ -13,12 +13,13 @@ import ray.tune
 from ray.air.execution._internal.tracked_actor import TrackedActor
 from ray.exceptions import RayActorError
 from ray.tune import with_parameters, with_resources
-from ray.tune.execution import tune_controller
+from ray.tune.execution import class_cache, tune_controller
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
+from raytrain.hash_seed import VARIABLE
 from raytrain.sweep.monitor import SweepMonitor
 from raytrain.sweep.preflight import TaskFacts
 from raytrain.sweep.resources import TrialResources
@@ -204,11 +205,16 @@ class TrialGenerator(SearchAlgorithm):
 
 @contextlib.contextmanager
 def ray_tune_settings() -> Iterator[None]:
-    """Ray Tune as a library: it prints nothing, catches no signal, writes no logs of its own, and keeps processes."""
+    """Ray Tune as a library: it prints nothing, catches no signal, writes no logs of its own, and keeps processes.
+
+    It hands on the hash seed too, to trials on a cluster that was started elsewhere.
+    """
     kept = {name: os.environ.get(name) for name in SETTINGS}
     controller = ray.tune.tune.TuneController
     ray.tune.tune.TuneController = TrialController  # type: ignore[misc]
     os.environ.update(SETTINGS)
+    handed_on: set[str] = getattr(class_cache, "ENV_VARS_TO_PROPAGATE", set())
+    class_cache.ENV_VARS_TO_PROPAGATE = {*handed_on, VARIABLE}
     log = logging.getLogger("ray.tune")
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -216,6 +222,7 @@ def ray_tune_settings() -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
+        class_cache.ENV_VARS_TO_PROPAGATE = handed_on
         ray.tune.tune.TuneController = controller  # type: ignore[misc]
         for name, value in kept.items():
             if value is None:

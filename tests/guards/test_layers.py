@@ -18,13 +18,14 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "raytrain"
 
 # What each wing (a folder, or a module beside them) may import of the others, from the ground up.
-GROUND = ("errors", "progress")
+GROUND = ("errors", "progress", "hash_seed")
 FILES = ("config", "storage", *GROUND)
 ENGINE = ("journal", "task", "batch", *FILES)
 TRAINING = ("keeper", "data", "engine", *ENGINE)
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
     "progress": (),
+    "hash_seed": (),
     "batch": ("errors",),
     "storage": GROUND,
     "config": GROUND,
@@ -43,7 +44,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 RAY_AT = ("cluster", "sweep")
 # Without torch and numpy: what a command reads before it starts anything, and the keeper, which is small and quick.
 WITHOUT_TORCH = (
-    *("errors", "progress", "config", "storage", "journal", "engine/schedule", "sweep/display"),
+    *("errors", "progress", "hash_seed", "config", "storage", "journal", "engine/schedule", "sweep/display"),
     *("keeper/keeper", "keeper/client", "keeper/channel", "keeper/shared_memory", "keeper/heartbeat"),
     *("keeper/watchdog", "keeper/writer", "training/checkpoints", "sweep/ledger", "sweep/view", "sweep/advice"),
 )

@@ -26,8 +26,9 @@ def environment() -> dict[str, str]:
 
 def commanded(words: list[str], folder: Path, env: Mapping[str, str] | None = None) -> Launched:
     """`raytrain` with these words, in a process group of its own; a fork unless `env` has words for Python itself."""
+    is_pythons = env is not None and not env.keys().isdisjoint({"PYTHONIOENCODING", "PYTHONHASHSEED"})
     output, env = folder / f"output-{time.time_ns()}.txt", {**environment(), **(env or {})}
-    if "PYTHONIOENCODING" in env:
+    if is_pythons:
         return Launched.of([sys.executable, "-m", "raytrain", *words], folder, env)
     output.touch()
     return Launched(forks().start(["raytrain", *words], folder, env, output), output)

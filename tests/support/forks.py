@@ -1,7 +1,7 @@
 """Commands as copies of a process that has imported torch already: each takes 2 s of CPU less to start.
 
 Each is `python -m raytrain ...`, or torchrun, in all else: it leads a session, has its own folder, environment and
-output, and ends as a process does. Only the order of Python's sets is that of the first process.
+output, and ends as a process does. The order of Python's sets is the one that the command line gives itself.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+VARIABLE, FIXED = "PYTHONHASHSEED", "0"  # as in raytrain/hash_seed.py: the server imports that later
 MESSAGE_BYTES = 1 << 20
 # Not ray, which takes its settings from the environment as it is imported.
 IMPORTED = (
@@ -43,7 +44,9 @@ class Forks:
         self._channel = ours
         with its:
             command = [sys.executable, str(Path(__file__).absolute()), str(its.fileno())]
-            server = subprocess.Popen(command, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL)
+            server = subprocess.Popen(
+                command, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, env={**os.environ, VARIABLE: FIXED}
+            )
         atexit.register(server.wait)
         atexit.register(ours.close)  # which comes first
 
@@ -126,7 +129,7 @@ def become(words: list[str], folder: str, env: dict[str, str], output: str, erro
         os.close(file)
     os.chdir(folder)
     os.environ.clear()
-    os.environ.update(env)
+    os.environ.update({**env, VARIABLE: FIXED})
     sys.path[0] = folder
     sys.path[1:1] = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
     sys.argv = words

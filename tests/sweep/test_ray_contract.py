@@ -80,6 +80,9 @@ def test_the_processes_of_trials() -> None:
     TUNE.has(class_cache._ActorClassCache, why, "_cache")
     TUNE.mentions(TuneController, why, "_ActorClassCache()")
     TUNE.has(tune_controller, why, "_ActorClassCache")
+    why = "it hands the hash seed on to trials on a cluster that was started elsewhere"
+    TUNE.has(class_cache, why, "ENV_VARS_TO_PROPAGATE")
+    TUNE.mentions(class_cache._ActorClassCache.get, why, "in ENV_VARS_TO_PROPAGATE", "= os.environ[")
 
 
 def test_the_makers_of_trials() -> None:
