@@ -16,6 +16,7 @@ import torch
 
 from raytrain.config.sections import Config
 from raytrain.data.feed import Feed
+from raytrain.engine.broadcast import take_from_rank_0
 from raytrain.engine.determinism import prepare_torch
 from raytrain.engine.randomness import seed_all
 from raytrain.engine.state import RunState, build_run, compile_model
@@ -99,7 +100,7 @@ def build(
     datasets = datasets_of() if datasets_of else build_datasets(task, cfg.SEED)
     control.begin("Building the model")
     run = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), world), world)
-    notes = [*last_batch_notes(run.plan), *compile_model(run, cfg.OPTIMIZATION)]
+    notes = [*take_from_rank_0(run.model, world), *last_batch_notes(run.plan), *compile_model(run, cfg.OPTIMIZATION)]
     evaluates_after, channels_last = evaluation_epochs(cfg, datasets), cfg.OPTIMIZATION.CHANNELS_LAST
     feed = Feed(task, datasets, run.plan, world, cfg.LOADER, cfg.SEED, evaluates_after, channels_last)
     return run, feed, notes
