@@ -12,7 +12,7 @@ import functools
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from raytrain.data.loader import BatchKey, KeyedBatches, check_loader_workers, start_loader
@@ -74,10 +74,13 @@ class Feed:
         self.beat: Callable[[str], None] = lambda phase: None
         self.stacks_path: str | None = None
 
-    def start(self, progress: Progress, evaluate_first: bool = False) -> None:
-        """Begin to read ahead from `progress`; loader workers start here."""
+    def start(self, progress: Progress, evaluate_first: bool = False, probes: Sequence[BatchKey] = ()) -> None:
+        """Begin to read ahead from `progress`; loader workers start here.
+
+        probes: batches that come before all others, only to be looked at: by `host_batch`
+        """
         self.beat("data")
-        keys = self._keys(progress, evaluate_first)
+        keys = itertools.chain(probes, self._keys(progress, evaluate_first))
         workers = self.loader_cfg.WORKERS
         check_loader_workers(workers, len(os.sched_getaffinity(0)))
         reader = KeyedBatches(self.datasets, self.task, self.seed)
@@ -110,9 +113,16 @@ class Feed:
 
     def fetch(self, key: BatchKey) -> Any:
         """The batch of `key`, the next one of the stream, on the device."""
-        self.current = key
         self.beat("data" if key.split == "train" else "eval")
         began = time.perf_counter()
+        batch = self._transfer.to_device(self.host_batch(key))
+        self._wait_s += time.perf_counter() - began
+        self.beat("forward" if key.split == "train" else "eval")
+        return batch
+
+    def host_batch(self, key: BatchKey) -> Any:
+        """The batch of `key`, the next one of the stream, as it was loaded."""
+        self.current = key
         if self._reader is not None:
             batch_key, batch = self._reader[key]
         else:
@@ -121,9 +131,6 @@ class Feed:
         if isinstance(batch, DataError):
             raise batch
         assert batch_key == key, f"the loop asked for {key}, the stream holds {batch_key}"
-        batch = self._transfer.to_device(batch)
-        self._wait_s += time.perf_counter() - began
-        self.beat("forward" if key.split == "train" else "eval")
         return batch
 
     def _next(self, batches: Iterator[tuple[BatchKey, Any]]) -> tuple[BatchKey, Any]:

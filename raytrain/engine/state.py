@@ -30,6 +30,7 @@ class RunState:
     best:        {"epoch", "step", "metrics"} of the best evaluation so far, by CHECKPOINT.METRIC
     metrics:     of the newest evaluation
     unevaluated: the checkpoint that the run stands at, if its evaluation is still owed
+    built:       what the task gave, in short, as training/sameness.py has it; a checkpoint's manifest holds it
     compilation: where OPTIMIZATION.COMPILE asks for it
     """
 
@@ -44,6 +45,7 @@ class RunState:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     unevaluated: str | None = None
     compilation: Compilation | None = None
+    built: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -110,6 +112,7 @@ def manifest_of(run: RunState, metrics: dict[str, float | None] | None) -> Manif
         "accumulate": plan.accumulate,
         "last": plan.last,
         **run.engine.arithmetic,
+        **({"built": run.built} if run.built else {}),
     }
     return Manifest(run.progress, run.config, world, run.seed, metrics)
 

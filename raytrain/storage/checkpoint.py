@@ -34,7 +34,7 @@ class Manifest:
     files:   name -> {"size_bytes", "sha256"}; write_checkpoint fills it
     metrics: name -> number; what is not a finite number is stored as None. None: not evaluated (yet)
     config:  the resolved config as a plain tree
-    world:   num_workers, virtual_workers, num_samples, batch_size, accumulate
+    world:   num_workers, virtual_workers, num_samples, batch_size, accumulate; `built`: see training/sameness.py
     launch:  which launch of the run saved it;  created: UTC, ISO 8601.  Store.save fills both
     """
 
@@ -98,6 +98,8 @@ def _typed(manifest: Manifest) -> Manifest:
         raise CheckpointError("its config and world should be mappings")
     if not all(type(manifest.world.get(name)) is int for name in WORLD):
         raise CheckpointError(f"its world should have whole numbers as {', '.join(WORLD)}")
+    if not _is_record(manifest.world.get("built", {})):
+        raise CheckpointError("its record of what the task built should be mappings of texts")
     optimization = manifest.config.get("OPTIMIZATION", {})
     phases = optimization.get("PHASES") or [] if isinstance(optimization, dict) else None
     if not isinstance(phases, list) or not all(
@@ -107,6 +109,14 @@ def _typed(manifest: Manifest) -> Manifest:
     if not all(isinstance(text, str) for text in (manifest.launch, manifest.created, manifest.version)):
         raise CheckpointError("its launch, created and version should be texts")
     return manifest
+
+
+def _is_record(built: Any) -> bool:
+    """Whether it may be one of training/sameness.py."""
+    if not isinstance(built, dict) or type(built.get("hash_seed", "")) is not str:
+        return False
+    parts = [built.get(name, {}) for name in ("num_samples", "names", "samples")]
+    return all(isinstance(part, dict) for part in parts) and all(isinstance(each, dict) for each in parts[2].values())
 
 
 def write_checkpoint(storage: Storage, name: str, data: bytes | memoryview, manifest: Manifest) -> Manifest:

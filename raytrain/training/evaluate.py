@@ -32,6 +32,7 @@ from raytrain.training import validate
 from raytrain.training.contract import pictures_of
 from raytrain.training.pictures import why_not_drawn, write_pictures
 from raytrain.training.resume import load_origin, origin_at
+from raytrain.training.sameness import compare_with_checkpoint, names_of, record_of
 from raytrain.training.worker import build_datasets, plan_of
 
 
@@ -55,10 +56,14 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """Paths of pictures, and of the checkpoint whose predictions they show, if they show any."""
+    """Paths of pictures, and of the checkpoint whose predictions they show, if they show any.
+
+    notes: what a user should know of these
+    """
 
     pictures: list[str]
     checkpoint: str | None
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 def evaluate(
@@ -116,7 +121,7 @@ def _evaluated(cfg: Config, run_dir: str, checkpoint: str | None, eval_tag: str,
     seed_all(cfg.SEED, "task")
     task = make_task(cfg)
     datasets = validated_datasets(cfg, task)
-    run = restored(cfg, task, datasets, checkpoint)
+    run, notes = restored(cfg, task, datasets, checkpoint)
     with contextlib.closing(validation_feed(cfg, task, run, datasets)) as feed:
         validation = validate.evaluate(run, task, feed)
     metrics, predictions = validation.metrics, validation.predictions
@@ -126,7 +131,7 @@ def _evaluated(cfg: Config, run_dir: str, checkpoint: str | None, eval_tag: str,
         buffer = io.BytesIO()
         torch.save(predictions, buffer)
         storage.write_bytes(f"{name}/predictions.pt", buffer.getvalue())
-    evaluation = Evaluation(metrics, checkpoint, storage.path_of(name), notes=task.take_notes())
+    evaluation = Evaluation(metrics, checkpoint, storage.path_of(name), notes=[*notes, *task.take_notes()])
     if not (task.has_pictures() and cfg.EVAL.PICTURES):
         return evaluation
     try:
@@ -148,15 +153,16 @@ def _viewed(cfg: Config, run_dir: str, checkpoint: str | None, count: int) -> Vi
     datasets, storage = validated_datasets(cfg, task), open_storage(run_dir)
     checkpoint = checkpoint or chosen_checkpoint(cfg, storage)
     epoch, name, predictions = 0, "view/data", []
+    notes: list[str] = []
     if checkpoint is not None and task.has_predict():
-        run = restored(cfg, task, datasets, checkpoint)
+        run, notes = restored(cfg, task, datasets, checkpoint)
         epoch, name = run.progress.epoch, f"view/epoch_{run.progress.epoch}"
         first = Subset(datasets["val"], range(min(count, len(datasets["val"]))))
         with contextlib.closing(validation_feed(cfg, task, run, {**datasets, "val": first})) as feed:
             predictions = [prediction for _, prediction in validate.predict_split(run, task, feed)]
     pictures = pictures_of(task, predictions, datasets["val"], count, cfg.SEED, epoch)
     names = write_pictures(pictures, storage, name)
-    return View([storage.path_of(f"{name}/{each}.png") for each in names], checkpoint if predictions else None)
+    return View([storage.path_of(f"{name}/{each}.png") for each in names], checkpoint if predictions else None, notes)
 
 
 def chosen_checkpoint(cfg: Config, storage: Storage) -> str | None:
@@ -174,17 +180,19 @@ def validated_datasets(cfg: Config, task: Task) -> dict[str, Any]:
     return datasets
 
 
-def restored(cfg: Config, task: Task, datasets: dict[str, Any], checkpoint: str) -> RunState:
-    """A run on this process's device with a checkpoint's weights, at its epoch."""
+def restored(cfg: Config, task: Task, datasets: dict[str, Any], checkpoint: str) -> tuple[RunState, list[str]]:
+    """A run on this process's device with a checkpoint's weights, at its epoch; and what is not as it was then."""
     world = World(device=device_here(cfg))
     prepare_torch(cfg, world.device)
     plan = plan_of(with_overrides(cfg, ["LOADER.LAST", "keep"]), len(datasets["train"]), world)  # nothing is trained
     run = build_run(cfg, task, datasets["train"], plan, world)
     compile_model(run, cfg.OPTIMIZATION)
-    payload = load_origin(origin_at(checkpoint))
+    origin, built = origin_at(checkpoint), {**record_of(datasets), "names": names_of(task, datasets)}
+    notes = compare_with_checkpoint(origin.manifest.world.get("built", {}), built) if origin.manifest else []
+    payload = load_origin(origin)
     load_model_state(run.model, payload["model_state"], checkpoint)
     run.progress = Progress(int(payload.get("epoch", 0)))
-    return run
+    return run, notes
 
 
 def validation_feed(cfg: Config, task: Task, run: RunState, datasets: dict[str, Any]) -> Feed:

@@ -38,6 +38,14 @@ from raytrain.training.pictures import draw_pictures
 from raytrain.training.recorder import Recorder
 from raytrain.training.resume import Origin, bring_to_start
 from raytrain.training.run_journal import open_journal, write_end
+from raytrain.training.sameness import (
+    check_on_all_ranks,
+    compare_with_checkpoint,
+    names_of,
+    probe_keys,
+    record_of,
+    samples_in,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +87,7 @@ def run_job(
         restored = restore(job, run, feed, control, keeper_thread, stack)
         recorder = open_recorder(job, run, feed, control, restored, stack)
         recorder.notes += notes
-        return train(recorder, restored)
+        return train(job, recorder, restored)
 
 
 def prepare(job: Job, world: World) -> threading.Thread | None:
@@ -98,9 +106,13 @@ def build(
     task = make_task(cfg)
     control.begin("Building the data sets")
     datasets = datasets_of() if datasets_of else build_datasets(task, cfg.SEED)
+    built = record_of(datasets)
+    notes = check_on_all_ranks(built, world)
     control.begin("Building the model")
     run = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), world), world)
-    notes = [*take_from_rank_0(run.model, world), *last_batch_notes(run.plan), *compile_model(run, cfg.OPTIMIZATION)]
+    run.built = built
+    notes += take_from_rank_0(run.model, world)
+    notes += [*last_batch_notes(run.plan), *compile_model(run, cfg.OPTIMIZATION)]
     evaluates_after, channels_last = evaluation_epochs(cfg, datasets), cfg.OPTIMIZATION.CHANNELS_LAST
     feed = Feed(task, datasets, run.plan, world, cfg.LOADER, cfg.SEED, evaluates_after, channels_last)
     return run, feed, notes
@@ -160,11 +172,26 @@ def open_recorder(
     return recorder
 
 
-def train(recorder: Recorder, restored: Restored) -> Outcome:
+def start_feed(job: Job, recorder: Recorder, restored: Restored) -> None:
+    """Collective. The feed gives batches from here on; first a few samples, to be compared with what they should be."""
+    run, feed, origin = recorder.run, recorder.feed, restored.origin
+    probes = probe_keys(run.plan.num_samples, run.plan.batch_size)
+    feed.start(run.progress, evaluate_first=run.unevaluated is not None, probes=probes)
+    seen = {"names": names_of(feed.task, feed.datasets), "samples": samples_in(feed, probes)}
+    run.built |= seen
+    notes = check_on_all_ranks(seen, run.world)
+    if origin is not None and origin.manifest is not None:
+        notes += compare_with_checkpoint(origin.manifest.world.get("built", {}), run.built)
+    for note in notes:
+        recorder.journal.write("event", event="note", message=note)
+    restored.checkpointer.describe(run, job.driver)
+
+
+def train(job: Job, recorder: Recorder, restored: Restored) -> Outcome:
     """Collective. Train what is left; then pictures, the journal's last record, and the end of the keeper."""
     run, feed, began_s = recorder.run, recorder.feed, time.monotonic()
     refuse_lone_sample(run)
-    feed.start(run.progress, evaluate_first=run.unevaluated is not None)
+    start_feed(job, recorder, restored)
     is_done = train_model(run, feed.task, feed, recorder)
     status, seconds = "finished" if is_done else "stopped", time.monotonic() - began_s
     if run.world.is_first:
