@@ -21,6 +21,23 @@ class Progress:
 
 
 @dataclasses.dataclass(frozen=True)
+class TaskProgress:
+    """Where a run stands, as a task reads it: `self.progress`. A function of config and step, so a resume keeps it.
+
+    epoch: finished epochs: that of a training batch, counted from 0; in an evaluation, how many were trained
+    step:  finished optimizer steps
+    share: of the run's samples that are consumed, 0 to 1
+    """
+
+    epoch: int
+    step: int
+    share: float
+
+
+AT_START = TaskProgress(0, 0, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """How a data set is cut into steps.
 
@@ -76,6 +93,12 @@ class Plan:
         if self.taken(cursor) == 0:  # the data set has shrunk: nothing of this epoch is left
             epoch, cursor = epoch + 1, 0
         return Progress(epoch, cursor, epoch * self.steps_per_epoch + cursor // self.samples_per_step)
+
+    def standing(self, progress: Progress) -> TaskProgress:
+        """What a task is told of `progress`."""
+        consumed = progress.epoch * self.num_samples + progress.cursor
+        share = min(1.0, consumed / (self.num_epochs * self.num_samples))
+        return TaskProgress(progress.epoch, progress.step, share)
 
     def finished(self, progress: Progress) -> bool:
         return progress.epoch >= self.num_epochs

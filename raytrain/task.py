@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytrain.errors import TaskError, users_traceback
+from raytrain.progress import TaskProgress
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +52,32 @@ class Task:
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
+
+    @property
+    def progress(self) -> TaskProgress:
+        """Where the run stands: epoch, step, and the share of the run that is done.
+
+        In collate that of the batch that is made, in whatever process, however far ahead; in model_func that of the
+        batch at hand; in predict and score that of the weights.
+        """
+        progress = vars(self).get("_progress")
+        if not isinstance(progress, TaskProgress):
+            raise TaskError(
+                f"{type(self).__name__}.progress was read before the first batch; where the run goes on is not known "
+                "yet. Read it in collate, model_func, predict or score"
+            )
+        return progress
+
+    @progress.setter
+    def progress(self, value: Any) -> None:
+        raise TaskError(
+            f"{type(self).__name__} sets self.progress, which raytrain gives to tasks: epoch, step and share of the "
+            "run. Give yours another name"
+        )
+
+    def take_progress(self, progress: TaskProgress) -> None:
+        """What `self.progress` is from now on."""
+        vars(self)["_progress"] = progress
 
     def build_dataset(self, split: str) -> Any:
         """The map-style data set (`__len__`, `__getitem__`) of split "train" or "val".

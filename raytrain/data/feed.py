@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from raytrain.data.loader import BatchKey, KeyedBatches, check_loader_workers, start_loader
+from raytrain.data.loader import BatchKey, KeyedBatches, Loaded, check_loader_workers, start_loader
 from raytrain.data.sampler import cut, epoch_order, step_samples
 from raytrain.data.transfer import DeviceTransfer
 from raytrain.engine.world import World
@@ -67,20 +67,27 @@ class Feed:
         self.task, self.datasets, self.plan, self.world = task, datasets, plan, world
         self.loader_cfg, self.seed, self.evaluates_after = loader_cfg, seed, evaluates_after
         self._transfer = DeviceTransfer(task, world.device, channels_last)
-        self._batches: Iterator[tuple[BatchKey, Any]] | None = None
+        self._batches: Iterator[Loaded] | None = None
         self._reader: KeyedBatches | None = None
         self._wait_s = 0.0
         self.current: BatchKey | None = None
         self.beat: Callable[[str], None] = lambda phase: None
         self.stacks_path: str | None = None
 
-    def start(self, progress: Progress, evaluate_first: bool = False, probes: Sequence[BatchKey] = ()) -> None:
+    def start(
+        self,
+        progress: Progress,
+        evaluate_first: bool = False,
+        trains: bool = True,
+        probes: Sequence[BatchKey] = (),
+    ) -> None:
         """Begin to read ahead from `progress`; loader workers start here.
 
+        trains: whether training follows the evaluation, or the start
         probes: batches that come before all others, only to be looked at: by `host_batch`
         """
         self.beat("data")
-        keys = itertools.chain(probes, self._keys(progress, evaluate_first))
+        keys = itertools.chain(probes, self._keys(progress, evaluate_first, trains))
         workers = self.loader_cfg.WORKERS
         check_loader_workers(workers, len(os.sched_getaffinity(0)))
         reader = KeyedBatches(self.datasets, self.task, self.seed)
@@ -92,27 +99,32 @@ class Feed:
 
     def epoch_steps(self, progress: Progress) -> Iterator[Step]:
         """What is left of the epoch that `progress` stands in."""
-        plan = self.plan
-        order = epoch_order(plan.num_samples, self.seed, progress.epoch, self.loader_cfg.SHUFFLE)
+        plan, epoch = self.plan, progress.epoch
+        order = epoch_order(plan.num_samples, self.seed, epoch, self.loader_cfg.SHUFFLE)
         for shares in step_samples(order, progress.cursor, plan):
+            at = plan.standing(progress)
             micro_batches = {
-                v: [BatchKey("train", progress.epoch, ids) for ids in cut(shares[v].tolist(), plan.batch_size)]
+                v: [BatchKey("train", epoch, ids, at) for ids in cut(shares[v].tolist(), plan.batch_size)]
                 for v in self.world.block
             }
             yield Step(micro_batches, shares.numel())
+            progress = plan.advanced(progress, shares.numel())
 
-    def validation_keys(self, epoch: int) -> Iterator[BatchKey]:
+    def validation_keys(self, progress: Progress) -> Iterator[BatchKey]:
         """This process's part of the validation split: every size-th batch of the data set's order.
 
         What a batch holds does not depend on the number of processes, so neither do predictions.
         """
+        at = self.plan.standing(progress)
         batches = cut(range(len(self.datasets["val"])), self.plan.batch_size)
         return (
-            BatchKey("val", epoch, ids) for ids in itertools.islice(batches, self.world.rank, None, self.world.size)
+            BatchKey("val", progress.epoch, ids, at)
+            for ids in itertools.islice(batches, self.world.rank, None, self.world.size)
         )
 
     def fetch(self, key: BatchKey) -> Any:
         """The batch of `key`, the next one of the stream, on the device."""
+        self.task.take_progress(key.progress)
         self.beat("data" if key.split == "train" else "eval")
         began = time.perf_counter()
         batch = self._transfer.to_device(self.host_batch(key))
@@ -124,16 +136,19 @@ class Feed:
         """The batch of `key`, the next one of the stream, as it was loaded."""
         self.current = key
         if self._reader is not None:
-            batch_key, batch = self._reader[key]
+            loaded = self._reader[key]
         else:
             assert self._batches is not None, "Feed.start() comes first"
-            batch_key, batch = self._next(self._batches)
+            loaded = self._next(self._batches)
+        batch_key, batch, notes = loaded  # a list, where it has come through pinned memory
+        for note in notes:
+            self.task.note(note)
         if isinstance(batch, DataError):
             raise batch
         assert batch_key == key, f"the loop asked for {key}, the stream holds {batch_key}"
         return batch
 
-    def _next(self, batches: Iterator[tuple[BatchKey, Any]]) -> tuple[BatchKey, Any]:
+    def _next(self, batches: Iterator[Loaded]) -> Loaded:
         try:
             return next(batches)
         except (RuntimeError, ConnectionError, EOFError) as error:
@@ -151,6 +166,11 @@ class Feed:
         wait_s, self._wait_s = self._wait_s, 0.0
         return wait_s
 
+    def tell_changes(self) -> None:
+        """The task notes what has changed in data sets that are read here; loader workers do so when they go on."""
+        if self._reader is not None:
+            self._reader.changes.tell()
+
     def close(self) -> None:
         """End the loader workers."""
         batches, self._batches, self._reader = self._batches, None, None
@@ -158,13 +178,13 @@ class Feed:
         if shutdown is not None:
             shutdown()
 
-    def _keys(self, progress: Progress, evaluate_first: bool) -> Iterator[BatchKey]:
+    def _keys(self, progress: Progress, evaluate_first: bool, trains: bool) -> Iterator[BatchKey]:
         if evaluate_first:
-            yield from self.validation_keys(progress.epoch)
-        while not self.plan.finished(progress):
+            yield from self.validation_keys(progress)
+        while trains and not self.plan.finished(progress):
             for step in self.epoch_steps(progress):
                 for keys in step.micro_batches.values():
                     yield from keys
-            progress = Progress(progress.epoch + 1)
+                progress = self.plan.advanced(progress, step.consumed)
             if self.evaluates_after(progress.epoch):
-                yield from self.validation_keys(progress.epoch)
+                yield from self.validation_keys(progress)

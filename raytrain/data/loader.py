@@ -14,14 +14,16 @@ import threading
 import warnings
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from raytrain.batch import tensorised
+from raytrain.data.changes import SampleChanges, in_loader_worker
 from raytrain.engine.randomness import random_state, seed_all
 from raytrain.errors import DataError, PreflightError, TaskError, users_traceback
+from raytrain.progress import AT_START, TaskProgress
 from raytrain.storage.processes import write_stacks_to
 from raytrain.storage.scratch import named_by_this_process
 from raytrain.task import Task
@@ -32,11 +34,23 @@ LOADERS_PER_CPU = 16  # more than one, since loading may be waiting
 
 @dataclasses.dataclass(frozen=True)
 class BatchKey:
-    """What a loader worker is asked for."""
+    """What a loader worker is asked for.
+
+    progress: of the run, where the batch is used
+    """
 
     split: str
     epoch: int
     ids: tuple[int, ...]
+    progress: TaskProgress = AT_START
+
+
+class Loaded(NamedTuple):
+    """A batch that was made. notes: what the task noted in a loader worker meanwhile"""
+
+    key: BatchKey
+    batch: Any
+    notes: list[str]
 
 
 class KeyedBatches(Dataset[Any]):
@@ -47,17 +61,26 @@ class KeyedBatches(Dataset[Any]):
         self.task = task
         self.seed = seed
         self.epochs: dict[str, int] = {}
+        self.changes = SampleChanges(task, datasets)
 
-    def __getitem__(self, key: BatchKey) -> tuple[BatchKey, Any]:
+    def __getitem__(self, key: BatchKey) -> Loaded:
         """The key and its batch, or a DataError in the batch's place (raised in the training process)."""
+        _, batch = self._made(key)
+        batch = self.changes.batch_made(key.split) or batch
+        return Loaded(key, batch, self.task.take_notes() if in_loader_worker() else [])
+
+    def _made(self, key: BatchKey) -> tuple[BatchKey, Any]:
         dataset = self.datasets[key.split]
         where = f"data set {key.split!r}"
         seeded, state = self.task.random_samples, None
+        self.task.take_progress(key.progress)
         try:
             if self.epochs.get(key.split) != key.epoch:
                 self.epochs[key.split] = key.epoch
+                self.changes.tell()
                 if hasattr(dataset, "set_epoch"):
                     dataset.set_epoch(key.epoch)
+                self.changes.epoch_begins(key.split)
                 state = None if seeded else random_state()
             samples = []
             for sample_id in key.ids:
@@ -111,7 +134,7 @@ def check_loader_workers(workers: int, num_cpus: int) -> None:
 
 def start_loader(
     reader: KeyedBatches, keys: Iterator[BatchKey], loader_cfg: Any, pin_memory: bool, stacks_path: str | None
-) -> Iterator[tuple[BatchKey, Any]]:
+) -> Iterator[Loaded]:
     """The batches of `keys`, in their order; LOADER.WORKERS processes, which start here, make them ahead.
 
     stacks_path: where these write their stacks when they are asked (keeper/heartbeat.py)
@@ -209,7 +232,7 @@ def send_error_instead(queue: Any, error: Exception, item: Any) -> None:
     advice = (
         "Batches go from loader workers to the training process by pickle: keep functions and open files out of them"
     )
-    queue.put((item[0], (None, DataError(f"{message}\n\n{advice}"))))
+    queue.put((item[0], (None, DataError(f"{message}\n\n{advice}"), [])))
 
 
 def end_with_parent() -> None:

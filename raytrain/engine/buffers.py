@@ -1,5 +1,8 @@
 """A model's buffers (BatchNorm statistics, caches) over a step: each virtual worker's own, virtual worker 0's after it.
 
+So are parameters that forward changes by itself: a momentum encoder, a queue, an embedding with max_norm. Which these
+are shows in the run's first steps, and is kept in checkpoints.
+
 A module may put another tensor, of another shape even, in a buffer's place at any time. So they are looked up anew,
 and a buffer takes over only a value of its own shape and dtype.
 """
@@ -7,12 +10,14 @@ and a buffer takes over only a value of its own shape and dtype.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+LOOKS = 3  # a momentum encoder begins as a copy, so the first step does not move it, nor the next where LR begins at 0
 
 
 class ModuleBuffers:
@@ -20,10 +25,18 @@ class ModuleBuffers:
 
     After a step they are virtual worker 0's, as DistributedDataParallel broadcasts rank 0's; after a bad one, what the
     step began with. One that a module makes anew in another shape (a cache that grows) stays what it made.
+
+    parameters: names of the parameters that are buffers too, as far as is known
+    looks_left: in so many steps it is looked whether there are more
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._dicts = [module._buffers for module in model.modules()]
+        self.parameters: list[str] = []
+        self.looks_left = LOOKS
+        self._all_parameters = dict(model.named_parameters())
+        self._changing: dict[str, torch.Tensor | None] = {}  # those parameters that are known to change by now
+        self._dicts = [*(module._buffers for module in model.modules()), self._changing]
+        self._parameters_at_start: dict[str, torch.Tensor] = {}  # on the host, only while it is found out
         self._objects: list[torch.Tensor] = []
         self._places: list[tuple[int, torch.Size]] = []
         self._tensors: dict[tuple[int, str], torch.Tensor] = {}
@@ -55,6 +68,10 @@ class ModuleBuffers:
         if self._at_start.of is not tensors:
             self._at_start = Snapshot(tensors)
         self._at_start.take()
+        if self.looks_left:
+            self._parameters_at_start = {
+                name: param.detach().to("cpu", copy=True) for name, param in self._all_parameters.items()
+            }
 
     @contextmanager
     def virtual_worker(self) -> Iterator[None]:
@@ -62,13 +79,14 @@ class ModuleBuffers:
         if not self._first_done:
             self._first_done = True
             yield
+            self._look_at_parameters()
             return
         firsts = {key: buffer.clone() for key, buffer in self.tensors().items()}
         self.put_back()
         try:
             yield
         finally:
-            self.take_over(firsts)
+            self.take_over({**firsts, **self._look_at_parameters()})
 
     def take_over(self, values: Mapping[tuple[int, str], torch.Tensor]) -> None:
         """Each becomes its value among `values`, where that fits."""
@@ -77,6 +95,54 @@ class ModuleBuffers:
     def put_back(self) -> None:
         """They become what the step began with."""
         self.take_over(self._at_start.values)
+
+    def parameter_tensors(self) -> dict[tuple[int, str], torch.Tensor]:
+        """Of `tensors`, those that are parameters."""
+        return {key: tensor for key, tensor in self.tensors().items() if key[0] == len(self._dicts) - 1}
+
+    @contextmanager
+    def parameters_kept(self) -> Iterator[None]:
+        """What forward does to parameters in here is undone at the end."""
+        names = self._all_parameters if self.looks_left else self.parameters
+        params = [self._all_parameters[name] for name in names]
+        before = [(param.data, param.detach().to("cpu", copy=True)) for param in params]
+        try:
+            yield
+        finally:
+            for param, (data, value) in zip(params, before, strict=True):
+                data.copy_(value)
+                if param.data_ptr() != data.data_ptr():
+                    param.data = data
+
+    def changed_parameters(self) -> list[str]:
+        """Names of those that forward has changed up to now."""
+        return list(self._changing)
+
+    def follow(self, parameters: Iterable[str], looks_left: int) -> None:
+        """These are buffers from now on; names that the model has not are left out."""
+        self.looks_left = looks_left
+        self.parameters = [name for name in self._all_parameters if name in set(parameters)]
+        self._add(self.parameters)
+        self._parameters_at_start = {}
+
+    def _look_at_parameters(self) -> dict[tuple[int, str], torch.Tensor]:
+        """Those that have changed since the step began are buffers from now on; what they began with."""
+        starts = self._parameters_at_start.items()
+        params, known = self._all_parameters, self._changing
+        return self._add([n for n, v in starts if n not in known and not torch.equal(params[n].detach().cpu(), v)])
+
+    def _add(self, names: Sequence[str]) -> dict[tuple[int, str], torch.Tensor]:
+        """Parameters of these names are buffers; what they began the step with, where that is known."""
+        new = [name for name in names if name not in self._changing]
+        if not new:
+            return {}
+        values = self._at_start.values
+        self._changing |= {name: self._all_parameters[name] for name in new}
+        self._at_start = Snapshot(self.tensors())
+        of_parameters = len(self._dicts) - 1
+        starts = {(of_parameters, n): v for n, v in self._parameters_at_start.items() if n in new}
+        copy_fitting(self._at_start.values, {**values, **starts})
+        return starts
 
     def put_back_if(self, bad: torch.Tensor) -> None:
         """The same where the scalar `bad` is not 0, without waiting for the device."""

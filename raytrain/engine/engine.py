@@ -6,6 +6,7 @@ The loop hands losses in and gets a step out; how gradients travel is engine/gra
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -106,6 +107,7 @@ class Engine:
         self.weight_sum: torch.Tensor | None = None
         self._is_weighted: bool | None = None  # whether micro-batches have weights; None: none has come yet
         self._weights_agree = world.size == 1
+        self.newly_followed: list[str] = []  # parameters that have just been found to be changed by forward
 
     def _wait_for_readers(self) -> None:
         """What a GPU does from here on comes after the copy of the state that is being made beside it, if one is."""
@@ -166,6 +168,8 @@ class Engine:
         if not self._weights_agree:  # asked once; after the reduction, since parts of it may be under way before
             refuse_mixture(self.world.all_objects(self._is_weighted))
             self._weights_agree = True
+        if self.buffers.looks_left:
+            self._agree_on_parameters()
         self._wait_for_readers()
         loss, divisor = combined.loss, None
         if combined.weight is not None:  # where nothing counts the loss is NaN, but no gradient, nor what lies between
@@ -181,6 +185,24 @@ class Engine:
     def notes(self) -> list[str]:
         """Lines for the user, to be taken out."""
         return self.gradients.terms.notes if self.gradients else []
+
+    def follow_parameters(self, names: Sequence[str], looks_left: int) -> None:
+        """Collective. These parameters, which forward changes by itself, are handled as buffers are."""
+        before = self.buffers.parameters
+        self.buffers.follow(names, looks_left)
+        if self.buffers.parameters != before and self.gradients is not None:
+            reduction = self.gradients.reduction
+            reduction.stage({**reduction.staging, **self.buffers.parameter_tensors()})
+
+    def _agree_on_parameters(self) -> None:
+        """Collective. In the first steps: what forward has changed on any rank, with rank 0's values."""
+        found = self.world.all_objects(self.buffers.changed_parameters())
+        self.follow_parameters(list(itertools.chain(*found)), self.buffers.looks_left - 1)
+        if not self.buffers.looks_left:
+            self.newly_followed = self.buffers.parameters
+        if self.buffers.parameters and self.world.size > 1:
+            values = {key: tensor.cpu() for key, tensor in self.buffers.parameter_tensors().items()}
+            self.buffers.take_over(self.world.broadcast_object(values))
 
     def _step_if_good(self, settings: StepSettings, loss: torch.Tensor, norm: torch.Tensor) -> BadStep | None:
         """Where the verdict can be read at once."""

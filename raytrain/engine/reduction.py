@@ -48,6 +48,9 @@ class Reduction:
         self.sums = self.addends
         self.staging: dict[Any, torch.Tensor] = {}
 
+    def stage(self, buffers: Mapping[Any, torch.Tensor]) -> None:
+        """Collective. Have a place in staging for each of `buffers`, with what it is on rank 0, and for no others."""
+
     def open(self) -> None:
         """From here on `addends` may be written."""
 
@@ -66,11 +69,14 @@ class CollectiveReduction(Reduction):
 
     def __init__(self, sizes: Mapping[torch.dtype, int], buffers: Mapping[Any, torch.Tensor], world: World) -> None:
         super().__init__(sizes, world)
-        self._staging_memory = torch.zeros(staging_bytes(buffers), dtype=torch.uint8, device=world.device)
-        self.staging = staging_in(self._staging_memory, buffers)
-        copy_fitting(self.staging, buffers)
+        self.stage(buffers)
         self._under_way: list[Any] = []
         self._started = dict.fromkeys(sizes, 0)
+
+    def stage(self, buffers: Mapping[Any, torch.Tensor]) -> None:
+        self._staging_memory = torch.zeros(staging_bytes(buffers), dtype=torch.uint8, device=self.world.device)
+        self.staging = staging_in(self._staging_memory, buffers)
+        copy_fitting(self.staging, buffers)
 
     def start(self, dtype: torch.dtype, start: int, stop: int) -> None:
         """Collective. Begin to sum that part of a flat buffer; `reduce` waits for it."""
@@ -117,8 +123,7 @@ class SharedMemoryReduction(Reduction):
         self.sums = {dtype: torch.zeros(size, dtype=dtype) for dtype, size in sizes.items()}
         slot_bytes = sum(rounded(size * dtype.itemsize, PAGE) for dtype, size in sizes.items())
         header_bytes = rounded(world.size * 2 * LINE, PAGE)
-        total_bytes = header_bytes + world.size * slot_bytes + rounded(staging_bytes(buffers), PAGE)
-        self._memory = mapped_by_all(world, total_bytes)
+        self._memory = mapped_by_all(world, header_bytes + world.size * slot_bytes)
         words = memoryview(self._memory).cast("q")
         step = LINE // 8
         self._filled = [words[2 * step * r :][:1] for r in range(world.size)]
@@ -131,12 +136,19 @@ class SharedMemoryReduction(Reduction):
         for _ in range(world.size):
             slot = {}
             for dtype, size in sizes.items():
-                slot[dtype] = self._view(at, dtype, size)
+                slot[dtype] = view_of(self._memory, at, dtype, size)
                 at += rounded(size * dtype.itemsize, PAGE)
             self._slots.append(slot)
         self.addends = self._slots[world.rank]
-        self.staging = staging_in(self._view(at, torch.uint8, staging_bytes(buffers)), buffers)
-        if world.is_first:
+        self.stage(buffers)
+
+    def stage(self, buffers: Mapping[Any, torch.Tensor]) -> None:
+        """Collective. In memory of its own."""
+        size_bytes = staging_bytes(buffers)
+        self._staging_memory = mapped_by_all(self.world, rounded(size_bytes, PAGE)) if size_bytes else None
+        memory = view_of(self._staging_memory, 0, torch.uint8, size_bytes)
+        self.staging = staging_in(memory, buffers)
+        if self.world.is_first:
             copy_fitting(self.staging, buffers)
 
     def open(self) -> None:
@@ -161,11 +173,6 @@ class SharedMemoryReduction(Reduction):
             copy_fitting(buffers, self.staging)
         self._fence()
         self._read[self.world.rank][0] = self._turn
-
-    def _view(self, at: int, dtype: torch.dtype, count: int) -> torch.Tensor:
-        if count == 0:  # which frombuffer refuses
-            return torch.empty(0, dtype=dtype)
-        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=at)
 
     def _wait(self, counters: Sequence[memoryview]) -> None:
         """Until every other process's counter has come to this turn: look, then nap, and see that they live."""
@@ -231,6 +238,13 @@ def open_reduction(
     if reduction == "shared_memory":
         raise PreflightError(f"SCALE.REDUCTION is shared_memory, but {reason}; set it to auto")
     return CollectiveReduction(sizes, buffers, world)
+
+
+def view_of(memory: Any, at: int, dtype: torch.dtype, count: int) -> torch.Tensor:
+    """`count` numbers in `memory` from byte `at` on."""
+    if count == 0:  # which frombuffer refuses
+        return torch.empty(0, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=at)
 
 
 def staging_bytes(buffers: Mapping[Any, torch.Tensor]) -> int:

@@ -9,9 +9,11 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from raytrain import __version__
-from raytrain.batch import channels_last
+from raytrain.batch import channels_last, tensors_of
 from raytrain.engine.compilation import Compilation, open_compilation
 from raytrain.engine.engine import Engine
+from raytrain.engine.modes import TrainingMode
+from raytrain.engine.own_state import OwnState
 from raytrain.engine.randomness import seed_all
 from raytrain.engine.schedule import Schedule, build_schedule
 from raytrain.engine.world import World
@@ -32,9 +34,11 @@ class RunState:
     unevaluated: the checkpoint that the run stands at, if its evaluation is still owed
     built:       what the task gave, in short, as training/sameness.py has it; a checkpoint's manifest holds it
     compilation: where OPTIMIZATION.COMPILE asks for it
+    own:         what the task and its data sets hold besides the model
     """
 
     model: torch.nn.Module
+    mode: TrainingMode
     engine: Engine
     schedule: Schedule
     plan: Plan
@@ -46,6 +50,7 @@ class RunState:
     unevaluated: str | None = None
     compilation: Compilation | None = None
     built: dict[str, Any] = dataclasses.field(default_factory=dict)
+    own: OwnState = dataclasses.field(default_factory=lambda: OwnState({}))
 
     @property
     def seed(self) -> int:
@@ -75,7 +80,7 @@ def build_run(cfg: Any, task: Task, train_set: Any, plan: Plan, world: World) ->
     engine = Engine(model, cfg.OPTIMIZATION, world, cfg.SCALE.REDUCTION)
     engine.guard.limit = min(engine.guard.limit, plan.total_steps)  # a run without one good step has failed
     schedule = build_schedule(cfg.OPTIMIZATION, plan.steps_per_epoch, plan.num_epochs)
-    return RunState(model, engine, schedule, plan, world, cfg.to_tree())
+    return RunState(model, TrainingMode(model), engine, schedule, plan, world, cfg.to_tree())
 
 
 def compile_model(run: RunState, optim_cfg: Any) -> list[str]:
@@ -130,6 +135,8 @@ def payload_of(run: RunState) -> dict[str, Any]:
             "scaler": run.engine.precision.state_dict(),
             "guard": run.engine.guard.state(),
             "best": run.best,
+            "own": run.own.save(),
+            "changed_by_forward": {"names": run.engine.buffers.parameters, "looks_left": run.engine.buffers.looks_left},
             # All randomness is drawn from (seed, epoch, sample) or (seed, step, virtual worker):
             # with the seed and the progress, the random state is restored whole.
             "seed": run.seed,
@@ -140,19 +147,23 @@ def payload_of(run: RunState) -> dict[str, Any]:
 def size_to_come(run: RunState) -> int:
     """Bytes of the run's checkpoint.pth once every parameter was stepped, roughly: only then are all moments there."""
     tensors = [*run.model.parameters(), *run.model.buffers(), *run.engine.params * run.engine.num_moments]
+    tensors += tensors_of(run.own.save())
     copies = 1 if run.engine.guard.rollback_every is None else 2  # with the state that a rollback goes back to
     return copies * sum(tensor.numel() * tensor.element_size() + TENSOR_BYTES for tensor in tensors)
 
 
-def restore(run: RunState, payload: dict[str, Any], where: str) -> None:
-    """Bring `run` to the state of a payload of ours."""
+def restore(run: RunState, payload: dict[str, Any], where: str) -> list[str]:
+    """Bring `run` to the state of a payload of ours; what a user should know, a line each."""
     load_model_state(run.model, payload["model_state"], where)
     run.engine.load_optimizer_state(payload["optimizer_state"])
     extra = payload["raytrain"]
     run.engine.precision.load_state_dict(extra["scaler"])
     run.engine.load_guard(extra.get("guard", {}))
+    if "changed_by_forward" in extra:  # an older one does not say it: then it is found out anew
+        run.engine.follow_parameters(**extra["changed_by_forward"])
     run.progress = Progress(**extra["progress"])
     run.best = extra["best"]
+    return run.own.load(extra.get("own", {}), where)
 
 
 def restore_heritage(run: RunState, payload: dict[str, Any], where: str) -> list[str]:

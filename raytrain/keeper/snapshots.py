@@ -7,11 +7,12 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from raytrain.batch import tensors_of
 from raytrain.engine.state import RunState, payload_of, size_to_come
 from raytrain.keeper.client import KeeperClient
 from raytrain.keeper.shared_memory import SLOTS, Slots
@@ -74,7 +75,8 @@ class Snapshots:
                 pin(memory)
             self._buffers[slot] = layout.write_into(memory)
         if on_gpu:
-            leaves = without_buffers(leaves, run)
+            changing = run.engine.buffers.parameter_tensors().values()
+            leaves = with_copies(leaves, [*run.model.buffers(), *changing, *tensors_of(payload["raytrain"]["own"])])
         self._copy.begin(run, functools.partial(self._buffers[slot].fill, leaves))
         if is_new:
             check_loadable(memory)
@@ -194,14 +196,13 @@ def pin(memory: memoryview) -> None:
     runtime.cudaHostRegister(torch.frombuffer(memory, dtype=torch.uint8).data_ptr(), len(memory), 0)
 
 
-def without_buffers(leaves: Leaves, run: RunState) -> Leaves:
-    """With copies on the device of the model's buffers: the next forward pass changes those, and waits for nobody."""
-    buffers = {buffer.data_ptr() for buffer in run.model.buffers()}
-    stream, tensors = side_stream(run.world.device), []
+def with_copies(leaves: Leaves, of: Iterable[torch.Tensor]) -> Leaves:
+    """With copies on the device of those tensors: the next forward pass changes them, and waits for nobody."""
+    changing, tensors = {tensor.data_ptr() for tensor in of}, []
     for tensor in leaves.tensors:
-        if tensor.data_ptr() in buffers and tensor.is_cuda:
+        if tensor.data_ptr() in changing and tensor.is_cuda:
             tensor = tensor.clone()
-            tensor.record_stream(stream)
+            tensor.record_stream(side_stream(tensor.device))
         tensors.append(tensor)
     return leaves._replace(tensors=tensors)
 

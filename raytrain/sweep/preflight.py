@@ -12,6 +12,7 @@ from raytrain.engine.determinism import torch_put_back
 from raytrain.engine.randomness import seed_all
 from raytrain.engine.world import World
 from raytrain.errors import ConfigError
+from raytrain.progress import AT_START
 from raytrain.sweep.datasets import are_the_same_for_all, built_and_pickled
 from raytrain.sweep.space import objective, workers_of_trial
 from raytrain.task import Task, make_task
@@ -65,6 +66,7 @@ def metrics_given(task: Task, datasets: dict[str, Any]) -> tuple[str, ...] | Non
         torch.set_num_threads(1)
         model = task.build_model(datasets["train"]).eval()
         predictions: list[Any] = []
+        task.take_progress(AT_START)
         for first in range(0, len(val), 32):
             ids = range(first, min(first + 32, len(val)))
             batch = task.to_device(task.collate([val[i] for i in ids]), torch.device("cpu"))

@@ -17,6 +17,7 @@ from raytrain.config.load import load_config, with_overrides
 from raytrain.config.sections import Config, Eval, stays_below
 from raytrain.data.feed import Feed
 from raytrain.engine.determinism import device_here, prepare_torch, torch_put_back
+from raytrain.engine.own_state import OwnState
 from raytrain.engine.randomness import seed_all
 from raytrain.engine.state import RunState, build_run, compile_model, load_model_state
 from raytrain.engine.world import World
@@ -191,14 +192,20 @@ def restored(cfg: Config, task: Task, datasets: dict[str, Any], checkpoint: str)
     notes = compare_with_checkpoint(origin.manifest.world.get("built", {}), built) if origin.manifest else []
     payload = load_origin(origin)
     load_model_state(run.model, payload["model_state"], checkpoint)
-    run.progress = Progress(int(payload.get("epoch", 0)))
+    notes += OwnState.of(task, datasets).load(payload.get("raytrain", {}).get("own", {}), checkpoint)
+    run.progress = progress_of(payload)
     return run, notes
+
+
+def progress_of(payload: dict[str, Any]) -> Progress:
+    """Where a checkpoint was made, ours or OpenPCDet's."""
+    made = payload.get("raytrain", {}).get("progress")
+    return Progress(**made) if made else Progress(int(payload.get("epoch") or 0), 0, int(payload.get("it") or 0))
 
 
 def validation_feed(cfg: Config, task: Task, run: RunState, datasets: dict[str, Any]) -> Feed:
     """The validation split's batches, and nothing after them."""
-    trained = dataclasses.replace(run.plan, num_epochs=run.progress.epoch)  # nothing is left to train
     channels_last = cfg.OPTIMIZATION.CHANNELS_LAST
-    feed = Feed(task, datasets, trained, run.world, cfg.LOADER, cfg.SEED, lambda epoch: False, channels_last)
-    feed.start(run.progress, evaluate_first=True)
+    feed = Feed(task, datasets, run.plan, run.world, cfg.LOADER, cfg.SEED, lambda epoch: False, channels_last)
+    feed.start(run.progress, evaluate_first=True, trains=False)
     return feed

@@ -36,7 +36,7 @@ def train_model(run: RunState, task: Task, feed: Feed, recorder: Recorder) -> bo
 
 def train_one_epoch(run: RunState, task: Task, feed: Feed, recorder: Recorder) -> bool:
     """Collective. Train what is left of this epoch; False if a stop was granted on the way."""
-    run.model.train()
+    run.mode.begin()
     for step in feed.epoch_steps(run.progress):
         taken = train_step(run, task, feed, step, recorder.wishes, recorder.terms)
         run.progress = run.plan.advanced(run.progress, step.consumed)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
 from raytrain.data.feed import Feed, Step
+from raytrain.engine.attributes import listed
 from raytrain.engine.engine import Stepped
 from raytrain.engine.guard import BadStep
 from raytrain.engine.late import LATE_STEPS
@@ -24,6 +25,7 @@ from raytrain.storage.store import checkpoint_name
 from raytrain.training.bad_steps import answer, suspects
 from raytrain.training.contract import FIELDS, Part, sums_of
 from raytrain.training.control import Control
+from raytrain.training.unsaved import UnsavedChanges
 from raytrain.training.validate import Validation
 
 
@@ -53,6 +55,7 @@ class Recorder:
         self.run, self.feed, self.task = run, feed, feed.task
         self.checkpointer, self.journal, self.control, self.heartbeat = checkpointer, journal, control, heartbeat
         self.validation: Validation | None = None
+        self._unsaved = UnsavedChanges(run, feed)
         self.notes: list[str] = []
         self._save: PendingSave | None = PendingSave.of_old(
             run.progress
@@ -66,6 +69,8 @@ class Recorder:
     @contextlib.contextmanager
     def settled(self) -> Iterator[None]:
         """Collective. All that was begun to be saved is saved, and told, when the block ends, however it ends."""
+        if self.run.world.is_first:
+            self._unsaved.training_begins()
         self._next_step_begins()
         try:
             yield
@@ -94,6 +99,8 @@ class Recorder:
         if not self._steps:  # the first since an epoch began
             self.notes += untrained(self.run)
         self._steps.append(step)
+        self.notes += followed(self.run)
+        self._unsaved.stepped()
         self._write_notes()
         self._write_step(step, taken)
         if taken.stepped.bad_step is not None:
@@ -122,6 +129,8 @@ class Recorder:
         due = due or self.checkpointer.store.progress_due(run.progress, epoch_done=True)
         self._steps.clear()
         self.heartbeat.step(run.progress.step)
+        if not (is_whole and evaluates):
+            self._tell_unsaved()
         if due:
             self._save = self.save(metrics=None if evaluates else {})
             if evaluates and is_whole:
@@ -142,7 +151,7 @@ class Recorder:
         is_last = run.plan.finished(run.progress)
         if is_last:  # predictions of earlier epochs would take up memory while training goes on
             self.validation = validation
-        self._write_notes()
+        self._tell_unsaved()
         better = self.checkpointer.store.is_better(metrics, run.best)
         if better:
             run.best = {"epoch": run.progress.epoch, "step": run.progress.step, "metrics": metrics}
@@ -231,6 +240,12 @@ class Recorder:
         for note in self.task.take_notes():
             self.journal.write("event", event="note", message=note)
 
+    def _tell_unsaved(self) -> None:
+        """What has changed in the first epoch, its evaluation included, and will not be saved."""
+        self.notes += self._unsaved.epoch_done()
+        self.feed.tell_changes()
+        self._write_notes()
+
     def _write_stragglers(self) -> None:
         if self.heartbeat.stragglers is not None:
             for message in self.heartbeat.stragglers.warnings(time.monotonic()):
@@ -275,6 +290,17 @@ class Recorder:
             f"{why_end}; {kept}. Look at these samples and at the loss in journal.jsonl; lower OPTIMIZATION.LR or "
             "GRAD_NORM_CLIP, or leave out USE_AMP. The same command goes on"
         )
+
+
+def followed(run: RunState) -> list[str]:
+    """A line for the user if forward has turned out to change parameters by itself."""
+    names, run.engine.newly_followed = run.engine.newly_followed, []
+    if not names:
+        return []
+    return [
+        "parameters that forward itself changes (a momentum encoder, a queue) are kept as buffers are, with virtual "
+        f"worker 0's values: {listed(names)}"
+    ]
 
 
 def untrained(run: RunState) -> list[str]:

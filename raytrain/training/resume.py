@@ -198,9 +198,9 @@ def bring(run: RunState, origin: Origin, allow_config_change: bool) -> list[str]
     payload = load_origin(origin)
     if origin.manifest is None:
         if "raytrain" in payload:
-            restore(run, payload, origin.path)
+            notes = restore(run, payload, origin.path)
             check_place(run.progress, run.plan, origin.path)
-            return ["it has no manifest: its config and data could not be compared"]
+            return [*notes, "it has no manifest: its config and data could not be compared"]
         return restore_heritage(run, payload, origin.path)
     notes = [
         f"{name} was {origin.manifest.world[name]}, now {now}: sums are rounded in another order from here on"
@@ -208,7 +208,7 @@ def bring(run: RunState, origin: Origin, allow_config_change: bool) -> list[str]
         if run.world.size == origin.manifest.world["num_workers"] and origin.manifest.world.get(name, now) != now
     ]
     same = check_plan(origin.manifest, run.plan, allow_config_change, origin.path)
-    restore(run, payload, origin.path)
+    notes += restore(run, payload, origin.path)
     if same:
         check_place(run.progress, run.plan, origin.path)
         return notes
@@ -243,7 +243,7 @@ def bring_to_start(run: RunState, store: Store, job: Job, kept: KeeperClient | N
     if remembered is not None:
         if run.progress.cursor == 0 and run.progress.epoch > 0:  # its checkpoint may be there any moment, by the keeper
             run.unevaluated = checkpoint_name(run.progress)
-        return remembered, []
+        return remembered, remembered.notes
     if origin is None:
         if job.pretrained is None:
             return None, []
@@ -278,5 +278,5 @@ def bring_from_memory(run: RunState, kept: KeeperClient | None, origin: Origin |
     if any(offer != newest for offer in offers):  # some are on a host that has it not
         payload = run.world.broadcast_object(payload, offers.index(newest))
     path = f"the memory of its host, step {newest.step}"
-    restore(run, payload, path)
-    return Origin(path, None, None, [], is_memory=True)
+    notes = restore(run, payload, path)
+    return Origin(path, None, None, notes, is_memory=True)

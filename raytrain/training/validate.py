@@ -24,7 +24,7 @@ from raytrain.training.contract import checked_metrics, loss_of, part_of, predic
 
 def rehearse(run: RunState, task: Task, batch: Any) -> None:
     """What a step or an evaluation computes of a batch, thrown away: no gradient is added to any."""
-    with run.engine.precision.autocast():
+    with run.engine.buffers.parameters_kept(), run.engine.precision.autocast():
         if not run.model.training and task.has_predict():
             task.predict(run.model, batch)
             return
@@ -56,7 +56,7 @@ def predict_split(run: RunState, task: Task, feed: Feed) -> list[tuple[int, Any]
     run.model.eval()
     predictions: list[tuple[int, Any]] = []
     weighted: set[bool] = set()
-    for key in feed.validation_keys(run.progress.epoch):
+    for key in feed.validation_keys(run.progress):
         with torch.no_grad():
             batch = feed.fetch(key)
         if run.compilation is not None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import threading
 import time
@@ -18,6 +19,7 @@ from raytrain.config.sections import Config
 from raytrain.data.feed import Feed
 from raytrain.engine.broadcast import take_from_rank_0
 from raytrain.engine.determinism import prepare_torch
+from raytrain.engine.own_state import OwnState
 from raytrain.engine.randomness import seed_all
 from raytrain.engine.state import RunState, build_run, compile_model
 from raytrain.engine.world import World
@@ -110,9 +112,9 @@ def build(
     notes = check_on_all_ranks(built, world)
     control.begin("Building the model")
     run = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), world), world)
-    run.built = built
+    run.built, run.own = built, OwnState.of(task, datasets)
     notes += take_from_rank_0(run.model, world)
-    notes += [*last_batch_notes(run.plan), *compile_model(run, cfg.OPTIMIZATION)]
+    notes += [*run.mode.notes, *last_batch_notes(run.plan), *compile_model(run, cfg.OPTIMIZATION)]
     evaluates_after, channels_last = evaluation_epochs(cfg, datasets), cfg.OPTIMIZATION.CHANNELS_LAST
     feed = Feed(task, datasets, run.plan, world, cfg.LOADER, cfg.SEED, evaluates_after, channels_last)
     return run, feed, notes
@@ -175,9 +177,10 @@ def open_recorder(
 def start_feed(job: Job, recorder: Recorder, restored: Restored) -> None:
     """Collective. The feed gives batches from here on; first a few samples, to be compared with what they should be."""
     run, feed, origin = recorder.run, recorder.feed, restored.origin
-    probes = probe_keys(run.plan.num_samples, run.plan.batch_size)
+    probes, own = probe_keys(run.plan.num_samples, run.plan.batch_size), copy.deepcopy(run.own.save())
     feed.start(run.progress, evaluate_first=run.unevaluated is not None, probes=probes)
     seen = {"names": names_of(feed.task, feed.datasets), "samples": samples_in(feed, probes)}
+    run.own.load(own, "the start of this run")  # what making these samples has moved
     run.built |= seen
     notes = check_on_all_ranks(seen, run.world)
     if origin is not None and origin.manifest is not None:

@@ -236,7 +236,7 @@ def test_evaluation_batches_do_not_depend_on_the_number_of_processes() -> None:
         dealt = []
         for rank in range(size):
             with feed_of(world=World(rank, size, 4), plan=plan) as feed:
-                dealt += [key.ids for key in feed.validation_keys(1)]
+                dealt += [key.ids for key in feed.validation_keys(Progress(1))]
         assert sorted(dealt) == [(0, 1, 2), (3, 4, 5), (6,)]
 
 
@@ -280,7 +280,7 @@ def test_batches_that_are_far_away_take_no_memory() -> None:
         tracemalloc.start()
         try:
             next(feed.epoch_steps(Progress()))
-            next(feed.validation_keys(0))
+            next(feed.validation_keys(Progress()))
             assert tracemalloc.get_traced_memory()[1] < 1_000_000
         finally:
             tracemalloc.stop()

@@ -350,7 +350,7 @@ def spoilt_run(folder: Path, late: bool) -> tuple[RunState, list[dict[str, Any]]
         saves = Checkpointer(Store(RunFolder(str(folder)).storage, cfg.CHECKPOINT, "launch"), None)
         feed.start(run.progress)
         assert loop.train_model(run, task, feed, Recorder(run, feed, saves, journal, Control(), Heartbeat()))
-    return run, [record for record in kept.records if record["kind"] == "event"]
+    return run, [record for record in kept.records if record["kind"] == "event" and record["event"] != "note"]
 
 
 class Kept:

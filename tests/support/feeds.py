@@ -39,6 +39,6 @@ def whole_run(feed: Feed, progress: Progress = START) -> Iterator[tuple[BatchKey
         for step in feed.epoch_steps(progress):
             for keys in step.micro_batches.values():
                 yield from ((key, feed.fetch(key)) for key in keys)
-        progress = Progress(progress.epoch + 1)
+            progress = feed.plan.advanced(progress, step.consumed)
         if feed.evaluates_after(progress.epoch):
-            yield from ((key, feed.fetch(key)) for key in feed.validation_keys(progress.epoch))
+            yield from ((key, feed.fetch(key)) for key in feed.validation_keys(progress))

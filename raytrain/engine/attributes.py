@@ -1,0 +1,194 @@
+"""Which plain attributes of objects changed between two looks: counters, lists, small arrays, generators.
+
+Once an epoch at most, and bounded: a few values of what is long, a few levels of what is deep.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+import re
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+SHOWN = 5  # names in a message
+GENERATOR = "#generator "  # what stands for one begins so
+DEPTH = 5
+ELEMENTS = 100  # of a container or an array that are looked at
+VALUES = 20_000  # of all that is looked at
+SHORT = 40  # characters of a value that is shown
+NUMBERS = (bool, int, float, complex)
+OF_MODULES = frozenset(vars(nn.Module()))
+OF_TASKS = frozenset(["cfg", "_notes", "_progress"])  # raytrain's own
+Look = dict[str, str]  # path, such as MyTask.steps or MyTask.history[3] -> what stands there, short enough to be shown
+
+
+def look(roots: Mapping[str, Any], known: Iterable[Any] = (), generators: bool = True) -> Look:
+    """The plain values below `roots`, by their paths; nothing below what is `known`.
+
+    What is None is not there yet. Tensors with a gradient function are scratch: what a forward pass leaves behind.
+
+    generators: whether random generators are looked at
+    """
+    seen = {id(each) for each in known}
+    found: Look = {}
+    for name, root in roots.items():
+        for path, value in itertools.islice(_values(root, name, seen, DEPTH), VALUES):
+            if generators or not value.startswith(GENERATOR):
+                found[path] = value
+    return found
+
+
+def look_into_model(model: nn.Module) -> Look:
+    """The same for what a model's modules hold besides parameters, buffers and submodules; torch's own hold nothing."""
+    modules = {name: module for name, module in model.named_modules() if not _is_of_torch(module)}
+    roots: dict[str, Any] = {}
+    for name, module in modules.items():
+        if type(module).get_extra_state is nn.Module.get_extra_state:  # else it says itself what to save
+            own = {key: value for key, value in vars(module).items() if key not in OF_MODULES}
+            roots |= {".".join(filter(None, [type(model).__name__, name, key])): each for key, each in own.items()}
+    return look(roots, known=model.modules())
+
+
+class Saved:
+    """What a state holds, as two looks into that show it, `before` and `now`."""
+
+    def __init__(self, before: Look, now: Look) -> None:
+        self._names = {word.strip("_") for path in now for word in re.findall(r"\w+", path)}
+        self._moves = {(before[path], now[path]) for path in before.keys() & now.keys()}
+
+    def holds(self, path: str, before: str, now: str) -> bool:
+        """Whether an attribute is in there: by its name, or as something in there changed in the same way."""
+        return (before, now) in self._moves or attribute_of(path).rpartition(".")[2].strip("_") in self._names
+
+
+def changes(before: Look, now: Look, saved: Saved) -> list[str]:
+    """`MyTask.steps (0, now 32)` for each attribute that stands in both with another value, unless it is saved."""
+    found: dict[str, str] = {}
+    for path, value in before.items():
+        if path in now and now[path] != value and not saved.holds(path, value, now[path]):
+            shown = not path.startswith("len(") and not (value + now[path]).startswith("#")
+            found.setdefault(attribute_of(path), f" ({value}, now {now[path]})" if shown else "")
+    return [f"{name}{values}" for name, values in found.items()]
+
+
+def attribute_of(path: str) -> str:
+    """`MyTask.history` of `len(MyTask.history)` and of `MyTask.history[3].x`."""
+    return path.removeprefix("len(").removesuffix(")").partition("[")[0]
+
+
+def listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def _values(value: Any, path: str, seen: set[int], depth: int) -> Iterator[tuple[str, str]]:
+    if value is None or depth == 0:
+        return
+    if isinstance(value, (str, bytes, *NUMBERS, np.generic)):
+        yield path, _shown(repr(value))
+        return
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        if not (isinstance(value, torch.Tensor) and value.grad_fn is not None):
+            yield path, array_digest(value)
+        return
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    state = generator_state(value)
+    if state is not None:
+        yield path, GENERATOR + _digest(repr(state).encode())
+    elif isinstance(value, dict):
+        for key in _some(value):
+            if isinstance(key, (str, *NUMBERS)):
+                yield from _values(value[key], f"{path}[{key!r}]", seen, depth - 1)
+    elif isinstance(value, (list, tuple, deque)):
+        yield f"len({path})", str(len(value))
+        for index in _some(range(len(value))):
+            yield from _values(value[index], f"{path}[{index}]", seen, depth - 1)
+    elif isinstance(value, (set, frozenset)):
+        yield f"len({path})", str(len(value))
+    elif _is_users(value):
+        yield from _values_of_object(value, path, seen, depth)
+
+
+def _values_of_object(value: Any, path: str, seen: set[int], depth: int) -> Iterator[tuple[str, str]]:
+    if isinstance(value, nn.Module):
+        for name, tensor in itertools.chain(value.named_parameters(), value.named_buffers()):
+            yield from _values(tensor, f"{path}.{name}", seen, depth)
+        skipped = OF_MODULES
+    else:
+        skipped = OF_TASKS
+    slots = [name for kind in type(value).__mro__ for name in _names(vars(kind).get("__slots__", ()))]
+    own = {name: getattr(value, name, None) for name in slots if name != "__dict__"} | getattr(value, "__dict__", {})
+    for name, each in own.items():
+        if name not in skipped:
+            yield from _values(each, f"{path}.{name}", seen, depth - 1)
+
+
+def generator_state(value: Any) -> Any:
+    """What a random generator, or a counter of itertools, goes on from; None of anything else."""
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, np.random.Generator):
+        return value.bit_generator.state
+    if isinstance(value, np.random.RandomState):
+        return value.get_state(legacy=False)
+    if isinstance(value, torch.Generator):
+        return value.get_state().tolist()
+    return repr(value) if isinstance(value, itertools.count) else None
+
+
+def array_digest(value: Any) -> str:
+    """Of all of a small one, of some numbers of a large one."""
+    if isinstance(value, torch.Tensor):
+        if value.layout is not torch.strided or value.is_meta:
+            return "#"
+        flat = value.detach().reshape(-1)
+        step = 1 if flat.numel() <= VALUES else flat.numel() // ELEMENTS
+        some = flat[::step].cpu().contiguous()
+        data = some.view(torch.uint8).numpy().tobytes() if some.numel() else b""
+        return _digest(f"{value.dtype} {tuple(value.shape)}".encode() + data)
+    flat = value.reshape(-1)[:: 1 if value.size <= VALUES else value.size // ELEMENTS]
+    data = repr(flat[:ELEMENTS].tolist()).encode() if value.dtype.hasobject else np.ascontiguousarray(flat).tobytes()
+    return _digest(f"{value.dtype} {value.shape}".encode() + data)
+
+
+def _shown(text: str) -> str:
+    """A value of few characters itself, else what stands for it, which begins with #."""
+    return text if len(text) <= SHORT else _digest(text.encode())
+
+
+def _digest(data: bytes) -> str:
+    return "#" + hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _some(keys: Any) -> list[Any]:
+    """All keys of a small container; of a large one, some that are the same at the next look."""
+    if len(keys) <= 10 * ELEMENTS:
+        return list(keys)
+    return [*itertools.islice(keys, ELEMENTS), *(keys[-ELEMENTS:] if isinstance(keys, range) else ())]
+
+
+def _names(slots: Any) -> Iterable[str]:
+    return (slots,) if isinstance(slots, str) else slots
+
+
+def _is_of_torch(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] == "torch"
+
+
+def _is_users(value: Any) -> bool:
+    """Whether it is an object with attributes that somebody wrote a class for: no function, class, module or file."""
+    if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
+        return False
+    home = type(value).__module__
+    if isinstance(value, nn.Module) or (home == "types" and type(value).__name__ == "SimpleNamespace"):
+        return True
+    return home.partition(".")[0] not in sys.stdlib_module_names and not home.startswith("raytrain.config")

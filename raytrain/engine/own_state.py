@@ -1,0 +1,146 @@
+"""What a task and its data sets hold besides the model: what they give by state_dict() is saved with each state.
+
+It is kept as tensors and plain values, so that it loads with weights_only; arrays of numpy come back as arrays.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from raytrain.errors import CheckpointError, TaskError
+from raytrain.task import Task
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
+ARRAY = "raytrain.ndarray"  # key of what stands for an array: its dtype, shape and bytes
+METHODS = ("state_dict", "load_state_dict")
+
+
+class OwnState:
+    """The state of those among a task and its data sets that have state_dict() and load_state_dict(state).
+
+    That of rank 0 is saved, and each rank gets it at a resume.
+
+    owners: by the name that it has in a checkpoint
+    """
+
+    def __init__(self, owners: Mapping[str, Any]) -> None:
+        self.owners = owners
+
+    @classmethod
+    def of(cls, task: Task, datasets: Mapping[str, Any]) -> OwnState:
+        """TaskError where one has but one of the methods, or gives what no checkpoint can hold."""
+        owners: dict[str, Any] = {"task": task} if has_state(task) else {}
+        for split, dataset in datasets.items():
+            owners |= with_state(dataset, f"{split} data set")
+        state = cls(owners)
+        state.save()
+        return state
+
+    def save(self) -> dict[str, Any]:
+        """By owner, what it gives now, as a checkpoint can hold it; tensors are the living ones."""
+        return {
+            name: encoded(owner.state_dict(), f"{type(owner).__name__}.state_dict()")
+            for name, owner in self.owners.items()
+        }
+
+    def load(self, saved: Mapping[str, Any], where: str) -> list[str]:
+        """Each owner takes over its part; a line for each that has none, and for each part that nobody takes."""
+        notes = []
+        for name, owner in self.owners.items():
+            if name in saved:
+                try:
+                    owner.load_state_dict(decoded(saved[name]))
+                except Exception as error:
+                    raise CheckpointError(
+                        f"{where}: {type(owner).__name__}.load_state_dict() refuses the state of the {name} that it "
+                        f"holds: {type(error).__name__}: {error}. Let it accept what state_dict() gave when that was "
+                        "saved, or start a new run (--extra_tag NAME)"
+                    ) from error
+            else:
+                notes.append(f"the checkpoint holds no state of the {name}: {type(owner).__name__} begins with its own")
+        for name in saved:
+            if name not in self.owners:
+                notes.append(
+                    f"the checkpoint holds state of the {name}, which has no load_state_dict(): it is left out"
+                )
+        return notes
+
+
+def has_state(owner: Any) -> bool:
+    """Whether its class has both of METHODS; a TaskError if a task has but one."""
+    written = [method for method in METHODS if callable(getattr(type(owner), method, None))]
+    if isinstance(owner, Task) and len(written) == 1:
+        missing = next(method for method in METHODS if method not in written)
+        raise TaskError(f"{type(owner).__name__} has {written[0]}() but no {missing}(state); write both, or neither")
+    return len(written) == 2
+
+
+def with_state(dataset: Any, name: str, within: tuple[Any, ...] = ()) -> dict[str, Any]:
+    """By name, `dataset` if it has a state, else those that it wraps (Subset, ConcatDataset and the like)."""
+    if has_state(dataset):
+        return {name: dataset}
+    attributes = getattr(dataset, "__dict__", {})
+    wrapped = {"dataset": attributes.get("dataset")}
+    several = attributes.get("datasets")
+    if isinstance(several, (list, tuple)):
+        wrapped |= {f"datasets[{index}]": each for index, each in enumerate(several)}
+    found: dict[str, Any] = {}
+    for place, inner in wrapped.items():
+        if inner is not None and not any(inner is each for each in (dataset, *within)):
+            found |= with_state(inner, f"{name}.{place}", (dataset, *within))
+    return found
+
+
+def encoded(value: Any, where: str) -> Any:
+    """`value` of tensors, plain values and dicts, lists and tuples of them, with arrays written as such.
+
+    where: how one gets there, for the error that names what cannot be kept
+    """
+    kind = type(value)
+    if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+        return value.detach()
+    if isinstance(value, (np.ndarray, np.generic)) and not (value.dtype.hasobject or value.dtype.names):
+        array = np.ascontiguousarray(value)
+        flat = torch.from_numpy(array.reshape(-1).view(np.uint8).copy())
+        return {ARRAY: [array.dtype.str, list(value.shape), isinstance(value, np.generic)], "bytes": flat}
+    if kind in PLAIN:
+        return value
+    if kind in (dict, OrderedDict):
+        odd = next((key for key in value if type(key) not in PLAIN), None)
+        if odd is None:
+            return {key: encoded(each, f"{where}[{key!r}]") for key, each in value.items()}
+        raise TaskError(unkept(f"{where} has the key {odd!r:.60}, a {type(odd).__name__}"))
+    if kind in (list, tuple):
+        return kind(encoded(each, f"{where}[{index}]") for index, each in enumerate(value))
+    if kind is set and all(type(each) in PLAIN for each in value):
+        return set(value)
+    raise TaskError(unkept(f"{where} is a {kind.__module__}.{kind.__qualname__}"))
+
+
+def unkept(what: str) -> str:
+    return (
+        f"{what}, which no checkpoint holds: loading one runs no code. Give tensors, arrays, numbers, strings, and "
+        "dicts, lists, tuples and sets of them"
+    )
+
+
+def decoded(value: Any) -> Any:
+    """What was given to `encoded`; an OrderedDict as a dict."""
+    if isinstance(value, dict):
+        if ARRAY in value:
+            return array_of(value[ARRAY], value["bytes"])
+        return {key: decoded(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(decoded(each) for each in value)
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def array_of(description: list[Any], flat: torch.Tensor) -> Any:
+    dtype, shape, is_number = description
+    array = flat.cpu().numpy().copy().view(np.dtype(dtype)).reshape(shape)
+    return array[()] if is_number else array

@@ -1,0 +1,70 @@
+"""What changes while a run trains and is in no checkpoint: a counter of the task's, a list of the model's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raytrain.data.feed import Feed
+from raytrain.engine.attributes import Look, Saved, changes, listed, look, look_into_model
+from raytrain.engine.state import RunState
+
+
+class UnsavedChanges:
+    """Compares the attributes of task and model over the first epoch that this process trains, and then no more.
+
+    What is only made in the first step, such as a cache, counts from there on. Data sets are compared where they are
+    used, which may be a loader worker: data/loader.py.
+    """
+
+    def __init__(self, run: RunState, feed: Feed) -> None:
+        self._run, self._feed = run, feed
+        self._began = run.progress
+        self._task: Look = {}
+        self._model: Look = {}
+        self._saved: Look = {}
+        self._looks = 0
+
+    def training_begins(self) -> None:
+        self._began = self._run.progress
+        self._add()
+
+    def stepped(self) -> None:
+        """After each step; it is looked after the first."""
+        if self._looks == 1:
+            self._add()
+
+    def epoch_done(self) -> list[str]:
+        """What a user should know, a line for task and model each; once, when something was trained."""
+        if self._looks == 0 or self._run.progress == self._began:
+            return []
+        self._looks = 0
+        name = type(self._feed.task).__name__
+        saved = Saved(self._saved, look(self._run.own.save()))
+        task = changes(self._task, self._look_into_task(), saved)
+        model = changes(self._model, look_into_model(self._run.model), saved)
+        self._task, self._model, self._saved = {}, {}, {}
+        notes = []
+        if task:
+            notes.append(
+                f"{listed(task)} changed in this epoch and is in no checkpoint, so a resumed run goes on without it. "
+                "Read self.progress (epoch, step, share) instead, or write state_dict() and load_state_dict(state) in "
+                f"{name}"
+            )
+        if model:
+            notes.append(
+                f"{listed(model)} changed in this epoch and is in no checkpoint, so a resumed run goes on without it. "
+                "Make it a tensor, by register_buffer(), or compute it of self.progress in model_func"
+            )
+        return notes
+
+    def _add(self) -> None:
+        """What was not there at an earlier look."""
+        self._looks += 1
+        self._task = {**self._look_into_task(), **self._task}
+        self._model = {**look_into_model(self._run.model), **self._model}
+        self._saved = {**look(self._run.own.save()), **self._saved}
+
+    def _look_into_task(self) -> Look:
+        task = self._feed.task
+        known: list[Any] = [*self._run.model.modules(), *self._feed.datasets.values()]
+        return look({type(task).__name__: task}, known)
