@@ -20,6 +20,7 @@ from raytrain.errors import failure_of
 from raytrain.journal.records import Record
 from raytrain.keeper.checkpointer import PendingSave
 from raytrain.progress import Progress
+from raytrain.storage.forks import at_exit, end_children, handle_signals
 from raytrain.storage.paths import joined
 from raytrain.training.control import Control
 from raytrain.training.job import Job, redirect_output, stand_where_the_driver_stands
@@ -144,14 +145,14 @@ def stop_on_signal(launch: str) -> None:
     Not of the workers that are started after these: when one of these dies, Ray ends the others by SIGTERM.
     """
     key = f"stop-{current_attempt(launch)}"
-    signal.signal(signal.SIGTERM, lambda *_: Mailbox(launch).put(key, "SIGTERM to a worker"))
+    handle_signals({signal.SIGTERM: lambda *_: Mailbox(launch).put(key, "SIGTERM to a worker")})
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked where local_cluster has started this process
 
 
 def leave_signals_to_the_driver() -> None:
     """Where local_cluster has blocked SIGTERM it does nothing; but in what the user's code starts it is not blocked."""
     if signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
-        signal.signal(signal.SIGTERM, lambda *_: None)
+        handle_signals({signal.SIGTERM: lambda *_: None})
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
@@ -195,4 +196,5 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
 
 def run_exit_functions() -> None:
     """Ray kills this process, so nothing else would run what is to run at its exit: /tmp/pymp-* would stay."""
+    at_exit(end_children)
     multiprocessing.util._exit_function()  # type: ignore[attr-defined]

@@ -6,11 +6,9 @@ import contextlib
 import dataclasses
 import functools
 import multiprocessing.queues
-import os
 import pickle
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
@@ -24,11 +22,11 @@ from raytrain.data.changes import SampleChanges, in_loader_worker
 from raytrain.engine.randomness import random_state, seed_all
 from raytrain.errors import DataError, PreflightError, TaskError, users_traceback
 from raytrain.progress import AT_START, TaskProgress
+from raytrain.storage.forks import SIGNALS, at_exit, end_children, end_with_parent, handle_signals, tend_forks
 from raytrain.storage.processes import write_stacks_to
 from raytrain.storage.scratch import named_by_this_process
 from raytrain.task import Task
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LOADERS_PER_CPU = 16  # more than one, since loading may be waiting
 
 
@@ -140,6 +138,7 @@ def start_loader(
     stacks_path: where these write their stacks when they are asked (keeper/heartbeat.py)
     """
     workers, task_class = loader_cfg.WORKERS, type(reader.task)
+    module = task_class.__module__
     loader: DataLoader[Any] = QuietDataLoader(
         reader,
         batch_size=None,
@@ -148,8 +147,8 @@ def start_loader(
         num_workers=workers,
         prefetch_factor=loader_cfg.PREFETCH if workers else None,
         pin_memory=pin_memory,
-        multiprocessing_context=loader_context(task_class.__module__) if workers else None,
-        worker_init_fn=functools.partial(init_loader_worker, stacks_path) if workers else None,
+        multiprocessing_context=fork_server(module) if workers else None,
+        worker_init_fn=functools.partial(init_loader_worker, stacks_path, default_start_method(), module),
     )
     with contextlib.ExitStack() as stack:
         if workers:
@@ -172,13 +171,13 @@ def unchanged(batch: Any) -> Any:
     return batch
 
 
-def loader_context(task_module: str) -> Any:
-    """Loader workers are forked from a clean server process that has imported torch once.
+def fork_server(task_module: str) -> Any:
+    """Has processes forked from a clean server process that has imported torch once: loader workers, and the user's.
 
     A plain fork would inherit the threads and locks of a Ray worker and can deadlock.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "raytrain.data.feed", task_module])
+    context.set_forkserver_preload(["torch", "raytrain.data.feed", "raytrain.data.fork_server", task_module])
     return context
 
 
@@ -200,8 +199,8 @@ def main_module_hidden() -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_held_back() -> Iterator[None]:
-    """SIGINT and SIGTERM wait: for this thread until the block ends, for loader workers until they can handle
-    them, for the fork server for ever (it ends with the processes that use it)."""
+    """SIGINT and SIGTERM wait: for this thread until the block ends, for what the fork server forks until that can
+    handle them, for the server itself for ever (it ends with the processes that use it)."""
     resource_tracker.ensure_running()  # when it starts its process, it lets these signals through again
     held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -210,20 +209,33 @@ def signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
-def init_loader_worker(stacks_path: str | None, _: int) -> None:
+def default_start_method() -> str:
+    """How processes start here where the user's code does not say."""
+    return multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+
+
+def init_loader_worker(stacks_path: str | None, start_method: str, task_module: str, _: int) -> None:
     """A loader worker lives as long as the training process: no longer, and through signals meant for all.
 
     Ctrl-C, and a SIGTERM to the whole process group, let the training process finish its step,
     for which it needs this worker. A second SIGTERM ends it.
     """
-    threading.Thread(target=end_with_parent, name="raytrain-parent-watch", daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    end_with_parent()  # torch's own watch looks at the fork server, which never dies first
+    handle_signals({signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: take_sigterm_once})
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    multiprocessing.current_process().daemon = False  # as torch makes it, and then it could have no children
+    multiprocessing.set_start_method(start_method, force=True)  # else it would be this process's own
+    fork_server(task_module)  # of the user's, who may ask for one: it is not the one that this process is of
+    tend_forks()
+    at_exit(end_children)
     if stacks_path is not None:
         write_stacks_to(stacks_path)
     torch.set_num_threads(1)
     multiprocessing.queues.Queue._on_queue_feeder_error = send_error_instead  # type: ignore[attr-defined]
+
+
+def take_sigterm_once(number: int, frame: Any) -> None:
+    signal.signal(number, signal.SIG_DFL)
 
 
 def send_error_instead(queue: Any, error: Exception, item: Any) -> None:
@@ -233,11 +245,3 @@ def send_error_instead(queue: Any, error: Exception, item: Any) -> None:
         "Batches go from loader workers to the training process by pickle: keep functions and open files out of them"
     )
     queue.put((item[0], (None, DataError(f"{message}\n\n{advice}"), [])))
-
-
-def end_with_parent() -> None:
-    """torch's own watch looks at the parent of this process, which is the fork server and never dies first."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "only called in loader workers"
-    parent.join()
-    os._exit(0)

@@ -25,6 +25,7 @@ from raytrain.errors import CheckpointError, ConfigError, TaskError, explained
 from raytrain.journal.records import strict
 from raytrain.journal.run_folder import run_dir_of
 from raytrain.progress import Progress
+from raytrain.storage.forks import tend_forks
 from raytrain.storage.lock import refuse_links
 from raytrain.storage.storage import Storage, open_storage
 from raytrain.storage.store import Store
@@ -185,6 +186,7 @@ def restored(cfg: Config, task: Task, datasets: dict[str, Any], checkpoint: str)
     """A run on this process's device with a checkpoint's weights, at its epoch; and what is not as it was then."""
     world = World(device=device_here(cfg))
     prepare_torch(cfg, world.device)
+    tend_forks()
     plan = plan_of(with_overrides(cfg, ["LOADER.LAST", "keep"]), len(datasets["train"]), world)  # nothing is trained
     run = build_run(cfg, task, datasets["train"], plan, world)
     compile_model(run, cfg.OPTIMIZATION)

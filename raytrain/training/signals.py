@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from raytrain.storage.forks import handle_signals
+
 TWICE_S = 0.3  # a signal that comes again within that is the same one; those of `timeout` are microseconds apart
 
 
@@ -35,8 +37,7 @@ def signals_wish_stop() -> Iterator[threading.Event]:
                 signal.signal(each, handler)
             signal.raise_signal(number)
 
-    for number in kept:
-        signal.signal(number, wish)
+    handle_signals(dict.fromkeys(kept, wish))
     try:
         yield stop
     finally:

@@ -17,6 +17,7 @@ import torch
 
 from raytrain.config.sections import Config
 from raytrain.data.feed import Feed
+from raytrain.data.loader import fork_server
 from raytrain.engine.broadcast import take_from_rank_0
 from raytrain.engine.determinism import prepare_torch
 from raytrain.engine.own_state import OwnState
@@ -29,6 +30,7 @@ from raytrain.keeper.checkpointer import Checkpointer
 from raytrain.keeper.client import KeeperClient, is_possible, join_keeper, start_keeper
 from raytrain.keeper.heartbeat import Heartbeat, Stacks, Stragglers, start_heartbeat
 from raytrain.progress import Plan, Progress
+from raytrain.storage.forks import tend_forks
 from raytrain.storage.store import Store, checkpoint_name
 from raytrain.task import Task, make_task
 from raytrain.training.contract import check_dataset
@@ -93,8 +95,11 @@ def run_job(
 
 
 def prepare(job: Job, world: World) -> threading.Thread | None:
-    """What comes before the user's code: torch's settings, and the keeper, which starts meanwhile."""
+    """What comes before the user's code: torch's settings, care for what it forks, and the keeper, which starts
+    meanwhile."""
     prepare_torch(job.cfg, world.device)
+    tend_forks()
+    fork_server(job.cfg.TASK.partition(":")[0])
     return start_keeper(job.run_uri, job.launch) if world.is_first and is_possible() else None
 
 

@@ -1,0 +1,135 @@
+"""A task's own pools, threads and programs work wherever its code is called, and none of their processes is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import Launched, alive, torchrun, wait_for
+from runs import Run
+from small_runs import config, train
+from tasks_with_processes import WAYS, kept_ones_ended
+
+# Their processes are no forks of the test's, and import torch: whole runs try these.
+SLOW = {"forkserver", "spawn", "loky"}
+QUICK = sorted(set(WAYS) - SLOW)
+TASK = "tasks_with_processes:Processes"
+OPTIMIZATION = {"OPTIMIZER": "sgd", "LR": 0.01, "BATCH_SIZE_PER_GPU": 2, "NUM_EPOCHS": 1}
+AREA = sum((i / 4) ** 4 for i in range(4))  # squared in samples, and in score
+
+
+@pytest.mark.parametrize("way", QUICK)
+@pytest.mark.timeout(60)
+def test_in_one_process(tmp_path: Path, way: str) -> None:
+    ways = {"IN_SAMPLES": [way], "IN_SCORE": [way]}
+    cfg = config(tmp_path, "", OPTIMIZATION, TASK=TASK, DATA_CONFIG=ways)
+    with kept_ones_ended():
+        assert train(cfg).metrics == {"area": AREA}
+
+
+def run_of(folder: Path, workers: int, epochs: int, **data_config: Any) -> Run:
+    return Run(
+        folder,
+        {
+            "TASK": TASK,
+            "DATA_CONFIG": data_config,
+            "OPTIMIZATION": {**OPTIMIZATION, "NUM_EPOCHS": epochs},
+            "CHECKPOINT": {},
+            "EVAL": {"EVERY": 1},
+            "SCALE.THREADS": 2,
+            "LOADER.WORKERS": workers,
+        },
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("by", "workers", "slow"), [("one process", 2, ["forkserver", "loky"]), ("Ray", 1, ["spawn"]), ("torchrun", 1, [])]
+)
+def test_with_loader_workers(tmp_path: Path, by: str, workers: int, slow: list[str]) -> None:
+    in_samples = ["fork", "joblib", "kept executor", "kept pool", "terminated", "torch"]
+    ways = {"IN_BUILD": ["fork"], "IN_SAMPLES": in_samples, "IN_COLLATE": ["threads"], "IN_SCORE": [*QUICK, *slow]}
+    run = run_of(tmp_path, workers, 1, **ways)
+    if by == "torchrun":
+        launched = torchrun(["-m", "raytrain", *run.words()], tmp_path)
+    else:
+        launched = run.start("--num_workers", "2" if by == "Ray" else "0", env={"RAY_ADDRESS": ""})
+    launched.ended(0)
+    assert [record["metrics"] for record in run.records("eval")] == [{"area": AREA}]
+    assert_nothing_is_left(run)
+
+
+def assert_nothing_is_left(run: Run) -> None:
+    """All processes of a run, and what these start, have its folder as theirs."""
+
+    def left() -> list[str]:
+        return [str(process) for process in Path("/proc").glob("[0-9]*") if stands_in(run.folder, process)]
+
+    wait_for(lambda: not left(), "the end of all processes", deadline_s=15)
+
+
+def stands_in(folder: Path, process: Path) -> bool:
+    try:
+        return (process / "cwd").readlink() == folder and alive(int(process.name))
+    except OSError:  # it has ended
+        return False
+
+
+def with_a_pool_at_work(folder: Path) -> tuple[Run, Launched, int]:
+    """A run whose first evaluation waits for a process of a pool, and the pid of that."""
+    run = run_of(folder, 0, 2, SLOW=str(folder))
+    launched = run.start("--num_workers", "0")
+    [path] = wait_for(lambda: list(folder.glob("at-work-*")), "the pool's process")
+    return run, launched, int(path.name.rpartition("-")[2])
+
+
+def to_the_run(launched: Launched) -> None:
+    os.kill(launched.pid, signal.SIGTERM)
+
+
+def to_its_group(launched: Launched) -> None:
+    """As `timeout` does."""
+    os.kill(launched.pid, signal.SIGTERM)
+    os.killpg(launched.pid, signal.SIGTERM)
+
+
+def ctrl_c(launched: Launched) -> None:
+    os.killpg(launched.pid, signal.SIGINT)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("send", [to_the_run, to_its_group, ctrl_c])
+def test_a_stop_waits_for_the_pool_that_an_evaluation_needs(tmp_path: Path, send: Callable[[Launched], None]) -> None:
+    run, launched, worker = with_a_pool_at_work(tmp_path)
+    send(launched)
+    time.sleep(0.2)
+    assert alive(worker)
+    (tmp_path / "go").touch()
+    launched.ended(75)
+    assert [record["metrics"] for record in run.records("eval")] == [{"area": AREA}]
+    assert_nothing_is_left(run)
+
+
+def ctrl_c_twice(launched: Launched) -> None:
+    ctrl_c(launched)
+    time.sleep(0.5)
+    ctrl_c(launched)
+
+
+def kill(launched: Launched) -> None:
+    os.kill(launched.pid, signal.SIGKILL)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("send", [ctrl_c_twice, kill])
+def test_a_pool_at_work_ends_with_its_run(tmp_path: Path, send: Callable[[Launched], None]) -> None:
+    run, launched, worker = with_a_pool_at_work(tmp_path)
+    send(launched)
+    launched.process.wait(20)
+    wait_for(lambda: not alive(worker), "the end of the pool's process", deadline_s=10)
+    assert_nothing_is_left(run)
