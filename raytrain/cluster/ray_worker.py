@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import multiprocessing.util
+import os
 import queue
 import signal
 import threading
@@ -22,6 +23,7 @@ from raytrain.keeper.checkpointer import PendingSave
 from raytrain.progress import Progress
 from raytrain.storage.forks import at_exit, end_children, handle_signals
 from raytrain.storage.paths import joined
+from raytrain.storage.pools import when_pools_are_broken
 from raytrain.training.control import Control
 from raytrain.training.job import Job, redirect_output, stand_where_the_driver_stands
 from raytrain.training.worker import run_job
@@ -145,7 +147,12 @@ def stop_on_signal(launch: str) -> None:
     Not of the workers that are started after these: when one of these dies, Ray ends the others by SIGTERM.
     """
     key = f"stop-{current_attempt(launch)}"
-    handle_signals({signal.SIGTERM: lambda *_: Mailbox(launch).put(key, "SIGTERM to a worker")})
+
+    def wish(number: int, frame: Any) -> None:
+        Mailbox(launch).put(key, "SIGTERM to a worker")
+        when_pools_are_broken(lambda: os._exit(1))
+
+    handle_signals({signal.SIGTERM: wish})
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked where local_cluster has started this process
 
 

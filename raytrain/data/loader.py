@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import multiprocessing.queues
+import os
 import pickle
 import signal
 import sys
@@ -23,6 +24,7 @@ from raytrain.engine.randomness import random_state, seed_all
 from raytrain.errors import DataError, PreflightError, TaskError, users_traceback
 from raytrain.progress import AT_START, TaskProgress
 from raytrain.storage.forks import SIGNALS, at_exit, end_children, end_with_parent, handle_signals, tend_forks
+from raytrain.storage.pools import when_pools_are_broken
 from raytrain.storage.processes import write_stacks_to
 from raytrain.storage.scratch import named_by_this_process
 from raytrain.task import Task
@@ -236,6 +238,7 @@ def init_loader_worker(stacks_path: str | None, start_method: str, task_module: 
 
 def take_sigterm_once(number: int, frame: Any) -> None:
     signal.signal(number, signal.SIG_DFL)
+    when_pools_are_broken(lambda: os._exit(1))
 
 
 def send_error_instead(queue: Any, error: Exception, item: Any) -> None:

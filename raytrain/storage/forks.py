@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-import multiprocessing.connection  # here, and not in each fork
 import multiprocessing.util
 import os
 import signal
@@ -48,6 +47,8 @@ def leave_to_parent(number: int, frame: Any) -> None:
 @functools.cache
 def tend_forks() -> None:
     """From now on what multiprocessing forks from this process, and what is forked from that, becomes a `child`."""
+    import multiprocessing.connection  # here, and not in each of them
+
     multiprocessing.util.register_after_fork(tend_forks, lambda _: become_child())
 
 
@@ -61,7 +62,8 @@ def become_child() -> None:
     end_with_parent()
     # What is sent to the group (by a terminal, by `timeout`) is for its parent, which may need it to finish a step.
     os.setpgid(0, 0)
-    torch.set_num_threads(1)  # OpenMP's threads did not come along by fork, and would be waited for
+    if torch.get_num_threads() > 1:  # OpenMP's did not come along by fork, and would be waited for
+        torch.set_num_threads(1)  # takes 2 ms
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the fork server has them blocked
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from raytrain.storage.forks import handle_signals
+from raytrain.storage.pools import when_pools_are_broken
 
 TWICE_S = 0.3  # a signal that comes again within that is the same one; those of `timeout` are microseconds apart
 
@@ -32,6 +35,7 @@ def signals_wish_stop() -> Iterator[threading.Event]:
         if not stop.is_set():
             stop.set()
             first_at = time.monotonic()
+            when_pools_are_broken(end_now)
         elif time.monotonic() - first_at > TWICE_S:
             for each, handler in kept.items():
                 signal.signal(each, handler)
@@ -43,3 +47,13 @@ def signals_wish_stop() -> Iterator[threading.Event]:
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
+
+
+def end_now() -> None:
+    """As a second signal does."""
+    print(
+        "raytrain: the signal went to a pool of the task too, and ended processes whose results are waited for. "
+        "The run ends at its newest state, from which the same command goes on",
+        file=sys.stderr,
+    )
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Launched, alive, torchrun, wait_for
+from commands import Launched, alive, terminate_all, torchrun, wait_for
 from runs import Run
 from small_runs import config, train
 from tasks_with_processes import WAYS, kept_ones_ended
@@ -80,10 +80,10 @@ def stands_in(folder: Path, process: Path) -> bool:
         return False
 
 
-def with_a_pool_at_work(folder: Path) -> tuple[Run, Launched, int]:
+def with_a_pool_at_work(folder: Path, num_workers: int = 0) -> tuple[Run, Launched, int]:
     """A run whose first evaluation waits for a process of a pool, and the pid of that."""
     run = run_of(folder, 0, 2, SLOW=str(folder))
-    launched = run.start("--num_workers", "0")
+    launched = run.start("--num_workers", str(num_workers), env={"RAY_ADDRESS": ""})
     [path] = wait_for(lambda: list(folder.glob("at-work-*")), "the pool's process")
     return run, launched, int(path.name.rpartition("-")[2])
 
@@ -123,6 +123,19 @@ def ctrl_c_twice(launched: Launched) -> None:
 
 def kill(launched: Launched) -> None:
     os.kill(launched.pid, signal.SIGKILL)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("num_workers", "status"), [(0, -signal.SIGTERM), (2, 75)])
+def test_a_sigterm_to_all_processes_does_not_have_a_run_wait_for_a_pool_that_it_broke(
+    tmp_path: Path, num_workers: int, status: int
+) -> None:
+    run, launched, worker = with_a_pool_at_work(tmp_path, num_workers)
+    terminate_all(launched.pid)
+    wait_for(lambda: not alive(worker), "the end of the pool's process")
+    (tmp_path / "go").touch()  # for an evaluation that is made again
+    launched.ended(status)
+    assert_nothing_is_left(run)
 
 
 @pytest.mark.ray
