@@ -72,7 +72,7 @@ class SampleChanges:
         roots = {type(dataset).__name__: dataset}
         if in_loader_worker():
             roots[type(self._task).__name__] = self._task
-        return look(roots, known=() if in_loader_worker() else [self._task], generators=False)
+        return look(roots, known=() if in_loader_worker() else [self._task])
 
 
 def in_loader_worker() -> bool:

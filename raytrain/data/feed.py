@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 from raytrain.data.loader import BatchKey, KeyedBatches, Loaded, check_loader_workers, start_loader
 from raytrain.data.sampler import cut, epoch_order, step_samples
 from raytrain.data.transfer import DeviceTransfer
+from raytrain.engine.object_graph import PLAIN, value_of, walk
+from raytrain.engine.randomness import Randomness
 from raytrain.engine.world import World
 from raytrain.errors import DataError, LostLoaderError
 from raytrain.progress import Plan, Progress
@@ -51,6 +54,7 @@ class Feed:
     beat:        told what this rank is at, by the names of keeper.heartbeat.PHASES
     current:     the key of the batch that was asked for last
     stacks_path: where loader workers write their stacks when they are asked
+    notes:       what a user should know of the data, to be taken out
     """
 
     def __init__(
@@ -69,7 +73,11 @@ class Feed:
         self._transfer = DeviceTransfer(task, world.device, channels_last)
         self._batches: Iterator[Loaded] | None = None
         self._reader: KeyedBatches | None = None
+        self._delivery = None if type(task).to_device is Task.to_device else Randomness(task=task)
+        self._held: dict[str, Any] = {}
         self._wait_s = 0.0
+        self._noted: set[str] = set()
+        self.notes: list[str] = []
         self.current: BatchKey | None = None
         self.beat: Callable[[str], None] = lambda phase: None
         self.stacks_path: str | None = None
@@ -94,11 +102,17 @@ class Feed:
         if workers == 0 and self.world.device.type == "cpu":  # nothing to read ahead with, nothing to pin
             self._reader = reader
             return
+        self._held = self._plain_values()
         pins = self.world.device.type == "cuda"
         self._batches = start_loader(reader, keys, self.loader_cfg, pins, self.stacks_path)
 
     def epoch_steps(self, progress: Progress) -> Iterator[Step]:
-        """What is left of the epoch that `progress` stands in."""
+        """What is left of the epoch that `progress` stands in, for the loop."""
+        if self._batches is not None and self.loader_cfg.WORKERS:
+            self._follow_changes(progress)
+        yield from self._steps(progress)
+
+    def _steps(self, progress: Progress) -> Iterator[Step]:
         plan, epoch = self.plan, progress.epoch
         order = epoch_order(plan.num_samples, self.seed, epoch, self.loader_cfg.SHUFFLE)
         for shares in step_samples(order, progress.cursor, plan):
@@ -127,7 +141,10 @@ class Feed:
         self.task.take_progress(key.progress)
         self.beat("data" if key.split == "train" else "eval")
         began = time.perf_counter()
-        batch = self._transfer.to_device(self.host_batch(key))
+        batch = self.host_batch(key)
+        if self._delivery is not None:  # the task's own, which may augment
+            self._delivery.seed(self.seed, "to_device", key.split, key.epoch, key.ids[0])
+        batch = self._transfer.to_device(batch)
         self._wait_s += time.perf_counter() - began
         self.beat("forward" if key.split == "train" else "eval")
         return batch
@@ -140,13 +157,45 @@ class Feed:
         else:
             assert self._batches is not None, "Feed.start() comes first"
             loaded = self._next(self._batches)
-        batch_key, batch, notes = loaded  # a list, where it has come through pinned memory
-        for note in notes:
+        batch_key, batch, notes, task_notes = loaded  # a list, where it has come through pinned memory
+        for note in task_notes:
             self.task.note(note)
         if isinstance(batch, DataError):
             raise batch
         assert batch_key == key, f"the loop asked for {key}, the stream holds {batch_key}"
+        if notes and key.split not in self._noted:  # each loader worker would say it of another sample
+            self._noted.add(key.split)
+            self.notes += notes
         return batch
+
+    def _follow_changes(self, progress: Progress) -> None:
+        """Start the loader workers again if a number or text of their data sets has been changed in this process.
+
+        They have copies, as they were; torch's loader gets new ones each epoch, and so tasks come to rely on it.
+        """
+        held = self._plain_values()
+        changed = [path for path, value in self._held.items() if path in held and held[path] != value]
+        if not changed:
+            return
+        try:
+            pickle.dumps((self.datasets, self.task))
+        except Exception as error:
+            self._held, came_of_it = held, f"loader workers cannot be given it ({error})"
+        else:
+            self.close()
+            self.start(progress)
+            came_of_it = "loader workers were started again with it"
+        if "changed" not in self._noted:
+            self._noted.add("changed")
+            what = f"{', '.join(changed[:3])}{', ...' if changed[3:] else ''}"
+            self.notes.append(
+                f"data set: {what} was changed in the training process; {came_of_it}. No checkpoint holds it, and "
+                "other ranks may lack it: change it in the data set's set_epoch(epoch)"
+            )
+
+    def _plain_values(self) -> dict[str, Any]:
+        """The numbers and texts that the data sets hold, by their paths."""
+        return {path: value_of(value) for path, value in walk(self.datasets) if isinstance(value, PLAIN)}
 
     def _next(self, batches: Iterator[Loaded]) -> Loaded:
         try:
@@ -182,7 +231,7 @@ class Feed:
         if evaluate_first:
             yield from self.validation_keys(progress)
         while trains and not self.plan.finished(progress):
-            for step in self.epoch_steps(progress):
+            for step in self._steps(progress):
                 for keys in step.micro_batches.values():
                     yield from keys
                 progress = self.plan.advanced(progress, step.consumed)

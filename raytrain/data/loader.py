@@ -11,16 +11,16 @@ import pickle
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from raytrain.batch import tensorised
 from raytrain.data.changes import SampleChanges, in_loader_worker
-from raytrain.engine.randomness import random_state, seed_all
+from raytrain.data.split import Split, UnseededError
 from raytrain.errors import DataError, PreflightError, TaskError, users_traceback
 from raytrain.progress import AT_START, TaskProgress
 from raytrain.storage.forks import SIGNALS, at_exit, end_children, end_with_parent, handle_signals, tend_forks
@@ -46,11 +46,17 @@ class BatchKey:
 
 
 class Loaded(NamedTuple):
-    """A batch that was made. notes: what the task noted in a loader worker meanwhile"""
+    """What a loader worker gives.
 
-    key: BatchKey
+    batch:      or the DataError that came in its place, to be raised in the training process
+    notes:      what a user should know of the data
+    task_notes: what the task noted in a loader worker meanwhile
+    """
+
+    key: BatchKey | None
     batch: Any
-    notes: list[str]
+    notes: Sequence[str] = ()
+    task_notes: Sequence[str] = ()
 
 
 class KeyedBatches(Dataset[Any]):
@@ -60,50 +66,37 @@ class KeyedBatches(Dataset[Any]):
         self.datasets = datasets
         self.task = task
         self.seed = seed
-        self.epochs: dict[str, int] = {}
+        self._splits: dict[str, Split] = {}
+        self._begun: tuple[str, int] | None = None
         self.changes = SampleChanges(task, datasets)
 
     def __getitem__(self, key: BatchKey) -> Loaded:
-        """The key and its batch, or a DataError in the batch's place (raised in the training process)."""
-        _, batch = self._made(key)
-        batch = self.changes.batch_made(key.split) or batch
-        return Loaded(key, batch, self.task.take_notes() if in_loader_worker() else [])
-
-    def _made(self, key: BatchKey) -> tuple[BatchKey, Any]:
-        dataset = self.datasets[key.split]
-        where = f"data set {key.split!r}"
-        seeded, state = self.task.random_samples, None
+        if key.split not in self._splits:  # in the process that loads: its generators are not those of another
+            self._splits[key.split] = Split(key.split, self.datasets[key.split], self.task, self.seed)
+        split = self._splits[key.split]
         self.task.take_progress(key.progress)
         try:
-            if self.epochs.get(key.split) != key.epoch:
-                self.epochs[key.split] = key.epoch
-                self.changes.tell()
-                if hasattr(dataset, "set_epoch"):
-                    dataset.set_epoch(key.epoch)
-                self.changes.epoch_begins(key.split)
-                state = None if seeded else random_state()
-            samples = []
-            for sample_id in key.ids:
-                where = f"sample {sample_id} of data set {key.split!r}"
-                if seeded:
-                    seed_all(self.seed, "sample", key.split, key.epoch, sample_id)
-                samples.append(dataset[sample_id])
-            if state is not None and random_state() != state:
-                return key, DataError(
-                    f"a sample of data set {key.split!r} drew random numbers, which were not seeded for it: "
-                    f"set {type(self.task).__name__}.random_samples to True"
-                )
-            where = f"collate of {len(key.ids)} samples of data set {key.split!r}"
-            if type(self.task).collate is Task.collate:  # draws nothing, and gives tensors
-                return key, self.task.collate(samples)
-            seed_all(self.seed, "collate", key.split, key.epoch, key.ids[0])
-            return key, tensorised(self.task.collate(samples))
+            batch = self._made(split, key)
+        except UnseededError as error:
+            batch = error
         except Exception as error:
-            message, task_name = f"{where}: {type(error).__name__}: {error}", type(self.task).__name__
-            if where.startswith("collate") and type(self.task).collate is Task.collate:
+            message, task_name = f"{split.where}: {type(error).__name__}: {error}", type(self.task).__name__
+            advice = users_traceback(error)
+            if split.where.startswith("collate") and type(self.task).collate is Task.collate:
                 advice = f"Write {task_name}.collate(samples) to make one batch of such samples"
-                return key, DataError(f"{message}\n\n{advice}")
-            return key, DataError(f"{message}\n\n{users_traceback(error)}")
+            batch = DataError(f"{message}\n\n{advice}")
+        else:
+            batch = self.changes.batch_made(key.split) or batch
+        return Loaded(key, batch, split.take_notes(), self.task.take_notes() if in_loader_worker() else [])
+
+    def _made(self, split: Split, key: BatchKey) -> Any:
+        if self._begun == (key.split, key.epoch):
+            return split.batch(key.epoch, key.ids)
+        self._begun = key.split, key.epoch
+        self.changes.tell()
+        split.begin_epoch(key.epoch)
+        self.changes.epoch_begins(key.split)
+        return split.first_batch(key.epoch, key.ids)
 
 
 class KeySampler:
@@ -152,6 +145,7 @@ def start_loader(
         multiprocessing_context=fork_server(module) if workers else None,
         worker_init_fn=functools.partial(init_loader_worker, stacks_path, default_start_method(), module),
     )
+    ForkingPickler.register(torch.Generator, reduce_generator)
     with contextlib.ExitStack() as stack:
         if workers:
             stack.enter_context(named_by_this_process())
@@ -167,6 +161,21 @@ def start_loader(
                 f"fails: {error}. Keep lambdas, open files, locks and classes made inside functions out of them, "
                 "or load in the training process (--workers 0)"
             ) from error
+
+
+def reduce_generator(generator: torch.Generator) -> Any:
+    """How a generator is pickled for a process: by value.
+
+    By torch's own way its state is a tensor, whose file is closed before the process that is to read it begins: a
+    loader worker died of any data set that held one.
+    """
+    return rebuilt_generator, (str(generator.device), generator.get_state().numpy().tobytes())
+
+
+def rebuilt_generator(device: str, state: bytes) -> torch.Generator:
+    generator = torch.Generator(device)
+    generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+    return generator
 
 
 def unchanged(batch: Any) -> Any:
@@ -247,4 +256,4 @@ def send_error_instead(queue: Any, error: Exception, item: Any) -> None:
     advice = (
         "Batches go from loader workers to the training process by pickle: keep functions and open files out of them"
     )
-    queue.put((item[0], (None, DataError(f"{message}\n\n{advice}"), [])))
+    queue.put((item[0], Loaded(None, DataError(f"{message}\n\n{advice}"))))

@@ -1,13 +1,13 @@
-"""Which plain attributes of objects changed between two looks: counters, lists, small arrays, generators.
+"""Which plain attributes of objects changed between two looks: counters, lists, small arrays.
 
-Once an epoch at most, and bounded: a few values of what is long, a few levels of what is deep.
+Not random generators: engine/randomness.py seeds them for each draw. Once an epoch at most, and bounded: a few values
+of what is long, a few levels of what is deep.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import random
 import re
 import sys
 from collections import deque
@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 SHOWN = 5  # names in a message
-GENERATOR = "#generator "  # what stands for one begins so
 DEPTH = 5
 ELEMENTS = 100  # of a container or an array that are looked at
 VALUES = 20_000  # of all that is looked at
@@ -30,19 +29,15 @@ OF_TASKS = frozenset(["cfg", "_notes", "_progress"])  # raytrain's own
 Look = dict[str, str]  # path, such as MyTask.steps or MyTask.history[3] -> what stands there, short enough to be shown
 
 
-def look(roots: Mapping[str, Any], known: Iterable[Any] = (), generators: bool = True) -> Look:
+def look(roots: Mapping[str, Any], known: Iterable[Any] = ()) -> Look:
     """The plain values below `roots`, by their paths; nothing below what is `known`.
 
     What is None is not there yet. Tensors with a gradient function are scratch: what a forward pass leaves behind.
-
-    generators: whether random generators are looked at
     """
     seen = {id(each) for each in known}
     found: Look = {}
     for name, root in roots.items():
-        for path, value in itertools.islice(_values(root, name, seen, DEPTH), VALUES):
-            if generators or not value.startswith(GENERATOR):
-                found[path] = value
+        found.update(itertools.islice(_values(root, name, seen, DEPTH), VALUES))
     return found
 
 
@@ -101,9 +96,8 @@ def _values(value: Any, path: str, seen: set[int], depth: int) -> Iterator[tuple
     if id(value) in seen:
         return
     seen.add(id(value))
-    state = generator_state(value)
-    if state is not None:
-        yield path, GENERATOR + _digest(repr(state).encode())
+    if isinstance(value, itertools.count):
+        yield path, _digest(repr(value).encode())
     elif isinstance(value, dict):
         for key in _some(value):
             if isinstance(key, (str, *NUMBERS)):
@@ -130,19 +124,6 @@ def _values_of_object(value: Any, path: str, seen: set[int], depth: int) -> Iter
     for name, each in own.items():
         if name not in skipped:
             yield from _values(each, f"{path}.{name}", seen, depth - 1)
-
-
-def generator_state(value: Any) -> Any:
-    """What a random generator, or a counter of itertools, goes on from; None of anything else."""
-    if isinstance(value, random.Random):
-        return value.getstate()
-    if isinstance(value, np.random.Generator):
-        return value.bit_generator.state
-    if isinstance(value, np.random.RandomState):
-        return value.get_state(legacy=False)
-    if isinstance(value, torch.Generator):
-        return value.get_state().tolist()
-    return repr(value) if isinstance(value, itertools.count) else None
 
 
 def array_digest(value: Any) -> str:

@@ -14,7 +14,7 @@ from raytrain.engine.compilation import Compilation, open_compilation
 from raytrain.engine.engine import Engine
 from raytrain.engine.modes import TrainingMode
 from raytrain.engine.own_state import OwnState
-from raytrain.engine.randomness import seed_all
+from raytrain.engine.randomness import Randomness, seed_all
 from raytrain.engine.schedule import Schedule, build_schedule
 from raytrain.engine.world import World
 from raytrain.errors import CheckpointError, TaskError
@@ -35,6 +35,7 @@ class RunState:
     built:       what the task gave, in short, as training/sameness.py has it; a checkpoint's manifest holds it
     compilation: where OPTIMIZATION.COMPILE asks for it
     own:         what the task and its data sets hold besides the model
+    randomness:  what a step or a prediction may draw from: what task and model own is seeded as the global ones are
     """
 
     model: torch.nn.Module
@@ -51,6 +52,7 @@ class RunState:
     compilation: Compilation | None = None
     built: dict[str, Any] = dataclasses.field(default_factory=dict)
     own: OwnState = dataclasses.field(default_factory=lambda: OwnState({}))
+    randomness: Randomness = dataclasses.field(default_factory=Randomness)
 
     @property
     def seed(self) -> int:
@@ -80,7 +82,8 @@ def build_run(cfg: Any, task: Task, train_set: Any, plan: Plan, world: World) ->
     engine = Engine(model, cfg.OPTIMIZATION, world, cfg.SCALE.REDUCTION)
     engine.guard.limit = min(engine.guard.limit, plan.total_steps)  # a run without one good step has failed
     schedule = build_schedule(cfg.OPTIMIZATION, plan.steps_per_epoch, plan.num_epochs)
-    return RunState(model, TrainingMode(model), engine, schedule, plan, world, cfg.to_tree())
+    mode, randomness = TrainingMode(model), Randomness(task=task, model=model)
+    return RunState(model, mode, engine, schedule, plan, world, cfg.to_tree(), randomness=randomness)
 
 
 def compile_model(run: RunState, optim_cfg: Any) -> list[str]:

@@ -13,7 +13,8 @@ import torch
 from torch.utils.data import IterableDataset
 
 from raytrain.batch import map_tensors, move_to
-from raytrain.engine.randomness import seed_all
+from raytrain.data.split import set_epochs_of
+from raytrain.engine.randomness import Randomness
 from raytrain.engine.terms import Key, Sum
 from raytrain.errors import TaskError
 from raytrain.task import ModelReturn, Task
@@ -179,9 +180,9 @@ def pictures_of(
     predictions: as validate.evaluate gives them; [] where there is no checkpoint
     """
     where = f"{type(task).__name__}.pictures"
-    seed_all(seed, "pictures", epoch)
-    if hasattr(dataset, "set_epoch"):
-        dataset.set_epoch(epoch)
+    Randomness(dataset=dataset, task=task).seed(seed, "pictures", epoch)
+    for set_epoch in set_epochs_of(dataset).values():
+        set_epoch(epoch)
     given = task.pictures(predictions if task.has_predict() else [], dataset, min(count, len(dataset)))
     if not isinstance(given, Iterable):
         raise TaskError(f"{where} gave {type(given).__name__}; write it as a generator: yield name, png_bytes")

@@ -45,7 +45,7 @@ class Evaluation:
     folder:   where metrics.json lies (and predictions.pt)
     pictures: the folder of its pictures, if there are any
     warning:  why there are none, where they were asked for
-    notes:    what the task says of it
+    notes:    what the task says of it, and what is to be known of the data
     """
 
     metrics: dict[str, float]
@@ -133,7 +133,8 @@ def _evaluated(cfg: Config, run_dir: str, checkpoint: str | None, eval_tag: str,
         buffer = io.BytesIO()
         torch.save(predictions, buffer)
         storage.write_bytes(f"{name}/predictions.pt", buffer.getvalue())
-    evaluation = Evaluation(metrics, checkpoint, storage.path_of(name), notes=[*notes, *task.take_notes()])
+    all_notes = [*notes, *feed.notes, *task.take_notes()]
+    evaluation = Evaluation(metrics, checkpoint, storage.path_of(name), notes=all_notes)
     if not (task.has_pictures() and cfg.EVAL.PICTURES):
         return evaluation
     try:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from raytrain.data.feed import Feed, Step
-from raytrain.engine.randomness import seed_all
 from raytrain.engine.state import RunState
 from raytrain.engine.terms import Key, Sum
 from raytrain.task import Task
@@ -66,7 +65,7 @@ def train_step(
                 batch = feed.fetch(key)
                 if run.compilation is not None:
                     run.compilation.try_out(batch, partial(rehearse, run, task))
-                seed_all(run.seed, "step", at, v, i)
+                run.randomness.seed(run.seed, "step", at, v, i)
                 with run.engine.precision.autocast():
                     returned = task.model_func(run.model, batch)
                 part = part_of(returned, len(key.ids) / step.consumed, task)  # the mean, as of one large batch

@@ -97,7 +97,7 @@ class Recorder:
         """Collective. All that follows a step; False if the run is to stop here."""
         self.heartbeat.beat("checkpoint")
         if not self._steps:  # the first since an epoch began
-            self.notes += untrained(self.run)
+            self.notes += untrained(self.run) + unseeded(self.run)
         self._steps.append(step)
         self.notes += followed(self.run)
         self._unsaved.stepped()
@@ -234,7 +234,8 @@ class Recorder:
 
     def _write_notes(self) -> None:
         of_compilation = self.run.compilation.notes if self.run.compilation else []
-        for notes in (self.notes, self.checkpointer.notes, self.run.engine.notes, of_compilation):
+        of_parts = self.feed.notes, self.checkpointer.notes, self.run.engine.notes
+        for notes in (self.notes, *of_parts, of_compilation):
             while notes:
                 self.journal.write("event", event="note", message=notes.pop(0))
         for note in self.task.take_notes():
@@ -311,4 +312,15 @@ def untrained(run: RunState) -> list[str]:
     return [
         f"not trained, since they came or were unfrozen after training began: {', '.join(names[:5])}"
         f"{', ...' if names[5:] else ''}. Make them, trainable, in build_model"
+    ]
+
+
+def unseeded(run: RunState) -> list[str]:
+    """A line for the user if task or model have got a generator that was not there when training began."""
+    names = run.randomness.find()
+    if not names:
+        return []
+    return [
+        f"{', '.join(names)} came while training, so what was drawn from there until now was not seeded by step: "
+        "a resume draws other numbers. Make generators in __init__ or build_model"
     ]

@@ -14,7 +14,7 @@ import torch
 
 from raytrain.data.feed import Feed
 from raytrain.data.loader import BatchKey
-from raytrain.engine.randomness import seed_all
+from raytrain.engine.randomness import Randomness
 from raytrain.engine.state import RunState
 from raytrain.engine.terms import refuse_mixture
 from raytrain.errors import TaskError, users_traceback
@@ -62,7 +62,7 @@ def predict_split(run: RunState, task: Task, feed: Feed) -> list[tuple[int, Any]
         if run.compilation is not None:
             with gradients_as_wished(task):
                 run.compilation.try_out(batch, partial(rehearse, run, task))
-        seed_all(run.seed, "evaluate", key.epoch, key.ids[0])
+        run.randomness.seed(run.seed, "evaluate", key.epoch, key.ids[0])
         with gradients_as_wished(task), run.engine.precision.autocast():
             if task.has_predict():
                 predictions.extend(zip(key.ids, predictions_of(task, run.model, batch, len(key.ids)), strict=True))
@@ -100,6 +100,7 @@ def evaluate(run: RunState, task: Task, feed: Feed) -> Validation:
         run.engine.beat("eval")
         in_order = [value for _, value in sorted((pair for part in gathered for pair in part), key=lambda p: p[0])]
         if task.has_predict():
+            Randomness(dataset=feed.datasets["val"], task=task).seed(run.seed, "score", run.progress.epoch)
             with gradients_as_wished(task):
                 metrics = checked_metrics(task.score(in_order, feed.datasets["val"]), task)
         else:

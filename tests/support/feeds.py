@@ -13,6 +13,7 @@ from raytrain.data.feed import Feed
 from raytrain.data.loader import BatchKey
 from raytrain.engine.world import World
 from raytrain.progress import Plan, Progress
+from raytrain.task import Task
 
 START = Progress()
 PLAN = Plan(num_samples=22, batch_size=3, virtual_workers=2, accumulate=1, num_epochs=3)
@@ -20,13 +21,17 @@ PLAN = Plan(num_samples=22, batch_size=3, virtual_workers=2, accumulate=1, num_e
 
 @contextlib.contextmanager
 def feed_of(
-    workers: int = 0, world: World | None = None, datasets: dict[str, Any] | None = None, plan: Plan = PLAN
+    workers: int = 0,
+    world: World | None = None,
+    datasets: dict[str, Any] | None = None,
+    plan: Plan = PLAN,
+    task: Task | None = None,
 ) -> Iterator[Feed]:
     """A feed over Draws that evaluates after the epochs 2 and 3."""
     loader_cfg = SimpleNamespace(WORKERS=workers, PREFETCH=2, SHUFFLE=True)
     datasets = datasets or {"train": Draws(22), "val": Draws(7)}
     world = world or World(virtual_workers=plan.virtual_workers)
-    task = DrawTask(None)  # type: ignore[arg-type]
+    task = task or DrawTask(None)  # type: ignore[arg-type]
     feed = Feed(task, datasets, plan, world, loader_cfg, 5, lambda epoch: epoch in (2, 3))
     with contextlib.closing(feed):
         yield feed

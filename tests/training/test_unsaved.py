@@ -36,12 +36,12 @@ def small(folder: Path, task: str, workers: int = 0, **optim: Any) -> Any:
         (
             "Nested",
             [
-                "Nested.meter.total (0.0, now 18.0), Nested.counts (0, now 18), Nested.totals, Nested.rng, "
-                "Nested.numbers and 3 more changed in this epoch"
+                "Nested.meter.total (0.0, now 18.0), Nested.counts (0, now 18), Nested.totals, Nested.numbers, "
+                "Nested.centred.running_mean and 2 more changed in this epoch"
             ],
         ),
         ("InModel", ["Sequential.0.calls (0, now 18), Sequential.0.mean changed in this epoch"]),
-        ("InData", ["Walking.made (0, now 51) changed while samples were made"]),
+        ("InData", ["Walking.made (0, now 53) changed while samples were made"]),
         ("InScore", ["InScore.rounds (0, now 1), InScore.scores changed in this epoch"]),
         ("Calm", []),
         ("ByProgress", []),
@@ -68,7 +68,7 @@ def test_a_stop_in_the_first_epoch_tells_it_too(stop_at: int, tmp_path: Path) ->
 
 def test_loader_workers_tell_what_changes_in_them(tmp_path: Path) -> None:
     result = train(small(tmp_path, "InData", workers=1))
-    assert [note for note in notes(result.run_dir) if note.startswith("Walking.made (0, now 51) changed while samples")]
+    assert [note for note in notes(result.run_dir) if note.startswith("Walking.made (0, now 53) changed while samples")]
 
 
 def test_a_state_that_changes_in_a_loader_worker_is_refused(tmp_path: Path) -> None:
