@@ -41,6 +41,11 @@ class OwnState:
         state.save()
         return state
 
+    @property
+    def of_datasets(self) -> bool:
+        """Whether a data set has one."""
+        return any(name != "task" for name in self.owners)
+
     def save(self) -> dict[str, Any]:
         """By owner, what it gives now, as a checkpoint can hold it; tensors are the living ones."""
         return {

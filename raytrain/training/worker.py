@@ -182,7 +182,9 @@ def open_recorder(
 def start_feed(job: Job, recorder: Recorder, restored: Restored) -> None:
     """Collective. The feed gives batches from here on; first a few samples, to be compared with what they should be."""
     run, feed, origin = recorder.run, recorder.feed, restored.origin
-    probes, own = probe_keys(run.plan.num_samples, run.plan.batch_size), copy.deepcopy(run.own.save())
+    # Samples of a data set with a state depend on that too: at a resume they are not what they were at the start.
+    probes = [] if run.own.of_datasets else probe_keys(run.plan.num_samples, run.plan.batch_size)
+    own = copy.deepcopy(run.own.save())
     feed.start(run.progress, evaluate_first=run.unevaluated is not None, probes=probes)
     seen = {"names": names_of(feed.task, feed.datasets), "samples": samples_in(feed, probes)}
     run.own.load(own, "the start of this run")  # what making these samples has moved

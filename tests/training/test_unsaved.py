@@ -91,6 +91,7 @@ def test_a_stopped_run_ends_with_the_same_bits(task: str, stop_at: int, tmp_path
     assert result.metrics == whole.metrics
     weights = [[s["terms"].get("weight") for s in journal(r.run_dir, "step")] for r in (whole, result)]
     assert weights[0] == weights[1]
+    assert not [note for note in notes(result.run_dir) if "not as it was" in note]
 
 
 TWO = {"V": 2, "BATCH_SIZE_PER_GPU": 2}
