@@ -368,7 +368,7 @@ def run_train(args: argparse.Namespace) -> int:
         "resume": args.ckpt or args.resume,
         "overwrite": args.overwrite,
         "allow_config_change": args.allow_config_change,
-        "pretrained": args.pretrained_model,
+        "pretrained_model": args.pretrained_model,
         "allow_partial": args.allow_partial,
         "batch_size": args.batch_size,
         "dashboard": args.dashboard,
@@ -376,9 +376,8 @@ def run_train(args: argparse.Namespace) -> int:
     }
     result = train_with_torchrun(cfg, args, options) if world_of_torchrun() else train_as_asked(cfg, options)
     if result.status == "complete" and prints_messages():
-        metrics = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
-        say(f"already complete: all {cfg.OPTIMIZATION.NUM_EPOCHS} epochs are trained  {metrics}")
-        say(f"  run folder   {result.run_dir}")
+        for line in result.lines():
+            say(line)
     return EXIT_STOPPED if result.status == "stopped" else EXIT_FINISHED
 
 
@@ -471,7 +470,7 @@ def run_eval(args: argparse.Namespace) -> int:
     from raytrain.training.evaluate import evaluate
 
     evaluation = evaluate(
-        cfg, args.ckpt, eval_tag=args.eval_tag, batch_size=args.batch_size, save_predictions=args.save_to_file
+        cfg, args.ckpt, eval_tag=args.eval_tag, batch_size=args.batch_size, save_to_file=args.save_to_file
     )
     say(f"{evaluation.checkpoint}")
     for line in metric_lines(evaluation.metrics, "metrics.json"):
@@ -492,6 +491,8 @@ def run_view(args: argparse.Namespace) -> int:
 
     seen = view(cfg, args.ckpt, count=args.count)
     say(seen.checkpoint or "no checkpoint: the data alone")
+    for note in seen.notes:
+        say(f"  note: {note}")
     for path in seen.pictures:
         say(f"  {path}")
     for note in seen.notes:

@@ -8,6 +8,7 @@ import functools
 import os
 import sys
 import threading
+import warnings
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from raytrain.errors import (
     failure_of,
     keep_traceback,
     lost_another,
+    masked,
 )
 from raytrain.hash_seed import FIXED, RANDOM, VARIABLE, hash_seed
 from raytrain.journal.display import Display
@@ -60,6 +62,10 @@ class Result:
     metrics:         of the newest checkpoint's evaluation; none after a stop in mid-epoch
     checkpoint:      path of the newest checkpoint, None if there is none
     best_checkpoint: path of the best one by CHECKPOINT.METRIC
+    epochs:          that are trained
+    changes:         of a run that was complete: how config and code differ from those it was trained with, a line
+                     each; where there is one, metrics and checkpoints are not what this config would give
+    notes:           what else a user should know then
     """
 
     status: str
@@ -67,6 +73,19 @@ class Result:
     metrics: dict[str, float]
     checkpoint: str | None
     best_checkpoint: str | None
+    epochs: int = 0
+    changes: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """Of a run that was complete, for a terminal: what differs, before what it came to."""
+        metrics = "  ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
+        before = ", before these changes" if self.changes else ""
+        lines = [f"  note: {note}" for note in [*self.notes, *self.changes]]
+        lines.append(f"already complete{before}: all {self.epochs} epochs are trained  {metrics}")
+        if self.changes:
+            lines.append("  to train anew  --extra_tag NAME (beside it), or --resume never --overwrite (in its place)")
+        return [*lines, f"  run folder   {self.run_dir}"]
 
 
 def train(
@@ -75,32 +94,41 @@ def train(
     num_workers: int | None = None,
     address: str | None = None,
     resume: str | os.PathLike[str] = "auto",
+    ckpt: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     allow_config_change: bool = False,
-    pretrained: str | os.PathLike[str] | None = None,
+    pretrained_model: str | os.PathLike[str] | None = None,
     allow_partial: bool = False,
     quiet: bool = False,
 ) -> Result:
     """Train as `raytrain train` does: on Ray, or in this process with num_workers 0.
 
     cfg: a Config, or the path of its YAML file.   num_workers: in place of SCALE.NUM_WORKERS
-    resume: "auto", "never" or the path of a checkpoint.   quiet: nothing is printed
+    resume: "auto", "never" or the path of a checkpoint; ckpt: as resume with a path.   quiet: nothing is printed,
+    but a warning where the run was complete under another config or code: its metrics are not what was asked for.
     Raises RaytrainError; TrainingError, with the screen a user sees, when a worker fails.
     """
     if not isinstance(cfg, Config):
         cfg = load_config(cfg)
     if num_workers is not None:
         cfg = with_overrides(cfg, ["SCALE.NUM_WORKERS", str(num_workers)])
-    weights = None if pretrained is None else os.fspath(pretrained)
+    if ckpt is not None and resume != "auto":
+        raise ConfigError("ckpt and resume both say where to go on; give one of them")
+    weights = None if pretrained_model is None else os.fspath(pretrained_model)
     options = LaunchOptions(
         address=address,
-        resume=os.fspath(resume),
+        resume=os.fspath(resume if ckpt is None else ckpt),
         overwrite=overwrite,
         allow_config_change=allow_config_change,
-        pretrained=weights,
+        pretrained_model=weights,
         allow_partial=allow_partial,
     )
-    return launch(cfg, options, silent if quiet else None)
+    result = launch(cfg, options, silent if quiet else None)
+    if result.status == "complete" and not quiet:
+        print(masked("\n".join(result.lines())), flush=True)
+    elif result.changes:
+        warnings.warn(masked("\n".join(result.lines())), stacklevel=2)
+    return result
 
 
 def silent(record: Record) -> None:
@@ -162,6 +190,9 @@ def result_of(start: Start, status: str) -> Result:
         newest.manifest.metrics_with_nan if newest else {},
         newest.path if newest else None,
         best.path if best else None,
+        newest.manifest.progress.epoch if newest else 0,
+        start.changes,
+        start.notes,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import shlex
 import subprocess
@@ -13,9 +14,13 @@ from typing import Any
 import pytest
 import yaml
 from commands import environment
+from small_runs import journal, notes
 
-from raytrain import __version__, cli, load_config
+from raytrain import __version__, cli, launch, load_config
 from raytrain.cli import main
+from raytrain.config.load import with_overrides
+from raytrain.errors import ConfigError
+from raytrain.training import evaluate
 
 CONFIG = """\
 TASK: bad_tasks:Good
@@ -130,6 +135,32 @@ def test_an_evaluation_too_accepts_flags_with_nothing_left_to_do(
     assert capsys.readouterr().err.startswith(f"note: {words.split()[0]} has no effect here: ")
 
 
+@pytest.mark.parametrize(
+    ("command", "function", "only_in_python"),
+    [("train", launch.train, {"quiet"}), ("eval", evaluate.evaluate, set()), ("view", evaluate.view, set())],
+)
+def test_what_python_takes_is_called_as_the_flag_is(command: str, function: Any, only_in_python: set[str]) -> None:
+    flags = set(vars(parsed(f"{command} --cfg_file run.yaml")))
+    assert set(inspect.signature(function).parameters) - {"cfg"} - only_in_python <= flags
+
+
+def test_ckpt_and_pretrained_model_do_in_python_what_the_flags_do(folder: Path) -> None:
+    assert main(shlex.split("train --cfg_file run.yaml")) == 0
+    older = folder / "output" / "run" / "default" / "ckpt" / "checkpoint_epoch_1"
+    cfg = load_config(folder / "run.yaml", ["EXTRA_TAG", "again"])
+    again = launch.train(cfg, ckpt=older, quiet=True)
+    assert [run["resumed_from"] for run in journal(again.run_dir, "run")] == [str(older)]
+    assert evaluate.evaluate(cfg, ckpt=older).checkpoint == str(older)
+    with pytest.raises(ConfigError, match="ckpt and resume both say where to go on"):
+        launch.train(cfg, ckpt=older, resume="never", quiet=True)
+    weights = older / "checkpoint.pth"
+    begun = launch.train(with_overrides(cfg, ["EXTRA_TAG", "begun"]), pretrained_model=weights, quiet=True)
+    assert any(f"tensors from {weights}" in note for note in notes(begun.run_dir))
+    assert launch.train(with_overrides(cfg, ["EXTRA_TAG", "begun"]), pretrained_model=weights, quiet=True).notes == [
+        f"--pretrained_model {weights} is not used: the run is complete"
+    ]
+
+
 def test_set_wins_over_a_flag(folder: Path) -> None:
     cfg = cli.load(parsed("train --cfg_file run.yaml --epochs 3 --set OPTIMIZATION.NUM_EPOCHS 5"))
     assert cfg.OPTIMIZATION.NUM_EPOCHS == 5
@@ -210,7 +241,8 @@ def test_a_run_is_evaluated_from_its_own_folder(folder: Path, capsys: pytest.Cap
 def test_a_failing_evaluation_shows_the_users_own_traceback(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(shlex.split("train --cfg_file run.yaml --set TASK bad_tasks:Good")) == 0
     capsys.readouterr()
-    assert main(shlex.split("eval --cfg_file run.yaml --set TASK bad_tasks:ScoreRaises")) == 1
+    named = "--ckpt output/run/default/ckpt/checkpoint_epoch_2"
+    assert main(shlex.split(f"eval --cfg_file run.yaml {named} --set TASK bad_tasks:ScoreRaises")) == 1
     error = capsys.readouterr().err
     assert error.startswith("raytrain: The evaluation failed on rank 0\n")
     assert "in score" in error and "raytrain/training/loop.py" not in error

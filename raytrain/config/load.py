@@ -37,6 +37,7 @@ def load_config(
     apply_overrides(root, overrides, Config)
     root.value.setdefault("TAG", Node(path.stem, root.where))
     root.value.setdefault("EXP_GROUP_PATH", Node(_group_path(path), root.where))
+    root.value.setdefault("CFG_FILE", Node(str(path.resolve()), root.where))
     return _checked(root)
 
 

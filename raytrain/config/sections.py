@@ -304,6 +304,9 @@ class Config(Section):
     TAG: FolderName = "run"  #: part of the run folder; else the name of the YAML file
     EXP_GROUP_PATH: Folder = ""  #: part of the run folder; else the folders of the YAML file below configs/ or cfgs/
     EXTRA_TAG: FolderName = "default"  #: last part of the run folder
+    CFG_FILE: str = (
+        ""  #: the YAML file that it was read from, filled in: by it runs of files of one name are told apart
+    )
     CLASS_NAMES: list[str] = []  #: the task's own
     DATA_CONFIG: Tree = Tree()  #: the task's own
     MODEL: Tree = Tree()  #: the task's own

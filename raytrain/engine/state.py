@@ -36,6 +36,7 @@ class RunState:
     compilation: where OPTIMIZATION.COMPILE asks for it
     own:         what the task and its data sets hold besides the model
     randomness:  what a step or a prediction may draw from: what task and model own is seeded as the global ones are
+    source:      of the task's code, as in Manifest
     """
 
     model: torch.nn.Module
@@ -53,6 +54,7 @@ class RunState:
     built: dict[str, Any] = dataclasses.field(default_factory=dict)
     own: OwnState = dataclasses.field(default_factory=lambda: OwnState({}))
     randomness: Randomness = dataclasses.field(default_factory=Randomness)
+    source: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -122,7 +124,7 @@ def manifest_of(run: RunState, metrics: dict[str, float | None] | None) -> Manif
         **run.engine.arithmetic,
         **({"built": run.built} if run.built else {}),
     }
-    return Manifest(run.progress, run.config, world, run.seed, metrics)
+    return Manifest(run.progress, run.config, world, run.seed, metrics, source=run.source)
 
 
 def payload_of(run: RunState) -> dict[str, Any]:

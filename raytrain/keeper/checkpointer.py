@@ -300,4 +300,4 @@ class Checkpointer:
 
 def fields_of(manifest: Manifest) -> dict[str, Any]:
     """Of a manifest, what the keeper cannot know."""
-    return {name: getattr(manifest, name) for name in ("config", "world", "seed", "metrics")}
+    return {name: getattr(manifest, name) for name in ("config", "world", "seed", "metrics", "source")}

@@ -36,6 +36,7 @@ class Manifest:
     config:  the resolved config as a plain tree
     world:   num_workers, virtual_workers, num_samples, batch_size, accumulate; `built`: see training/sameness.py
     launch:  which launch of the run saved it;  created: UTC, ISO 8601.  Store.save fills both
+    source:  digits of the sha256 of each file of the task's code, by its path; see training/source.py
     """
 
     progress: Progress
@@ -47,6 +48,7 @@ class Manifest:
     created: str = ""
     version: str = raytrain.__version__
     files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    source: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def metrics_with_nan(self) -> dict[str, float]:
@@ -66,6 +68,7 @@ class Manifest:
             tree = json.loads(text, parse_constant=_refused)
             if tree.pop("sha256") != _tree_sha256(tree):
                 raise CheckpointError("its content does not match its own sha256")
+            tree.setdefault("source", {})  # none of the checkpoints of earlier versions has it
             fields = {field.name: tree[field.name] for field in dataclasses.fields(Manifest)}
             fields["progress"] = Progress(**tree["progress"])
             fields["files"] = {
@@ -106,6 +109,8 @@ def _typed(manifest: Manifest) -> Manifest:
         isinstance(phase, dict) and type(phase.get("FROM_EPOCH")) is int for phase in phases
     ):
         raise CheckpointError("its config's OPTIMIZATION and PHASES should be those of a config")
+    if not (isinstance(manifest.source, dict) and all(isinstance(hash_, str) for hash_ in manifest.source.values())):
+        raise CheckpointError("its source should be a mapping of files to texts")
     if not all(isinstance(text, str) for text in (manifest.launch, manifest.created, manifest.version)):
         raise CheckpointError("its launch, created and version should be texts")
     return manifest

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from raytrain.config.sections import Checkpoint
-from raytrain.errors import CheckpointError, PreflightError, StorageError, masked
+from raytrain.errors import CheckpointError, PreflightError, ResumeError, StorageError, masked
 from raytrain.journal.records import clean, number
 from raytrain.keeper import client
 from raytrain.storage.checkpoint import Manifest, is_verified, verify_checkpoint
@@ -17,7 +17,7 @@ from raytrain.storage.lock import JOURNAL
 from raytrain.storage.paths import parse_temporary
 from raytrain.storage.storage import Storage
 from raytrain.storage.store import FOLDER, SUPERSEDED, Listed, Store, listed, verified
-from raytrain.training.resume import Origin, is_complete, newest_to_trust, origin_of
+from raytrain.training.resume import Origin, begun_by, compare, is_complete, newest_to_trust, origin_of
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -179,7 +179,20 @@ def origin_says(origin: Origin | None, cfg: Any) -> list[str]:
             first = f"resume takes {origin.name}, evaluates it, and is done: all {num_epochs} epochs are trained"
     else:
         first = f"resume goes on from {origin.name} ({place(origin.manifest)}), the newest that is whole"
-    return [first, *origin.notes]
+    return [*differences(origin, cfg), first, *origin.notes]
+
+
+def differences(origin: Origin, cfg: Any) -> list[str]:
+    """What a start under `cfg` would say of this checkpoint, or that it would refuse it, before it goes on."""
+    if cfg is None or origin.manifest is None:
+        return []
+    config = cfg.to_tree()
+    if config["SCALE"]["VIRTUAL_WORKERS"] is None:
+        config["SCALE"]["VIRTUAL_WORKERS"] = origin.manifest.world["virtual_workers"]
+    try:
+        return [*compare(origin.manifest, config, False, origin.path), *begun_by(origin, cfg.CFG_FILE)]
+    except ResumeError as error:
+        return [f"a resume is refused: {error}", *begun_by(origin, cfg.CFG_FILE)]
 
 
 def place(manifest: Manifest) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
-from raytrain.config.load import load_config, with_overrides
+from raytrain.config.load import config_diff, load_config, with_overrides
 from raytrain.config.sections import Config, Eval, stays_below
 from raytrain.data.feed import Feed
 from raytrain.engine.determinism import device_here, prepare_torch, torch_put_back
@@ -21,7 +21,7 @@ from raytrain.engine.own_state import OwnState
 from raytrain.engine.randomness import seed_all
 from raytrain.engine.state import RunState, build_run, compile_model, load_model_state
 from raytrain.engine.world import World
-from raytrain.errors import CheckpointError, ConfigError, TaskError, explained
+from raytrain.errors import CheckpointError, ConfigError, ResumeError, TaskError, explained
 from raytrain.journal.records import strict
 from raytrain.journal.run_folder import run_dir_of
 from raytrain.progress import Progress
@@ -33,9 +33,13 @@ from raytrain.task import Task, make_task
 from raytrain.training import validate
 from raytrain.training.contract import pictures_of
 from raytrain.training.pictures import why_not_drawn, write_pictures
-from raytrain.training.resume import load_origin, origin_at
+from raytrain.training.resume import Origin, begun_by, load_origin, origin_at
 from raytrain.training.sameness import compare_with_checkpoint, names_of, record_of
+from raytrain.training.source import source_notes, source_of
 from raytrain.training.worker import build_datasets, plan_of
+
+# What an evaluation follows from, beside the weights; a task may draw its split by SEED.
+EVALUATED = ("TASK", "SEED", "CLASS_NAMES", "DATA_CONFIG", "MODEL")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +49,8 @@ class Evaluation:
     folder:   where metrics.json lies (and predictions.pt)
     pictures: the folder of its pictures, if there are any
     warning:  why there are none, where they were asked for
-    notes:    what the task says of it, and what is to be known of the data
+    notes:    how config and code differ from those that the checkpoint was made with; what the task says of it, and what
+              is to be known of the data
     """
 
     metrics: dict[str, float]
@@ -58,10 +63,7 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """Paths of pictures, and of the checkpoint whose predictions they show, if they show any.
-
-    notes: what a user should know of these
-    """
+    """Paths of pictures, and of the checkpoint whose predictions they show, if they show any; notes as Evaluation's."""
 
     pictures: list[str]
     checkpoint: str | None
@@ -70,16 +72,16 @@ class View:
 
 def evaluate(
     cfg: Config | str | os.PathLike[str],
-    checkpoint: str | None = None,
+    ckpt: str | os.PathLike[str] | None = None,
     *,
     eval_tag: str = "default",
     batch_size: int | None = None,
-    save_predictions: bool = False,
+    save_to_file: bool = False,
 ) -> Evaluation:
     """Evaluate a checkpoint on the validation split, in this process.
 
-    checkpoint: a path as for --resume; None takes the run folder's best one, else its newest.
-    Raises RaytrainError.
+    ckpt: a path as for --resume; None takes the run folder's best one, else its newest
+    save_to_file: whether the predictions are written too.   Raises RaytrainError.
     """
     if not isinstance(cfg, Config):
         cfg = load_config(cfg)
@@ -90,10 +92,12 @@ def evaluate(
     run_dir = run_dir_of(cfg)
     refuse_links(open_storage(run_dir))
     with _explained("The evaluation", run_dir):
-        return _evaluated(cfg, run_dir, checkpoint, eval_tag, save_predictions)
+        return _evaluated(cfg, run_dir, ckpt, eval_tag, save_to_file)
 
 
-def view(cfg: Config | str | os.PathLike[str], checkpoint: str | None = None, *, count: int | None = None) -> View:
+def view(
+    cfg: Config | str | os.PathLike[str], ckpt: str | os.PathLike[str] | None = None, *, count: int | None = None
+) -> View:
     """Pictures of the first samples of the validation split, in this process.
 
     With what a checkpoint predicts, where one is named or the run folder has one; of the data alone otherwise.
@@ -105,7 +109,7 @@ def view(cfg: Config | str | os.PathLike[str], checkpoint: str | None = None, *,
     run_dir = run_dir_of(cfg)
     refuse_links(open_storage(run_dir))
     with _explained("Drawing", run_dir):
-        return _viewed(cfg, run_dir, checkpoint, count or cfg.EVAL.PICTURES or Eval().PICTURES)
+        return _viewed(cfg, run_dir, ckpt, count or cfg.EVAL.PICTURES or Eval().PICTURES)
 
 
 @contextlib.contextmanager
@@ -115,26 +119,29 @@ def _explained(what: str, run_dir: str) -> Iterator[None]:
         yield
 
 
-def _evaluated(cfg: Config, run_dir: str, checkpoint: str | None, eval_tag: str, save_predictions: bool) -> Evaluation:
+def _evaluated(
+    cfg: Config, run_dir: str, ckpt: str | os.PathLike[str] | None, eval_tag: str, save_to_file: bool
+) -> Evaluation:
     storage = open_storage(run_dir)
-    checkpoint = checkpoint or chosen_checkpoint(cfg, storage)
-    if checkpoint is None:
+    origin = evaluated_origin(cfg, storage, ckpt)
+    if origin is None:
         raise CheckpointError(f"{storage.path_of('')} holds no checkpoint to evaluate; name one with --ckpt")
+    notes = evaluation_differences(origin, cfg)
     seed_all(cfg.SEED, "task")
     task = make_task(cfg)
     datasets = validated_datasets(cfg, task)
-    run, notes = restored(cfg, task, datasets, checkpoint)
+    run, others = restored(cfg, task, datasets, origin)
     with contextlib.closing(validation_feed(cfg, task, run, datasets)) as feed:
         validation = validate.evaluate(run, task, feed)
     metrics, predictions = validation.metrics, validation.predictions
     name = f"eval/epoch_{run.progress.epoch}/val/{eval_tag}"
     storage.write_bytes(f"{name}/metrics.json", json.dumps(strict(metrics), indent=1).encode() + b"\n")
-    if save_predictions:
+    if save_to_file:
         buffer = io.BytesIO()
         torch.save(predictions, buffer)
         storage.write_bytes(f"{name}/predictions.pt", buffer.getvalue())
-    all_notes = [*notes, *feed.notes, *task.take_notes()]
-    evaluation = Evaluation(metrics, checkpoint, storage.path_of(name), notes=all_notes)
+    notes = [*notes, *others, *feed.notes, *task.take_notes()]
+    evaluation = Evaluation(metrics, origin.path, storage.path_of(name), notes=notes)
     if not (task.has_pictures() and cfg.EVAL.PICTURES):
         return evaluation
     try:
@@ -145,7 +152,7 @@ def _evaluated(cfg: Config, run_dir: str, checkpoint: str | None, eval_tag: str,
     return dataclasses.replace(evaluation, pictures=storage.path_of(f"{name}/pictures") if drawn else None)
 
 
-def _viewed(cfg: Config, run_dir: str, checkpoint: str | None, count: int) -> View:
+def _viewed(cfg: Config, run_dir: str, ckpt: str | os.PathLike[str] | None, count: int) -> View:
     seed_all(cfg.SEED, "task")
     task = make_task(cfg)
     if not task.has_pictures():
@@ -154,25 +161,49 @@ def _viewed(cfg: Config, run_dir: str, checkpoint: str | None, count: int) -> Vi
             "a generator of (name, PNG bytes) of the first `count` samples"
         )
     datasets, storage = validated_datasets(cfg, task), open_storage(run_dir)
-    checkpoint = checkpoint or chosen_checkpoint(cfg, storage)
+    origin = evaluated_origin(cfg, storage, ckpt)
     epoch, name, predictions = 0, "view/data", []
     notes: list[str] = []
-    if checkpoint is not None and task.has_predict():
-        run, notes = restored(cfg, task, datasets, checkpoint)
+    if origin is not None and task.has_predict():
+        notes = evaluation_differences(origin, cfg)
+        run, others = restored(cfg, task, datasets, origin)
+        notes += others
         epoch, name = run.progress.epoch, f"view/epoch_{run.progress.epoch}"
         first = Subset(datasets["val"], range(min(count, len(datasets["val"]))))
         with contextlib.closing(validation_feed(cfg, task, run, {**datasets, "val": first})) as feed:
             predictions = [prediction for _, prediction in validate.predict_split(run, task, feed)]
     pictures = pictures_of(task, predictions, datasets["val"], count, cfg.SEED, epoch)
     names = write_pictures(pictures, storage, name)
-    return View([storage.path_of(f"{name}/{each}.png") for each in names], checkpoint if predictions else None, notes)
+    paths = [storage.path_of(f"{name}/{each}.png") for each in names]
+    return View(paths, origin.path if origin and predictions else None, notes)
 
 
-def chosen_checkpoint(cfg: Config, storage: Storage) -> str | None:
-    """Where a run folder's best checkpoint lies, else its newest that can be trusted."""
+def evaluated_origin(cfg: Config, storage: Storage, ckpt: str | os.PathLike[str] | None) -> Origin | None:
+    """The checkpoint that a user's path names; else a run folder's best one, else its newest that can be trusted."""
+    if ckpt is not None:
+        return origin_at(os.fspath(ckpt))
     store = Store(storage, cfg.CHECKPOINT, "")
     saved = store.best() or store.latest_verified()[0]
-    return saved.path if saved else None
+    return Origin(saved.path, saved.name, saved.manifest, []) if saved else None
+
+
+def evaluation_differences(origin: Origin, cfg: Config) -> list[str]:
+    """A line for each thing that decides an evaluation and is not as when the checkpoint was made.
+
+    ResumeError if the run folder's own is another task's; one that the user has named may be.
+    """
+    if origin.manifest is None:
+        return []
+    old, now = origin.manifest.config, cfg.to_tree()
+    if origin.name is not None and old.get("TASK") != cfg.TASK:
+        raise ResumeError(
+            f"{origin.path} was made by TASK {old.get('TASK')}, and this config has {cfg.TASK}. What to do: give the "
+            "config of that run, or the folder of this one's (--extra_tag NAME); or name the checkpoint to have it "
+            "evaluated by this task all the same (--ckpt PATH)"
+        )
+    different = [(k, a, b) for k, a, b in config_diff(old, now) if k.split(".")[0] in EVALUATED]
+    lines = [f"config differs from the checkpoint's: {k}: was {a}, now {b}" for k, a, b in different]
+    return [*lines, *source_notes(origin.manifest.source, source_of(cfg.TASK)), *begun_by(origin, cfg.CFG_FILE)]
 
 
 def validated_datasets(cfg: Config, task: Task) -> dict[str, Any]:
@@ -183,7 +214,7 @@ def validated_datasets(cfg: Config, task: Task) -> dict[str, Any]:
     return datasets
 
 
-def restored(cfg: Config, task: Task, datasets: dict[str, Any], checkpoint: str) -> tuple[RunState, list[str]]:
+def restored(cfg: Config, task: Task, datasets: dict[str, Any], origin: Origin) -> tuple[RunState, list[str]]:
     """A run on this process's device with a checkpoint's weights, at its epoch; and what is not as it was then."""
     world = World(device=device_here(cfg))
     prepare_torch(cfg, world.device)
@@ -191,11 +222,11 @@ def restored(cfg: Config, task: Task, datasets: dict[str, Any], checkpoint: str)
     plan = plan_of(with_overrides(cfg, ["LOADER.LAST", "keep"]), len(datasets["train"]), world)  # nothing is trained
     run = build_run(cfg, task, datasets["train"], plan, world)
     compile_model(run, cfg.OPTIMIZATION)
-    origin, built = origin_at(checkpoint), {**record_of(datasets), "names": names_of(task, datasets)}
+    built = {**record_of(datasets), "names": names_of(task, datasets)}
     notes = compare_with_checkpoint(origin.manifest.world.get("built", {}), built) if origin.manifest else []
     payload = load_origin(origin)
-    load_model_state(run.model, payload["model_state"], checkpoint)
-    notes += OwnState.of(task, datasets).load(payload.get("raytrain", {}).get("own", {}), checkpoint)
+    load_model_state(run.model, payload["model_state"], origin.path)
+    notes += OwnState.of(task, datasets).load(payload.get("raytrain", {}).get("own", {}), origin.path)
     run.progress = progress_of(payload)
     return run, notes
 

@@ -20,6 +20,7 @@ class Job:
     start: "auto" (newest verified checkpoint of the run folder, else step 0), "fresh", or the path
            of a checkpoint. The latter two hold until this launch has saved: when Ray starts the
            workers again, they go on from there.
+    notes: what a user should know of where it begins, a line each
     driver: host, process and its start, of what keeps the run going: once it is dead nobody starts workers again
     cwd, search_path: of the driver (sys.path); workers take them over, so that a task file and
            relative paths mean the same there, on a cluster that was started elsewhere too
@@ -32,9 +33,10 @@ class Job:
     virtual_workers: int
     start: str = "auto"
     allow_config_change: bool = False
-    pretrained: str | None = None
+    pretrained_model: str | None = None
     allow_partial: bool = False
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
     cwd: str = ""
     search_path: tuple[str, ...] = ()
     driver: tuple[Any, ...] = ()

@@ -25,7 +25,8 @@ from raytrain.storage.paths import expanded
 from raytrain.storage.storage import open_storage
 from raytrain.storage.store import Store, listed
 from raytrain.training.job import Job
-from raytrain.training.resume import Origin, choose, compare, is_complete
+from raytrain.training.resume import Origin, begun_by, choose, compare, is_complete
+from raytrain.training.source import source_notes, source_of
 
 ANSWER_S = 3.0  # whoever has just typed the command shall learn at once that the storage does not answer
 BEREAVED_S = 15.0  # so long the other workers of a run whose first has died may take to die
@@ -46,7 +47,7 @@ class LaunchOptions:
     resume: str = "auto"
     overwrite: bool = False
     allow_config_change: bool = False
-    pretrained: str | None = None
+    pretrained_model: str | None = None
     allow_partial: bool = False
     batch_size: int | None = None
     dashboard: bool = False
@@ -56,21 +57,27 @@ class LaunchOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where a launch begins: its run folder, and the checkpoint that it goes on from."""
+    """Where a launch begins: its run folder, and the checkpoint that it goes on from.
+
+    changes: of a run that is complete, how config and code differ from those it was trained with, a line each
+    notes:   what else a user should know of it, as that another YAML file's run lies there
+    """
 
     cfg: Config
     options: LaunchOptions
     run_dir: str
     store: Store
     origin: Origin | None
+    changes: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def is_complete(self) -> bool:
         """Whether the run has finished before, and this launch leaves it at that."""
         return self.options.resume == "auto" and is_complete(self.origin, self.cfg.OPTIMIZATION.NUM_EPOCHS)
 
-    def job(self, num_workers: int, use_gpu: bool) -> Job:
-        """What every worker is asked to do; all that the config left open is settled in its config."""
+    def settled(self, num_workers: int) -> Config:
+        """The config, with all that it left open."""
         options, cfg = self.options, self.cfg
         virtual_workers = cfg.SCALE.VIRTUAL_WORKERS or max(1, num_workers)
         if self.origin and self.origin.manifest and cfg.SCALE.VIRTUAL_WORKERS is None:
@@ -91,7 +98,26 @@ class Start:
             words += ["OPTIMIZATION.BATCH_SIZE_PER_GPU", str(options.batch_size // virtual_workers)]
         if masked(cfg.OUTPUT) != cfg.OUTPUT:  # from here on it is only written down: what is opened is run_uri
             words += ["OUTPUT", masked(cfg.OUTPUT)]
-        cfg = with_overrides(cfg, words)
+        return with_overrides(cfg, words)
+
+    def compared(self) -> Start:
+        """This, of a run that is complete, with what differs; refused as a resume is that would corrupt the run."""
+        options, origin = self.options, self.origin
+        assert origin is not None and origin.manifest is not None  # by which it is complete
+        config = self.settled(self.cfg.SCALE.NUM_WORKERS or 0).to_tree()
+        changes = compare(origin.manifest, config, options.allow_config_change, origin.path)
+        changes += source_notes(origin.manifest.source, source_of(self.cfg.TASK))
+        notes = [*origin.notes, *self.notes]
+        if options.pretrained_model is not None:
+            notes.append(f"--pretrained_model {options.pretrained_model} is not used: the run is complete")
+        return dataclasses.replace(self, changes=changes, notes=notes)
+
+    def job(self, num_workers: int, use_gpu: bool) -> Job:
+        """What every worker is asked to do; all that the config left open is settled in its config.
+
+        ResumeError if the run cannot go on under that.
+        """
+        options, cfg = self.options, self.settled(num_workers)
         if self.origin and self.origin.manifest:
             compare(self.origin.manifest, cfg.to_tree(), options.allow_config_change, self.origin.path)
         return Job(
@@ -99,12 +125,13 @@ class Start:
             run_uri=self.run_dir,
             launch=self.store.launch,
             use_gpu=use_gpu,
-            virtual_workers=virtual_workers,
+            virtual_workers=cfg.SCALE.VIRTUAL_WORKERS or 1,
             start="fresh" if options.resume == "never" else options.resume,
             allow_config_change=options.allow_config_change,
-            pretrained=options.pretrained,
+            pretrained_model=options.pretrained_model,
             allow_partial=options.allow_partial,
             arguments=options.arguments,
+            notes=self.notes,
             cwd=str(Path.cwd()),
             search_path=search_path(),
             driver=driver(),
@@ -173,7 +200,9 @@ def find_start(cfg: Config, options: LaunchOptions, tell: Callable[[str], None] 
     if options.resume != "never":
         store.clean_leftovers()
         origin = choose(store, options.resume)
-    weights = options.pretrained
+    before = origin if options.resume != "never" else newest_of(store)
+    notes = begun_by(before, cfg.CFG_FILE) if before else []
+    weights = options.pretrained_model
     if origin is None and weights is not None and not expanded(weights, "--pretrained_model").is_file():
         raise ResumeError(f"--pretrained_model {weights}: there is no such file; name a .pth file")
     if options.resume == "never":
@@ -183,12 +212,19 @@ def find_start(cfg: Config, options: LaunchOptions, tell: Callable[[str], None] 
         client.take_over(run_dir, BEREAVED_S)  # one that is just dying saves its state: before, not into the new run
         with locked(storage):
             store.clean_leftovers()  # of the old run: the new one would take what its writer has finished for its own
-            start_over(store, options.overwrite)
-    return Start(cfg, options, run_dir, store, origin)
+            start_over(store, options.overwrite, notes)
+    start = Start(cfg, options, run_dir, store, origin, notes=notes)
+    return start.compared() if start.is_complete else start
 
 
-def start_over(store: Store, overwrite: bool) -> None:
-    """An empty run folder; refused where it holds a run, unless that shall be overwritten.
+def newest_of(store: Store) -> Origin | None:
+    """The newest checkpoint that may be whole, as an origin; to know whose it is."""
+    newest = next((entry for entry in store.listed() if entry.manifest), None)
+    return Origin("", newest.name, newest.manifest, []) if newest else None
+
+
+def start_over(store: Store, overwrite: bool, notes: list[str]) -> None:
+    """An empty run folder; refused where it holds a run, unless that shall be overwritten. notes: of that run
 
     Its checkpoints are moved aside, to ckpt/superseded: only the user deletes the only copy.
     """
@@ -200,6 +236,7 @@ def start_over(store: Store, overwrite: bool) -> None:
         raise ResumeError(
             f"--resume never: {storage.path_of('')} holds a run already ({', '.join(remains[:4])}, ...). "
             "Give this one a folder of its own (--extra_tag NAME), or add --overwrite"
+            + "".join(f"\nnote: {note}" for note in notes)
         )
     store.supersede(Progress(-1))
     for name in LEFTOVERS:

@@ -19,6 +19,7 @@ from raytrain.storage.state_file import load_payload, load_weights_file
 from raytrain.storage.storage import Storage, open_storage
 from raytrain.storage.store import FOLDER, NAME, Saved, Store, checkpoint_name, newest_verified
 from raytrain.training.job import Job
+from raytrain.training.source import other_file, source_notes
 
 # Going on with another value of these would feed wrong samples, or the same ones twice.
 FIXED = {
@@ -33,8 +34,9 @@ FIXED = {
 }
 # These say where and how fast a run runs, not what it computes.
 FREE = (
-    *("OUTPUT", "TAG", "EXTRA_TAG", "EXP_GROUP_PATH", "TUNE."),
+    *("OUTPUT", "TAG", "EXTRA_TAG", "EXP_GROUP_PATH", "CFG_FILE", "TUNE."),
     *("SCALE.NUM_WORKERS", "SCALE.MAX_FAILURES", "SCALE.HANG_TIMEOUT", "EVAL.PICTURES", "LOG."),
+    *("SCALE.CPUS_PER_WORKER", "SCALE.GPUS_PER_WORKER", "SCALE.RESOURCES", "LOADER.WORKERS", "LOADER.PREFETCH"),
     *("CHECKPOINT.EVERY_SECONDS", "CHECKPOINT.OVERHEAD", "CHECKPOINT.SNAPSHOT_EVERY"),
 )
 
@@ -152,6 +154,12 @@ def compare(manifest: Manifest, new: dict[str, Any], allow_config_change: bool, 
     return [f"config differs from the checkpoint's: {k}: was {a}, now {b}" for k, a, b in different]
 
 
+def begun_by(origin: Origin, cfg_file: str) -> list[str]:
+    """A line if the checkpoint, where it is this folder's own, is of another YAML file. Driver only: it has them."""
+    before = origin.manifest.config.get("CFG_FILE") if origin.name is not None and origin.manifest else None
+    return other_file(before, cfg_file)
+
+
 def without_later_phases(config: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """The config with only those of its PHASES under which a step was taken before `progress`."""
     optim = config.get("OPTIMIZATION", {})
@@ -243,17 +251,21 @@ def bring_to_start(run: RunState, store: Store, job: Job, kept: KeeperClient | N
     if remembered is not None:
         if run.progress.cursor == 0 and run.progress.epoch > 0:  # its checkpoint may be there any moment, by the keeper
             run.unevaluated = checkpoint_name(run.progress)
-        return remembered, remembered.notes
+        saved = origin.manifest.source if origin and origin.manifest else {}
+        return remembered, [*remembered.notes, *source_notes(saved, run.source)]
     if origin is None:
-        if job.pretrained is None:
-            return None, []
-        return None, load_pretrained(run.model, job.pretrained, job.allow_partial).notes(job.pretrained)
+        if job.pretrained_model is None:
+            return None, [*job.notes]
+        pretrained = load_pretrained(run.model, job.pretrained_model, job.allow_partial)
+        return None, [*job.notes, *pretrained.notes(job.pretrained_model)]
     notes = [*origin.notes]
     if origin.manifest is not None:
         notes += compare(origin.manifest, run.config, job.allow_config_change, origin.path)
+        notes += source_notes(origin.manifest.source, run.source)
+        notes += job.notes if origin.manifest.launch != job.launch else []
     notes += bring(run, origin, job.allow_config_change)
-    if job.pretrained is not None:
-        notes.append(f"--pretrained_model {job.pretrained} is not used: the run resumes from {origin.path}")
+    if job.pretrained_model is not None:
+        notes.append(f"--pretrained_model {job.pretrained_model} is not used: the run resumes from {origin.path}")
     if origin.manifest is not None and origin.manifest.metrics:
         run.metrics = origin.manifest.metrics_with_nan
         if store.is_better(run.metrics, run.best):

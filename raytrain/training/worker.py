@@ -50,6 +50,7 @@ from raytrain.training.sameness import (
     record_of,
     samples_in,
 )
+from raytrain.training.source import ranks_of_other_source, source_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +118,10 @@ def build(
     notes = check_on_all_ranks(built, world)
     control.begin("Building the model")
     run = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), world), world)
-    run.built, run.own = built, OwnState.of(task, datasets)
+    run.built, run.own, run.source = built, OwnState.of(task, datasets), source_of(cfg.TASK)
     notes += take_from_rank_0(run.model, world)
-    notes += [*run.mode.notes, *last_batch_notes(run.plan), *compile_model(run, cfg.OPTIMIZATION)]
+    notes += [*ranks_of_other_source(world, run.source), *run.mode.notes, *last_batch_notes(run.plan)]
+    notes += compile_model(run, cfg.OPTIMIZATION)
     evaluates_after, channels_last = evaluation_epochs(cfg, datasets), cfg.OPTIMIZATION.CHANNELS_LAST
     feed = Feed(task, datasets, run.plan, world, cfg.LOADER, cfg.SEED, evaluates_after, channels_last)
     return run, feed, notes

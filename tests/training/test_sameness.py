@@ -89,8 +89,8 @@ def test_a_training_split_of_another_length_is_refused(begun, tmp_path):
 def test_an_evaluation_names_it_too(begun, tmp_path):
     shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
     (tmp_path / "build" / "numbers").touch()
-    [note] = raytrain.evaluate(animals(tmp_path)).notes
-    assert CHANGES["numbers"] in note
+    moved, note = raytrain.evaluate(animals(tmp_path)).notes
+    assert "DATA_CONFIG.BUILD: was" in moved and CHANGES["numbers"] in note
 
 
 def checked(rank: int, records: tuple[dict[str, Any], dict[str, Any]]) -> list[str] | str:
