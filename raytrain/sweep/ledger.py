@@ -3,7 +3,8 @@
 sweep.jsonl holds one JSON object a line; a line that a killed driver tore is passed over. Each record has `kind` and
 `time` (seconds since 1970); `epoch` counts finished epochs.
 
-sweep    a launch of the sweep: scheduler, search, metric, mode, num_samples, seed, num_epochs, space, concurrent
+sweep    a launch of the sweep: scheduler, search, metric, mode, num_samples, seed, num_epochs, space, concurrent,
+         source {path: digits of the sha256, of each file of the task's code}
 trial    a trial is made: trial, params {dotted key: value}
 start    it trains, again too, from the state after `epoch`: trial, epoch
 result   trial, epoch, step, value, metrics {}, seconds (of training, of this trial, over all launches), key;

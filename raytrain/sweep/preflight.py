@@ -17,6 +17,7 @@ from raytrain.sweep.datasets import are_the_same_for_all, built_and_pickled
 from raytrain.sweep.space import objective, workers_of_trial
 from raytrain.task import Task, make_task
 from raytrain.training.contract import checked_metrics, predictions_of
+from raytrain.training.source import source_of
 from raytrain.training.worker import build_datasets, plan_of
 
 MAX_SCORED = 2000  # validation samples of an untrained model; with more the first trial's evaluation tells the metrics
@@ -27,11 +28,13 @@ class TaskFacts:
     """steps_per_epoch: of a trial.   metrics: that its evaluations give; None where that would take long to find out
 
     datasets: for every trial, pickled; None where each is to build its own
+    source:   of the task's code, as training/source.py has it
     """
 
     steps_per_epoch: int
     metrics: tuple[str, ...] | None
     datasets: bytes | None
+    source: dict[str, str]
 
 
 def inspect_task(cfg: Config) -> TaskFacts:
@@ -52,7 +55,8 @@ def inspect_task(cfg: Config) -> TaskFacts:
         raise ConfigError(
             f"TUNE.METRIC is {metric!r}, which {type(task).__name__} does not give; it gives {', '.join(metrics)}"
         )
-    return TaskFacts(plan.steps_per_epoch, metrics, for_all if are_the_same_for_all(cfg.TUNE.SPACE) else None)
+    shared = for_all if are_the_same_for_all(cfg.TUNE.SPACE) else None
+    return TaskFacts(plan.steps_per_epoch, metrics, shared, source_of(cfg.TASK))
 
 
 def metrics_given(task: Task, datasets: dict[str, Any]) -> tuple[str, ...] | None:

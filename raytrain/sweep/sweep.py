@@ -16,12 +16,13 @@ from raytrain.sweep.ledger import Ledger, read_ledger, trial_folder
 from raytrain.sweep.lineage import Lineage, Params, lineages_of
 from raytrain.sweep.space import workers_of_trial
 from raytrain.sweep.view import SweepView, TrialView, view_of
+from raytrain.training.source import other_file, source_notes
 
 CONFIG = "sweep.yaml"
 BEST = "best.yaml"
 # What may be other when a sweep goes on: how much of it, and how fast. All else decides what trials and results mean.
 FREE = (
-    *("OUTPUT", "SCALE.MAX_FAILURES", "SCALE.HANG_TIMEOUT", "LOG.", "LOADER.WORKERS", "LOADER.PREFETCH"),
+    *("OUTPUT", "CFG_FILE", "SCALE.MAX_FAILURES", "SCALE.HANG_TIMEOUT", "LOG.", "LOADER.WORKERS", "LOADER.PREFETCH"),
     *("EVAL.PICTURES", "CHECKPOINT.EVERY_SECONDS", "CHECKPOINT.OVERHEAD", "CHECKPOINT.SNAPSHOT_EVERY"),
     *("TUNE.NUM_SAMPLES", "TUNE.CONCURRENT", "TUNE.BUDGET", "TUNE.MAX_FAILED", "OPTIMIZATION.NUM_EPOCHS"),
 )
@@ -46,6 +47,7 @@ class Sweep:
         self._replayed = {number: Lineage(params) for number, params in self.first_params.items()}
         self.known = {(r["trial"], r["key"], r["epoch"]): r for r in records if r["kind"] == "result" and "key" in r}
         self.lengths = lengths_of(records)
+        self._sources = [r["source"] for r in records if r["kind"] == "sweep" and isinstance(r.get("source"), dict)]
         self.clones = {(r["trial"], r["epoch"], r["from"]) for r in records if r["kind"] == "clone"}
         self._recloned: set[tuple[int, int, int]] = set()
         self.ledger = Ledger(folder)
@@ -151,6 +153,11 @@ class Sweep:
             f"schedule of {now} epochs from the start, so it gives other weights than {trial_folder(best.number)} has"
         ]
 
+    def other_source(self, source: dict[str, str]) -> list[str]:
+        """A line if earlier launches trained with other code of the task: their results are compared with these."""
+        notes = [source_notes(old, source, "an earlier launch's, whose results are kept") for old in self._sources]
+        return [f"note: {line}" for line in next(filter(None, notes), [])]
+
     def close(self) -> None:
         self.ledger.close()
 
@@ -176,10 +183,13 @@ def best_config(cfg: Config, lineage: Lineage, best: TrialView) -> Config:
     return of_trial.model_copy(update={"EXTRA_TAG": f"{cfg.EXTRA_TAG}/best", "OUTPUT": output})
 
 
-def check_same(cfg: Config, folder: RunFolder) -> None:
-    """ResumeError if the sweep in this folder was begun with a config under which trials mean something else."""
+def check_same(cfg: Config, folder: RunFolder) -> list[str]:
+    """ResumeError if the sweep in this folder was begun with a config under which trials mean something else.
+
+    A line if it was begun by another YAML file.
+    """
     if not folder.storage.exists(CONFIG):
-        return
+        return []
     try:
         old = parse_text(folder.storage.read_bytes(CONFIG).decode(), folder.storage.path_of(CONFIG))
         if not isinstance(old, dict):
@@ -207,3 +217,4 @@ def check_same(cfg: Config, folder: RunFolder) -> None:
             + "\n".join(f"  {k}: was {a}, now {b}" for k, a, b in different)
             + "\nWhat to do: put the old values back, or start another sweep (--extra_tag NAME)"
         )
+    return [f"note: {line}" for line in other_file(old.get("CFG_FILE"), cfg.CFG_FILE)]

@@ -62,7 +62,7 @@ class SweepResult:
     saved.
 
     folder: a path or URI.   best: what best.yaml holds, None without results
-    advice: lines for people: on clipping, and on what best.yaml cannot give
+    advice: lines for people: on clipping, on what best.yaml cannot give, on code that has changed since
     """
 
     status: str
@@ -109,7 +109,7 @@ def tune(
         stack.callback(folder.close)
         stack.enter_context(folder.locked(ANSWER_S))
         stack.callback(folder.storage.remove_tree, TUNES_FOLDER)
-        check_same(cfg, folder)
+        notes = check_same(cfg, folder)
         stop = stop or stack.enter_context(signals_wish_stop())
         used = starting_cluster or stack.enter_context(cluster.starting_for_trials(cfg, options.address))
         with explained("A look at the task, before any trial,", run_dir):
@@ -117,6 +117,7 @@ def tune(
         sweep = Sweep(cfg, folder)
         stack.callback(sweep.close)
         sweep.check_length()
+        notes += sweep.other_source(task.source)
         used.connect()
         if used.is_ours and is_tested():
             stack.enter_context(actors_as_they_stand())
@@ -127,7 +128,7 @@ def tune(
             reported(sweep)
             raise
         best, advice = reported(sweep)
-    return SweepResult(status, run_dir, sweep.view, best, advice)
+    return SweepResult(status, run_dir, sweep.view, best, [*advice, *notes])
 
 
 def checked_search(cfg: Config, extend: int) -> Search:
@@ -160,7 +161,9 @@ def run_trials(
     samples = number_of_samples(sweep, options)
     trials = TrialGenerator(sweep, search, search.num_trials(samples), resources.concurrent)
     sweep.write_config()
-    sweep.note("sweep", extend=options.extend, **facts(cfg, samples, trials.total, resources.concurrent))
+    sweep.note(
+        "sweep", extend=options.extend, **facts(cfg, samples, trials.total, resources.concurrent), source=task.source
+    )
     mailbox = Mailbox(launch)
     monitor = SweepMonitor(sweep, trials, stop, mailbox, show)
     try:

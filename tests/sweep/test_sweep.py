@@ -135,6 +135,34 @@ def test_a_sweep_that_bohb_chose_the_trials_of_is_not_gone_on_with_and_says_what
             check_same(config(tmp_path), sweep.folder)
 
 
+def test_code_that_has_changed_since_any_earlier_launch_is_told_and_a_ledger_from_before_tells_none(
+    tmp_path: Path,
+) -> None:
+    now, line = {"t.py": "b"}, "note: the task's code differs from an earlier launch's, whose results are kept: "
+    sources = ({}, {"source": {"t.py": "a"}}, {"source": now}, {"source": now})
+    for source, told in zip(sources, ([], [], [f"{line}t.py has changed"], [f"{line}t.py has changed"]), strict=True):
+        with launched(config(tmp_path), tmp_path, begins=False) as sweep:
+            assert sweep.other_source(now) == told
+            sweep.note("sweep", num_epochs=2, **source)
+
+
+def test_a_sweep_of_another_file_of_the_same_name_is_told(tmp_path: Path) -> None:
+    files = [tmp_path / folder / "x.yaml" for folder in ("a", "b")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("")
+    first, second = (config(tmp_path, CFG_FILE=str(file)) for file in files)
+    with launched(first, tmp_path) as sweep:
+        assert check_same(first, sweep.folder) == []
+        sweep.write_config()
+        assert check_same(first, sweep.folder) == []
+        (line,) = check_same(second, sweep.folder)
+        assert f"begun by {files[0]}, and this is {files[1]}" in line and "--extra_tag NAME" in line
+        files[0].unlink()
+        (line,) = check_same(second, sweep.folder)
+        assert line.endswith(f"{files[0]}, which is not here: taken to be {files[1]}, moved")
+
+
 def told(sweep: Sweep, number: int, epoch: int) -> None:
     """A result of the trial as this launch has it."""
     key = sweep._replayed[number].key(epoch)
