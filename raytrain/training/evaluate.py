@@ -200,6 +200,7 @@ def evaluation_differences(origin: Origin, cfg: Config) -> list[str]:
             f"{origin.path} was made by TASK {old.get('TASK')}, and this config has {cfg.TASK}. What to do: give the "
             "config of that run, or the folder of this one's (--extra_tag NAME); or name the checkpoint to have it "
             "evaluated by this task all the same (--ckpt PATH)"
+            + "".join(f"\nnote: {note}" for note in begun_by(origin, cfg.CFG_FILE))
         )
     different = [(k, a, b) for k, a, b in config_diff(old, now) if k.split(".")[0] in EVALUATED]
     lines = [f"config differs from the checkpoint's: {k}: was {a}, now {b}" for k, a, b in different]

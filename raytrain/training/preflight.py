@@ -100,12 +100,25 @@ class Start:
             words += ["OUTPUT", masked(cfg.OUTPUT)]
         return with_overrides(cfg, words)
 
+    def differences(self, cfg: Config) -> list[str]:
+        """How `cfg` differs from the checkpoint's, as `compare` tells and refuses it; with the notes, if refused."""
+        if self.origin is None or self.origin.manifest is None:
+            return []
+        try:
+            return compare(self.origin.manifest, cfg.to_tree(), self.options.allow_config_change, self.origin.path)
+        except ResumeError as error:
+            raise ResumeError("\n".join([str(error), *(f"note: {note}" for note in self.notes)])) from None
+
     def compared(self) -> Start:
         """This, of a run that is complete, with what differs; refused as a resume is that would corrupt the run."""
         options, origin = self.options, self.origin
         assert origin is not None and origin.manifest is not None  # by which it is complete
-        config = self.settled(self.cfg.SCALE.NUM_WORKERS or 0).to_tree()
-        changes = compare(origin.manifest, config, options.allow_config_change, origin.path)
+        changes = self.differences(self.settled(0))
+        scale, virtual_workers = self.cfg.SCALE, origin.manifest.world["virtual_workers"]
+        if scale.VIRTUAL_WORKERS is None and (scale.NUM_WORKERS or 0) > virtual_workers:
+            changes.append(
+                f"a new run of {scale.NUM_WORKERS} workers has as many virtual ones; it has {virtual_workers}"
+            )
         changes += source_notes(origin.manifest.source, source_of(self.cfg.TASK))
         notes = [*origin.notes, *self.notes]
         if options.pretrained_model is not None:
@@ -118,8 +131,7 @@ class Start:
         ResumeError if the run cannot go on under that.
         """
         options, cfg = self.options, self.settled(num_workers)
-        if self.origin and self.origin.manifest:
-            compare(self.origin.manifest, cfg.to_tree(), options.allow_config_change, self.origin.path)
+        self.differences(cfg)
         return Job(
             cfg=cfg,
             run_uri=self.run_dir,

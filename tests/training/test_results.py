@@ -17,7 +17,7 @@ import raytrain
 from raytrain.cli import main
 from raytrain.config.load import load_config, with_overrides
 from raytrain.config.sections import Config
-from raytrain.errors import ConfigError, ResumeError
+from raytrain.errors import ResumeError
 from raytrain.launch import Result
 
 CODE = """
@@ -138,9 +138,9 @@ def test_a_finished_run_has_nothing_to_say_where_its_result_is_the_same(words: s
     assert result.lines()[0].startswith("already complete: all 2 epochs are trained  loss ")
 
 
-def test_more_workers_than_a_finished_run_has_virtual_ones_are_refused_as_at_a_resume(project: Project) -> None:
-    with pytest.raises(ConfigError, match="NUM_WORKERS is 2, but this run has 1 virtual worker"):
-        raytrain.train(project.config("SCALE.NUM_WORKERS", "2"), quiet=True)
+def test_more_workers_than_a_finished_run_has_virtual_ones_are_told(project: Project) -> None:
+    with pytest.warns(UserWarning, match="a new run of 2 workers has as many virtual ones; it has 1"):
+        assert raytrain.train(project.config("SCALE.NUM_WORKERS", "2"), quiet=True).status == "complete"
 
 
 def test_the_command_and_python_show_it_on_the_screen(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,6 +163,10 @@ def test_another_yaml_of_the_same_name_is_told_with_the_remedy(project: Project)
     (note,) = raytrain.train(load_config(other), quiet=True).notes
     assert f"begun by {project.yaml}, and this is {other}; if they are two projects" in note
     assert "--extra_tag NAME, or a TAG of its own" in note
+    cfg = load_config(other, ["TASK", "results_up:Down"])
+    for refuses in (lambda: raytrain.train(cfg, quiet=True), lambda: raytrain.evaluate(cfg)):
+        with pytest.raises(ResumeError, match=f"(?s)results_up:Down.*\nnote: {re.escape(note)}$"):
+            refuses()
 
 
 def test_starting_over_in_a_namesakes_folder_says_whose_run_gives_way(tmp_path: Path, project: Project) -> None:
