@@ -75,6 +75,14 @@ def dotted_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
+def is_default(model: type[BaseModel], dotted: str, value: Any) -> bool:
+    """Whether a key of the schema has this plain value where nobody gives it one."""
+    *above, key = dotted.split(".")
+    section = section_in(annotation_at(model, above)) if above else model
+    field = section.model_fields.get(key) if section is not None else None
+    return field is not None and not field.is_required() and bool(plain(field.get_default()) == value)
+
+
 def legal(annotation: Any) -> str:
     """What a value of this annotation may be, in words: `a whole number >= 1 or null`."""
     origin, args = get_origin(annotation), get_args(annotation)

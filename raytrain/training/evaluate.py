@@ -49,7 +49,7 @@ class Evaluation:
     folder:   where metrics.json lies (and predictions.pt)
     pictures: the folder of its pictures, if there are any
     warning:  why there are none, where they were asked for
-    notes:    how config and code differ from those that the checkpoint was made with; what the task says of it, and what
+    notes:    how config and code differ from those that the checkpoint was made with; what the task says of it; what
               is to be known of the data
     """
 

@@ -6,6 +6,8 @@ import dataclasses
 from typing import Any
 
 from raytrain.config.load import ABSENT, config_diff
+from raytrain.config.schema import is_default
+from raytrain.config.sections import Config
 from raytrain.engine.pretrained import load_pretrained
 from raytrain.engine.state import RunState, restore, restore_heritage
 from raytrain.errors import CheckpointError, ResumeError
@@ -139,10 +141,12 @@ def parent_storage(path: str) -> tuple[Storage, str]:
 def compare(manifest: Manifest, new: dict[str, Any], allow_config_change: bool, where: str) -> list[str]:
     """A line for each key that differs from the checkpoint's config; ResumeError if one of FIXED does.
 
-    Phases that begin where the checkpoint was made, or later, have decided nothing in it: they may differ.
+    Phases that begin where the checkpoint was made, or later, have decided nothing in it: they may differ. So may keys
+    that there were none of when it was made, where they have their default.
     """
     old, new = (without_later_phases(config, manifest.progress) for config in (manifest.config, new))
     different = [(k, a, b) for k, a, b in config_diff(old, new) if not k.startswith(FREE)]
+    different = [(k, a, b) for k, a, b in different if a is not ABSENT or not is_default(Config, k, b)]
     refused = [(k, a, b) for k, a, b in different if k in FIXED and a is not ABSENT]  # one from before the key
     if refused and not allow_config_change:
         raise ResumeError(

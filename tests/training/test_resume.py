@@ -100,6 +100,18 @@ def test_every_other_difference_is_told_key_by_key() -> None:
     ]
 
 
+def test_a_key_that_there_was_none_of_is_told_unless_it_has_its_default() -> None:
+    before = CFG.to_tree()
+    del before["LOADER"]["SHUFFLE"], before["EVAL"], before["OPTIMIZATION"]["SPIKE"]
+    old = manifest(Progress(1, 0, 12), config=before)
+    assert compare(old, CFG.to_tree(), False, "x") == []
+    assert compare(old, changed("LOADER.SHUFFLE", "false", "EVAL.EVERY", "2", "MODEL.WIDTH", "3"), False, "x") == [
+        "config differs from the checkpoint's: MODEL.WIDTH: was absent, now 3",
+        "config differs from the checkpoint's: LOADER.SHUFFLE: was absent, now False",
+        "config differs from the checkpoint's: EVAL: was absent, now {'EVERY': 2, 'PICTURES': 4}",
+    ]
+
+
 def test_phases_that_had_begun_are_told_and_later_ones_are_nobodys_business() -> None:
     phases = ["OPTIMIZATION.PHASES", "[{FROM_EPOCH: 1, LR: 0.5}, {FROM_EPOCH: 2, LR: 0.1}]"]
     begun = "OPTIMIZATION.PHASES: was [], now [{'FROM_EPOCH': 1, 'LR': 0.5}]"
