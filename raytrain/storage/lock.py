@@ -50,12 +50,12 @@ def locked(
         return
     with contextlib.ExitStack() as stack:
         with as_storage_error("lock this run folder", storage.path_of(LOCK)):
-            file = stack.enter_context(open(storage.local_path(LOCK), "a+"))
+            # Without a buffer: a process that is forked while another thread writes would wait for that in `close`.
+            file = stack.enter_context(open(storage.local_path(LOCK), "a+b", buffering=0))
             closed_in_forks(file)
             _wait_for_lock(file, storage.path_of(""), timeout_s, tell)
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}")
-            file.flush()
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}".encode())
         yield
 
 
@@ -67,7 +67,7 @@ def _wait_for_lock(file: Any, folder: str, timeout_s: float, tell: Callable[[str
         except BlockingIOError:
             waited_s = time.monotonic() - began
             file.seek(0)
-            found = f"{folder}: another run is training in this folder ({file.read() or 'holder unknown'})"
+            found = f"{folder}: another run is training in this folder ({file.read().decode() or 'holder unknown'})"
             if waited_s >= timeout_s:
                 raise PreflightError(
                     f"{found}. Wait for it or end it, or give this one a folder of its own (--extra_tag NAME)"
