@@ -10,19 +10,19 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
-import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from raytrain.cluster.signal_handlers import signal_handlers_kept
-from raytrain.errors import PreflightError
+from raytrain.cluster.token import token_at_hand
+from raytrain.errors import PreflightError, RaytrainError
 from raytrain.storage.processes import children_of, command_of
+from raytrain.storage.scratch import SHORT, SOCKET_PATH_BYTES, ScratchFolder, own_mark
 
-TEMP_PREFIX = "raytrain-ray-"
+PREFIX = "raytrain-ray-"
+SOCKET_BYTES = len("/session_2026-11-30_12-00-00_000000_1234567/sockets/plasma_store")  # the longest below its folder
 
 # The versions whose private parts do what tests/cluster/test_ray_contract.py says; others get Ray's public ones.
 TESTED = ("2.60.0",)
@@ -89,6 +89,11 @@ class LocalCluster:
     def join(self) -> None:
         """Returns once this process is connected to it; raises what kept it from starting."""
         self._ready.wait()
+        if isinstance(self._failure, Exception) and not isinstance(self._failure, RaytrainError):
+            raise PreflightError(
+                f"the Ray cluster for this run did not start ({first_line(self._failure)}). "
+                "`--num_workers 0` trains in this process, without Ray; `--address` joins a cluster that stands"
+            ) from self._failure
         if self._failure is not None:
             raise self._failure
 
@@ -121,21 +126,22 @@ class LocalCluster:
             # What Ray starts from this thread has it so too. A SIGTERM to all processes of a run (systemd, Slurm,
             # `timeout`) is the driver's to answer: if the daemons did, no worker could save its state.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        remove_stale_temp_dirs()
-        # Sockets lie below it and their paths may not pass 107 characters, so it is not in TMPDIR.
-        temp_dir = tempfile.mkdtemp(prefix=f"{TEMP_PREFIX}{os.getpid()}-", dir="/tmp")
         node = None
-        try:
-            with on_loopback(), signal_handlers_kept():
-                node = self._start(temp_dir)
-            self._ready.set()
-            self._closing.wait()
-        except BaseException as failure:
-            self._failure = failure
-        finally:
-            self._ready.set()
-            shut_down(node)
-            shutil.rmtree(temp_dir, ignore_errors=True)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._ready.set)
+            try:
+                folder = cluster_folder()
+                stack.callback(folder.remove)
+                stack.enter_context(token_at_hand())
+                with on_loopback(), signal_handlers_kept():
+                    node = self._start(str(folder.path))
+                self._ready.set()
+                self._closing.wait()
+            except BaseException as failure:
+                self._failure = failure
+                self._ready.set()
+            finally:
+                shut_down(node)
 
     def _start(self, temp_dir: str) -> Any:
         import ray
@@ -161,6 +167,27 @@ class LocalCluster:
             shut_down(node)
             raise
         return node
+
+
+def cluster_folder() -> ScratchFolder:
+    """For all files of a cluster: in /tmp, which is short enough for sockets, or else in TMPDIR if that is."""
+    try:
+        return ScratchFolder(SHORT, PREFIX)
+    except OSError as error:
+        most_bytes = SOCKET_PATH_BYTES - SOCKET_BYTES - len(f"/{own_mark(PREFIX)}-12345678")
+        temp_dir = os.environ.get("TMPDIR", SHORT)
+        if temp_dir != SHORT and len(os.fsencode(temp_dir)) <= most_bytes:
+            with contextlib.suppress(OSError):
+                return ScratchFolder(temp_dir, PREFIX)
+        raise PreflightError(
+            f"{SHORT} cannot be written to ({error.strerror}), where a Ray cluster of the run's own has its sockets. "
+            f"Set TMPDIR to a folder that can, whose path has {most_bytes} characters at most; or train in this "
+            "process, without Ray (--num_workers 0)"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -271,11 +298,3 @@ def shut_down(node: Any) -> None:
         restore_raylets()
     if node is not None:
         node.kill_all_processes(check_alive=False, allow_graceful=True)
-
-
-def remove_stale_temp_dirs() -> None:
-    """Remove what clusters of drivers that were killed have left."""
-    for folder in Path("/tmp").glob(f"{TEMP_PREFIX}*"):
-        pid = folder.name[len(TEMP_PREFIX) :].split("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and folder.owner() == Path("/proc/self").owner():
-            shutil.rmtree(folder, ignore_errors=True)

@@ -37,9 +37,13 @@ def is_possible() -> bool:
 
 
 def address_of(run_uri: str) -> str:
-    """Where the keeper of a run folder listens on this host, by whichever links the folder is named."""
+    """Where the keeper of a run folder listens on this host, by whichever links the folder is named.
+
+    Containers that share the network have the same addresses, but not the same paths, and do not see each other's
+    processes: each has keepers of its own.
+    """
     place = run_uri if "://" in run_uri else os.path.realpath(run_uri)
-    return f"\0raytrain-{os.getuid()}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:24]}"
+    return f"\0raytrain-{os.getuid()}-{hashlib.sha256(os.fsencode(f'{host()} {place}')).hexdigest()[:24]}"
 
 
 def connect(run_uri: str) -> Channel | None:

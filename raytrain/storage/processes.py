@@ -17,7 +17,10 @@ DUMP = getattr(signal, "SIGRTMIN", 0) + 3  # makes a worker write its stacks; SI
 
 
 def closed_in_forks(file: Any) -> None:
-    """A process that the user's code forks does not hold on to `file`: it may live on when this one is killed."""
+    """A process that the user's code forks does not hold on to `file`: it may live on when this one is killed.
+
+    `file.close()` takes no lock: other threads of this process may hold it, which the fork has not.
+    """
     living = weakref.ref(file)
 
     def close() -> None:
@@ -27,12 +30,16 @@ def closed_in_forks(file: Any) -> None:
     os.register_at_fork(after_in_child=close)
 
 
+def kernel() -> str:
+    """Tells machines, and their boots, apart; the containers of one share it."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.exists() else socket.gethostname()
+
+
 def host() -> str:
     """Tells machines, and containers that do not see each other's processes, apart."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    if not boot.exists():
-        return socket.gethostname()
-    return f"{boot.read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
+    namespace = Path("/proc/self/ns/pid")
+    return f"{kernel()} {namespace.readlink()}" if namespace.is_symlink() else kernel()
 
 
 def started_at(pid: int) -> str | None:

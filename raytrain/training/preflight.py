@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -15,7 +16,7 @@ from typing import Any
 
 from raytrain.config.load import with_overrides
 from raytrain.config.sections import Config
-from raytrain.errors import ConfigError, ResumeError, masked
+from raytrain.errors import ConfigError, PreflightError, ResumeError, masked
 from raytrain.journal.run_folder import check_writable, run_dir_of
 from raytrain.keeper import client
 from raytrain.progress import Progress
@@ -210,7 +211,8 @@ def find_start(cfg: Config, options: LaunchOptions, tell: Callable[[str], None] 
     )
     origin = None
     if options.resume != "never":
-        store.clean_leftovers()
+        with contextlib.suppress(PreflightError), locked(storage, timeout_s=0):  # not of a run that trains, wherever
+            store.clean_leftovers()
         origin = choose(store, options.resume)
     before = origin if options.resume != "never" else newest_of(store)
     notes = begun_by(before, cfg.CFG_FILE) if before else []
