@@ -186,7 +186,7 @@ def add_train(commands: Any) -> None:
     train = commands.add_parser("train", help="train, or go on training", allow_abbrev=False)
     add_config_arguments(train)
     train.add_argument("--batch_size", type=count, metavar="N", help="samples of a step over all virtual workers")
-    train.add_argument("--address", metavar="HOST:PORT", help="join this Ray cluster (auto: the one on this machine)")
+    add_address_argument(train)
     train.add_argument("--dashboard", action="store_true", help="serve Ray's dashboard while it trains (starts slower)")
     train.add_argument(
         "--resume",
@@ -226,7 +226,7 @@ def add_tune(commands: Any) -> None:
     for flag, (kind, key, text) in TUNE_FLAGS.items():
         tune.add_argument(flag, metavar=kind, help=f"{text} ({key})")
     tune.add_argument("--extend", type=count, default=0, metavar="N", help="this many samples more (TUNE.NUM_SAMPLES)")
-    tune.add_argument("--address", metavar="HOST:PORT", help="join this Ray cluster (auto: the one on this machine)")
+    add_address_argument(tune)
     add_set_argument(tune)
     tune.set_defaults(run=run_tune)
 
@@ -306,6 +306,14 @@ def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True)
         parser.add_argument(flag, metavar=kind, help=f"{text} ({key})")
     for flag, (key, _, text) in SWITCHES.items():
         parser.add_argument(flag, action="store_true", help=f"{text} ({key})")
+
+
+def add_address_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="join this Ray cluster; auto: the one on this machine; local: none, also where RAY_ADDRESS names one",
+    )
 
 
 def add_ignored_arguments(parser: argparse.ArgumentParser, flags: dict[str, tuple[bool, str]]) -> None:
@@ -388,10 +396,11 @@ def train_as_asked(cfg: Any, options: dict[str, Any]) -> Any:
     check_output(cfg)
     with contextlib.ExitStack() as stack:
         stop, starting_cluster = stack.enter_context(signals_wish_stop()), None
-        if cfg.SCALE.NUM_WORKERS != 0 and options["address"] is None and not seems_complete(cfg, options):
+        if cfg.SCALE.NUM_WORKERS != 0 and options["address"] in (None, "local") and not seems_complete(cfg, options):
             from raytrain.cluster.cluster import starting
 
-            starting_cluster = stack.enter_context(starting(None, dashboard=options["dashboard"], scale=cfg.SCALE))
+            address, dashboard = options["address"], options["dashboard"]
+            starting_cluster = stack.enter_context(starting(address, dashboard=dashboard, scale=cfg.SCALE))
         from raytrain.launch import launch
         from raytrain.training.preflight import LaunchOptions
 
@@ -453,6 +462,8 @@ def run_tune(args: argparse.Namespace) -> int:
         from raytrain.sweep.display import SweepDisplay
         from raytrain.sweep.tune import SweepOptions, tune
 
+        if starting_cluster.note:
+            print(f"note: {starting_cluster.note}", file=sys.stderr)
         display = SweepDisplay()
         stack.callback(display.leave)
         result = tune(

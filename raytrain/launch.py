@@ -104,6 +104,7 @@ def train(
     """Train as `raytrain train` does: on Ray, or in this process with num_workers 0.
 
     cfg: a Config, or the path of its YAML file.   num_workers: in place of SCALE.NUM_WORKERS
+    address: of a Ray cluster to join, "local" for one of its own; None: the one that RAY_ADDRESS names, or its own
     resume: "auto", "never" or the path of a checkpoint; ckpt: as resume with a path.   quiet: nothing is printed,
     but a warning where the run was complete under another config or code: its metrics are not what was asked for.
     Raises RaytrainError; TrainingError, with the screen a user sees, when a worker fails.

@@ -95,7 +95,7 @@ def ray_address() -> Iterator[str]:
 
     from raytrain.cluster import cluster
 
-    with cluster.starting(None, num_cpus=8) as started:
+    with cluster.starting("local", num_cpus=8) as started:
         started.connect()
         yield ray.get_runtime_context().gcs_address
 

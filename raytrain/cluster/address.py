@@ -3,33 +3,59 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import socket
 from collections.abc import Iterable
 from pathlib import Path
 
-from raytrain.cluster.local_cluster import TEMP_PREFIX, is_tested, on_loopback, silence_raylets
+from raytrain.cluster import token
+from raytrain.cluster.local_cluster import TEMP_PREFIX, first_line, is_tested, on_loopback, silence_raylets
 from raytrain.errors import PreflightError
 from raytrain.storage.processes import commands
 
 ANSWER_S = 5.0  # a Ray head that has not answered by then is not there
+OWN = "local"  # an address that asks for a cluster of the run's own
 
 
-def join(address: str) -> None:
+@dataclasses.dataclass(frozen=True)
+class Address:
+    """Where a cluster is that is to be joined, and who says so: the command, or RAY_ADDRESS.
+
+    Ray sets that in every `ray job submit` job; and joins there, as its Train and Tune do.
+    """
+
+    where: str
+    is_given: bool = True
+
+    def __str__(self) -> str:
+        return f"--address {self.where}" if self.is_given else f"RAY_ADDRESS={self.where}"
+
+    @property
+    def way_out(self) -> str:
+        return "leave --address out" if self.is_given else f"say --address {OWN}"
+
+
+def address_of(given: str | None) -> Address | None:
+    """The cluster to join: the one that is given, or the one that RAY_ADDRESS names; None for one of the run's own."""
+    where = os.environ.get("RAY_ADDRESS") or OWN if given is None else given
+    return None if where == OWN else Address(where, given is not None)
+
+
+def join(address: Address) -> None:
     """Connect to the cluster at `address`, or a PreflightError that says why not."""
     import ray
 
     if is_tested():
         silence_raylets()
     try:
-        with on_loopback() if is_on_loopback_only(address) else contextlib.nullcontext():
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with on_loopback() if is_on_loopback_only(address.where) else contextlib.nullcontext():
+            ray.init(address=address.where, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PreflightError(
-            f"--address {address}: no Ray cluster answers there ({first_line}). Start one with "
-            "`ray start --head`, or leave --address out to use this machine alone"
+            f"{address}: no Ray cluster answers there ({first_line(error)}). Start one with "
+            f"`ray start --head`, or {address.way_out} to use this machine alone"
         ) from error
 
 
@@ -47,18 +73,19 @@ def is_on_loopback_only(address: str) -> bool:
     return False
 
 
-def meant_by(address: str) -> str:
-    """HOST:PORT of the cluster that `auto` means: RAY_ADDRESS, else the one that runs on this machine.
+def meant_by(address: Address) -> Address:
+    """With HOST:PORT of the cluster that `auto` means: RAY_ADDRESS, else the one that runs on this machine.
 
     None that another run has started for itself: that would end under this one.
     """
-    if address != "auto" or not Path("/proc/self").exists():
+    if address.where != "auto" or not Path("/proc/self").exists():
         return address
     named = os.environ.get("RAY_ADDRESS", "auto")
-    return named if named not in ("", "auto") else head_among(commands())
+    where = named if named not in ("", "auto") else head_among(commands(), address)
+    return dataclasses.replace(address, where=where)
 
 
-def head_among(processes: Iterable[list[str]]) -> str:
+def head_among(processes: Iterable[list[str]], address: Address) -> str:
     """HOST:PORT of the one cluster that has nodes among these processes, each told by its words."""
     raylets = [command for command in processes if Path(command[0]).name == "raylet"]
     private = [command for command in raylets if any(f"/{TEMP_PREFIX}" in word for word in command)]
@@ -67,12 +94,12 @@ def head_among(processes: Iterable[list[str]]) -> str:
         return heads.pop()
     if heads:
         raise PreflightError(
-            f"--address auto: {len(heads)} Ray clusters run on this machine ({', '.join(sorted(heads))}); give one"
+            f"{address}: {len(heads)} Ray clusters run on this machine ({', '.join(sorted(heads))}); give one"
         )
     others = f", only {len(private)} that other runs have for themselves" if private else ""
     raise PreflightError(
-        f"--address auto: no Ray cluster runs on this machine{others}. Start one with `ray start --head`, or leave "
-        "--address out to use this machine alone"
+        f"{address}: no Ray cluster runs on this machine{others}. Start one with `ray start --head`, or "
+        f"{address.way_out} to use this machine alone"
     )
 
 
@@ -81,39 +108,42 @@ def is_head(word: str) -> bool:
     return word.startswith("--gcs-address=") and ":" in word
 
 
-def check_address(address: str, timeout_s: float = ANSWER_S) -> None:
+def check_address(address: Address, timeout_s: float = ANSWER_S) -> None:
     """PreflightError unless a Ray head answers at `address`: ray.init would try for minutes, and print of it."""
-    if address.startswith("ray://"):
+    where = address.where
+    if where.startswith("ray://"):
         raise PreflightError(
-            f"--address {address}: training does not run through Ray Client; start it on the cluster with "
-            f"`ray job submit --address http://HEAD:8265 -- raytrain train ...`, or give HEAD:6379"
+            f"{address}: training does not run through Ray Client; start it on the cluster with `ray job submit "
+            f"--address http://HEAD:8265 -- raytrain train ...`, or give HEAD:6379, or {address.way_out} to train here"
         )
-    if address == "auto":
+    if where.startswith(("http://", "https://")):
+        raise PreflightError(
+            f"{address}: that takes jobs, `ray job submit --address {where} -- raytrain train ...` trains there; "
+            f"or {address.way_out} to train here"
+        )
+    if where == "auto":
         return  # without /proc; Ray looks for one on this machine, and says at once if there is none
-    host, _, port = address.rpartition(":")
+    host, _, port = where.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise PreflightError(f"--address {address}: this is no address of a Ray head; write HOST:PORT, or auto")
-    fix = "Start one with `ray start --head`, or leave --address out to use this machine alone"
+        raise PreflightError(f"{address}: this is no address of a Ray head; write HOST:PORT, auto, or {OWN} for none")
+    fix = f"Start one with `ray start --head`, or {address.way_out} to use this machine alone"
     if os.environ.get("RAY_USE_TLS", "0") in ("1", "true"):
         return
     try:
         answer = ask_head(host.strip("[]"), int(port), timeout_s)
     except OSError as error:
-        raise PreflightError(
-            f"--address {address}: no Ray cluster answers there ({error.strerror or error}). {fix}"
-        ) from error
+        raise PreflightError(f"{address}: no Ray cluster answers there ({error.strerror or error}). {fix}") from error
     if answer is None:
-        raise PreflightError(f"--address {address}: what answers there is no Ray head. {fix}")
+        raise PreflightError(f"{address}: what answers there is no Ray head. {fix}")
     if answer == "refused" and os.environ.get("RAY_AUTH_MODE") is None:
         take_token(address)
 
 
-def take_token(address: str) -> None:
+def take_token(address: Address) -> None:
     """The cluster wants a token: Ray sends this user's if it is told to, before it is imported."""
-    files = [os.environ.get("RAY_AUTH_TOKEN_PATH"), str(Path.home() / ".ray" / "auth_token")]
-    if not os.environ.get("RAY_AUTH_TOKEN") and not any(file and Path(file).is_file() for file in files):
+    if not token.is_at_hand():
         raise PreflightError(
-            f"--address {address}: that cluster wants a token, and there is none here. Copy the head's "
+            f"{address}: that cluster wants a token, and there is none here. Copy the head's "
             "~/.ray/auth_token to the same place on this machine, or set RAY_AUTH_TOKEN"
         )
     os.environ["RAY_AUTH_MODE"] = "token"

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from raytrain.cluster.address import check_address, join, meant_by
+from raytrain.cluster.address import OWN, Address, address_of, check_address, join, meant_by
 from raytrain.cluster.local_cluster import PRELOAD_FOR_TRIALS, LocalCluster, Prestart, is_tested, restore_raylets
 from raytrain.cluster.mailbox import count_prestarted
 from raytrain.cluster.signal_handlers import keep_signal_handlers
@@ -38,7 +38,7 @@ RAY_SETTINGS = {
 class Cluster:
     """The Ray cluster for the time of a block: made by `starting`, there to be used after `connect`."""
 
-    def __init__(self, address: str | None, own: LocalCluster | None = None) -> None:
+    def __init__(self, address: Address | None, own: LocalCluster | None = None) -> None:
         self._address, self._own = address, own
 
     @property
@@ -49,7 +49,15 @@ class Cluster:
     @property
     def address(self) -> str | None:
         """Of the one that is joined; None of one that was started for this process."""
-        return self._address
+        return None if self._address is None else self._address.where
+
+    @property
+    def note(self) -> str:
+        """That it is one which nobody asked for by name; "" where that is not so."""
+        if self._address is None or self._address.is_given:
+            return ""
+        where = f"the Ray cluster at {self._address.where}"
+        return f"this trains on {where}, which RAY_ADDRESS names; --address {OWN} starts a cluster for it here"
 
     @property
     def dashboard_url(self) -> str:
@@ -86,8 +94,7 @@ class Cluster:
                 signal.signal(signal.SIGTERM, own_handler)
         elif self._address is not None:
             raise PreflightError(
-                f"--address {self._address}: this process is already connected to Ray; "
-                "leave the address out to use that"
+                f"{self._address}: this process is already connected to Ray; leave the address out to use that"
             )
 
 
@@ -101,24 +108,31 @@ def starting(
 ) -> Iterator[Cluster]:
     """A Ray cluster for the time of the block, which may do other things before it connects.
 
-    The one that this process is already connected to; else the one at `address`; else one of our
-    own on this machine (of num_cpus CPUs, its real ones unless given), of which nothing is left.
+    The one that this process is already connected to; else the one at `address`, or that RAY_ADDRESS names; else, or
+    where the address is "local", one of our own on this machine (of num_cpus CPUs, its real ones unless given), of
+    which nothing is left.
     It begins to start at once; with `scale`, so do worker processes for it, or those that `prestart` says.
     """
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
-        yield Cluster(address)
+        yield Cluster(None if address is None else Address(address))
         return
+    joined = address_of(address)
+    if dashboard and joined is not None:
+        raise PreflightError(
+            f"--dashboard is Ray's, of a cluster that is started for the run, and {joined} names one to join; "
+            f"leave --dashboard out, or {joined.way_out}"
+        )
     # Ray turns its token on in the environment; another cluster may want none.
     settings = {**RAY_SETTINGS, VARIABLE: FIXED}  # one order of sets, also where the driver's own is random
     kept = {name: os.environ.get(name) for name in (*settings, "RAY_AUTH_MODE")}
     os.environ.update({name: value for name, value in settings.items() if kept[name] is None})
     own = None
     try:
-        if address is None:
+        if joined is None:
             own = LocalCluster(num_cpus, dashboard, prestart or prestart_for(scale, num_cpus))
         with suspended_together() if own is not None else contextlib.nullcontext():
-            yield Cluster(address, own)
+            yield Cluster(joined, own)
     finally:
         if own is not None:
             own.close()

@@ -21,7 +21,7 @@ from raytrain.errors import PreflightError, RaytrainError
 from raytrain.storage.processes import children_of, command_of
 from raytrain.storage.scratch import SHORT, SOCKET_PATH_BYTES, ScratchFolder, own_mark
 
-PREFIX = "raytrain-ray-"
+TEMP_PREFIX = "raytrain-ray-"
 SOCKET_BYTES = len("/session_2026-11-30_12-00-00_000000_1234567/sockets/plasma_store")  # the longest below its folder
 
 # The versions whose private parts do what tests/cluster/test_ray_contract.py says; others get Ray's public ones.
@@ -172,13 +172,13 @@ class LocalCluster:
 def cluster_folder() -> ScratchFolder:
     """For all files of a cluster: in /tmp, which is short enough for sockets, or else in TMPDIR if that is."""
     try:
-        return ScratchFolder(SHORT, PREFIX)
+        return ScratchFolder(SHORT, TEMP_PREFIX)
     except OSError as error:
-        most_bytes = SOCKET_PATH_BYTES - SOCKET_BYTES - len(f"/{own_mark(PREFIX)}-12345678")
+        most_bytes = SOCKET_PATH_BYTES - SOCKET_BYTES - len(f"/{own_mark(TEMP_PREFIX)}-12345678")
         temp_dir = os.environ.get("TMPDIR", SHORT)
         if temp_dir != SHORT and len(os.fsencode(temp_dir)) <= most_bytes:
             with contextlib.suppress(OSError):
-                return ScratchFolder(temp_dir, PREFIX)
+                return ScratchFolder(temp_dir, TEMP_PREFIX)
         raise PreflightError(
             f"{SHORT} cannot be written to ({error.strerror}), where a Ray cluster of the run's own has its sockets. "
             f"Set TMPDIR to a folder that can, whose path has {most_bytes} characters at most; or train in this "

@@ -42,6 +42,8 @@ def run_on_ray(start: Start, stop: threading.Event, show: Show, started: Cluster
             return "stopped"
         if options.address == "auto":
             say(show, "cluster", f"joined the one at {cluster.address}")
+        if cluster.note:
+            say(show, "note", cluster.note)
         if cluster.dashboard_url:
             say(show, "dashboard", f"http://{cluster.dashboard_url}")
         num_workers, use_gpu = resolve_workers(start.cfg.SCALE)

@@ -194,12 +194,12 @@ def find_start(cfg: Config, options: LaunchOptions, tell: Callable[[str], None] 
     """
     if options.overwrite and options.resume != "never":
         raise ConfigError("--overwrite starts over in a run folder that is not empty: it goes with --resume never")
-    if options.address is not None and cfg.SCALE.NUM_WORKERS == 0:
+    if options.address not in (None, "local") and cfg.SCALE.NUM_WORKERS == 0:
         raise ConfigError(
             f"--address {options.address} joins a Ray cluster, but with SCALE.NUM_WORKERS 0 the run stays in this "
             "process, without Ray; leave one of them out"
         )
-    if options.dashboard and (options.address is not None or cfg.SCALE.NUM_WORKERS == 0):
+    if options.dashboard and (options.address not in (None, "local") or cfg.SCALE.NUM_WORKERS == 0):
         raise ConfigError("--dashboard is Ray's, of a cluster that is started for the run; this run starts none")
     run_dir = run_dir_of(cfg)
     check_writable(open_storage(run_dir, ANSWER_S))
