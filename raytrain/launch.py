@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 import sys
 import threading
@@ -40,6 +41,7 @@ from raytrain.keeper import client
 from raytrain.keeper.watchdog import failure_by, hangs_here
 from raytrain.task import load_task_class
 from raytrain.training.control import Judge, LocalControl, never_ends
+from raytrain.training.environment import values_of
 from raytrain.training.job import Job, redirect_output
 from raytrain.training.preflight import BEREAVED_S, LaunchOptions, Start, find_start
 from raytrain.training.run_journal import write_failure
@@ -225,9 +227,11 @@ def launch_under_torchrun(cfg: Config, options: LaunchOptions) -> Result:
         )
     if restart_count() and options.resume == "never":  # what this launch has saved since is not to be started over
         options = dataclasses.replace(options, resume="auto", overwrite=False)
+    meeting, rank, size = next(dist.rendezvous("env://"))
+    if cfg.SCALE.ENV:
+        take_environment(cfg, meeting, rank)
     load_task_class(cfg.TASK)
     device = local_device(cfg)
-    meeting, rank, size = next(dist.rendezvous("env://"))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=meeting, rank=rank, world_size=size)
     try:
         world = World.joined(size, device)
@@ -240,6 +244,14 @@ def launch_under_torchrun(cfg: Config, options: LaunchOptions) -> Result:
             return result_of(start, run_as_worker(job, world, meeting, stop))
     finally:
         dist.destroy_process_group()
+
+
+def take_environment(cfg: Config, meeting: Any, rank: int) -> None:
+    """Rank 0's variables that SCALE.ENV names are this process's too, before its task's module is imported."""
+    key = f"raytrain/environment/{restart_count()}"  # the store outlives a start of the workers
+    if rank == 0:
+        meeting.set(key, json.dumps(values_of(cfg, os.environ)))
+    os.environ.update(json.loads(meeting.get(key)))
 
 
 def restart_count() -> int:

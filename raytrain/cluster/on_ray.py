@@ -118,7 +118,7 @@ def ray_trainer(
             name=name,
             storage_path=parent,
             failure_config=FailureConfig(max_failures=scale.MAX_FAILURES or 0),
-            callbacks=worker_callbacks(job.launch),
+            callbacks=worker_callbacks(job),
             # For a cluster that was started elsewhere: the processes of our own have it from this one.
             worker_runtime_env={"env_vars": {VARIABLE: hash_seed_to_hand_on()}},
             logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]

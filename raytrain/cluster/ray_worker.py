@@ -163,18 +163,22 @@ def leave_signals_to_the_driver() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
-def worker_callbacks(launch_id: str) -> list[Any]:
-    """Has `stop_on_signal` called in each worker; nothing where Ray has moved the hook for it."""
+def worker_callbacks(job: Job) -> list[Any]:
+    """Has each worker stand where the driver stands, before it looks for the others, and stop on a signal.
+
+    Nothing where Ray has moved the hook for it.
+    """
     try:
         from ray.train.v2._internal.execution.callback import WorkerCallback
     except ImportError:
         return []
 
-    class StopOnSignal(WorkerCallback):
+    class AsItBegins(WorkerCallback):
         def after_init_train_context(self) -> None:
-            stop_on_signal(launch_id)
+            stand_where_the_driver_stands(job)
+            stop_on_signal(job.launch)
 
-    return [StopOnSignal()]
+    return [AsItBegins()]
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:

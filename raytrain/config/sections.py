@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from raytrain.config.distributions import distribution
+from raytrain.config.environment import checked_pattern
 from raytrain.config.schema import Tree, plain, section_in
 
 
@@ -186,6 +187,8 @@ class Scale(Section):
     CPUS_PER_WORKER: Positive = 1.0  #: that Ray sets aside for each worker
     GPUS_PER_WORKER: Positive = 1.0  #: that Ray sets aside for each worker, where GPUs are used
     RESOURCES: dict[str, NonNegative] = {}  #: custom Ray resources of each worker: {name: amount}
+    #: environment variables of the command that workers get: names, or PREFIX*
+    ENV: list[Annotated[str, AfterValidator(checked_pattern)]] = []
     REDUCTION: Literal["auto", "shared_memory", "collective"] = "auto"  #: how gradients are summed over processes
     THREADS: Annotated[Count, Field(le=1024)] = 1  #: torch's, in each worker
     #: restarts in a row without a new step; -1: no limit; null: 2 where a process dies, 0 where the task's code raises

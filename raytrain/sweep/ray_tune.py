@@ -29,6 +29,7 @@ from raytrain.sweep.search import Observation, Search
 from raytrain.sweep.space import objective, sweep_seed
 from raytrain.sweep.sweep import Sweep
 from raytrain.sweep.trial import DIVERGED, MAX_PROCESS_DEATHS, TrialActor, TrialSettings
+from raytrain.training.environment import Environment
 from raytrain.training.preflight import search_path
 
 TUNES_FOLDER = "tune"  # what Ray Tune keeps for itself; a sweep is resumed from its ledger, so it goes with the launch
@@ -65,12 +66,19 @@ def actors_as_they_stand() -> Iterator[None]:
 
 
 def fit(
-    sweep: Sweep, trials: TrialGenerator, monitor: SweepMonitor, launch: str, resources: TrialResources, task: TaskFacts
+    sweep: Sweep,
+    trials: TrialGenerator,
+    monitor: SweepMonitor,
+    launch: str,
+    resources: TrialResources,
+    task: TaskFacts,
+    environment: Environment,
 ) -> None:
     """Ray Tune's part: returns once no trial is left, or none is wanted any more."""
     cfg, (metric, mode) = resources.settled(sweep.cfg), objective(sweep.cfg)
     cwd, (steps, datasets) = str(Path.cwd()), (task.steps_per_epoch, task.datasets)
-    settings = TrialSettings(cfg, metric, mode, sweep.known, launch, steps, datasets, cwd, search_path())
+    stand = cwd, search_path(), environment
+    settings = TrialSettings(cfg, metric, mode, sweep.known, launch, steps, datasets, *stand)
     actor = with_resources(with_parameters(TrialActor, settings=settings), PlacementGroupFactory(resources.bundles))
     end = cfg.OPTIMIZATION.NUM_EPOCHS * (1 if cfg.TUNE.UNIT == "epoch" else task.steps_per_epoch)
     comparison = SchedulerSettings(cfg.TUNE.UNIT, end, mode, resources.concurrent, sweep_seed(cfg))

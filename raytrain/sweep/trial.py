@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import queue
 import threading
 import time
@@ -35,7 +36,9 @@ from raytrain.storage.store import FOLDER, Store, verified
 from raytrain.sweep.datasets import unpickled
 from raytrain.sweep.lineage import RESUME_POINT, Lineage, Params, ResumePoint
 from raytrain.sweep.trial_state import evaluated, is_of, newest_of
+from raytrain.task import load_task_class
 from raytrain.training import job
+from raytrain.training.environment import Environment
 from raytrain.training.preflight import BEREAVED_S, LaunchOptions
 
 DIVERGED = "diverged"  # why a trial failed whose losses, gradients or weights did not stay finite
@@ -54,7 +57,7 @@ class TrialSettings:
     launch:   names the mailbox in which the wish to stop is put
     steps_per_epoch: of a trial, by the sweep's config
     datasets: for every trial, pickled; None where each is to build its own
-    cwd, search_path: of the driver, as in job.Job
+    cwd, search_path, environment: of the driver, as in job.Job
     """
 
     cfg: Config
@@ -66,6 +69,7 @@ class TrialSettings:
     datasets: bytes | None
     cwd: str
     search_path: tuple[str, ...]
+    environment: Environment
 
 
 class TrainingThread:
@@ -182,7 +186,11 @@ class TrialActor(Trainable):
         if self.stop_requested.is_set():
             raise InterruptedError
         pickled = self.settings.datasets
-        self.training = TrainingThread(cfg, LaunchOptions(datasets=partial(unpickled, pickled) if pickled else None))
+        load_task_class(cfg.TASK)
+        if differing := self.settings.environment.differing(os.environ):
+            Mailbox(self.settings.launch).put("environment", differing)
+        datasets, environment = partial(unpickled, pickled) if pickled else None, self.settings.environment
+        self.training = TrainingThread(cfg, LaunchOptions(datasets=datasets, environment=environment))
         if self.stop_requested.is_set():
             self.training.stop.set()
         return None

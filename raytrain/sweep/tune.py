@@ -37,6 +37,7 @@ from raytrain.sweep.space import objective, sweep_seed
 from raytrain.sweep.sweep import BEST, Sweep, check_same
 from raytrain.sweep.view import SweepView
 from raytrain.task import load_task_class
+from raytrain.training.environment import environment_of, told
 from raytrain.training.preflight import ANSWER_S, launch_after
 from raytrain.training.signals import signals_wish_stop
 
@@ -123,12 +124,12 @@ def tune(
             stack.enter_context(actors_as_they_stand())
             used.wait_for_workers()
         try:
-            status = run_trials(sweep, search, options, task, stop, show or show_nothing)
+            status, differing = run_trials(sweep, search, options, task, stop, show or show_nothing)
         except TrainingError:  # too many trials have failed: what the others came to is shown all the same
             reported(sweep)
             raise
         best, advice = reported(sweep)
-    return SweepResult(status, run_dir, sweep.view, best, [*advice, *notes])
+    return SweepResult(status, run_dir, sweep.view, best, [*advice, *notes, *differing])
 
 
 def checked_search(cfg: Config, extend: int) -> Search:
@@ -153,8 +154,8 @@ def reported(sweep: Sweep) -> tuple[Config | None, list[str]]:
 
 def run_trials(
     sweep: Sweep, search: Search, options: SweepOptions, task: TaskFacts, stop: threading.Event, show: ShowSweep
-) -> str:
-    """The trials that are left, on the cluster that this process is connected to; how it ended."""
+) -> tuple[str, list[str]]:
+    """The trials that are left, on the cluster that this process is connected to; how it ended, and what to know."""
     cfg, resources = sweep.cfg, TrialResources.of(sweep.cfg)
     check_reachable(sweep.folder.storage.path_of(""))
     launch = launch_after(())
@@ -164,14 +165,15 @@ def run_trials(
     sweep.note(
         "sweep", extend=options.extend, **facts(cfg, samples, trials.total, resources.concurrent), source=task.source
     )
-    mailbox = Mailbox(launch)
+    mailbox, environment = Mailbox(launch), environment_of(cfg)
     monitor = SweepMonitor(sweep, trials, stop, mailbox, show)
     try:
         if stop.is_set():
             monitor.stop_all()
         else:
             with ray_tune_settings():
-                fit(sweep, trials, monitor, launch, resources, task)
+                fit(sweep, trials, monitor, launch, resources, task, environment)
+        notes = told(environment, dict.fromkeys(mailbox.get("environment") or (), "trials"))
     finally:
         mailbox.clear()
     status = {"": "finished", "budget": "spent"}.get(monitor.why, "stopped")
@@ -182,7 +184,7 @@ def run_trials(
     show(sweep.view, time.time())
     if monitor.failure is not None:
         raise monitor.failure
-    return status
+    return status, [f"note: {note}" for note in notes]
 
 
 def number_of_samples(sweep: Sweep, options: SweepOptions) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from raytrain.config.sections import Config
 from raytrain.storage.retry import as_storage_error
+from raytrain.training.environment import Environment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Job:
     driver: host, process and its start, of what keeps the run going: once it is dead nobody starts workers again
     cwd, search_path: of the driver (sys.path); workers take them over, so that a task file and
            relative paths mean the same there, on a cluster that was started elsewhere too
+    environment: the driver's, as far as workers are to have it, or to be compared with it
     """
 
     cfg: Config
@@ -40,19 +42,23 @@ class Job:
     cwd: str = ""
     search_path: tuple[str, ...] = ()
     driver: tuple[Any, ...] = ()
+    environment: Environment = dataclasses.field(default_factory=Environment)
 
 
 class Standpoint(Protocol):
-    """Where a driver stands: its folder, and where it imports from."""
+    """Where a driver stands: its folder, where it imports from, and its environment."""
 
     @property
     def cwd(self) -> str: ...
     @property
     def search_path(self) -> tuple[str, ...]: ...
+    @property
+    def environment(self) -> Environment: ...
 
 
 def stand_where_the_driver_stands(job: Standpoint) -> None:
-    """Relative paths and imports mean what they mean in the driver, where this node has its folder."""
+    """Relative paths, imports and SCALE.ENV mean what they mean in the driver, where this node has its folder."""
+    os.environ.update(job.environment.values)
     with contextlib.suppress(OSError):
         os.chdir(job.cwd)
     sys.path[:] = [*job.search_path, *(path for path in sys.path if path not in job.search_path)]

@@ -25,6 +25,7 @@ from raytrain.storage.lock import locked, refuse_links
 from raytrain.storage.paths import expanded
 from raytrain.storage.storage import open_storage
 from raytrain.storage.store import Store, listed
+from raytrain.training.environment import Environment, environment_of
 from raytrain.training.job import Job
 from raytrain.training.resume import Origin, begun_by, choose, compare, is_complete
 from raytrain.training.source import source_notes, source_of
@@ -42,6 +43,7 @@ class LaunchOptions:
     batch_size: of a step over all virtual workers, in place of BATCH_SIZE_PER_GPU
     dashboard:  whether a cluster that is started for the run serves Ray's
     datasets:   gives the data sets, in place of the task; for a run in this process
+    environment: what workers get and are compared with, if it is not this process's
     """
 
     address: str | None = None
@@ -53,6 +55,7 @@ class LaunchOptions:
     batch_size: int | None = None
     dashboard: bool = False
     datasets: Callable[[], dict[str, Any]] | None = None
+    environment: Environment | None = None
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -148,6 +151,7 @@ class Start:
             cwd=str(Path.cwd()),
             search_path=search_path(),
             driver=driver(),
+            environment=options.environment or environment_of(cfg),
         )
 
 

@@ -35,6 +35,7 @@ from raytrain.storage.store import Store, checkpoint_name
 from raytrain.task import Task, make_task
 from raytrain.training.contract import check_dataset
 from raytrain.training.control import Control
+from raytrain.training.environment import differences
 from raytrain.training.job import Job
 from raytrain.training.last_batch import last_batch_notes, refuse_lone_sample
 from raytrain.training.loop import train_model
@@ -112,10 +113,11 @@ def build(
     control.begin("Making the task")
     seed_all(cfg.SEED, "task")
     task = make_task(cfg)
+    notes = differences(job.environment, world)
     control.begin("Building the data sets")
     datasets = datasets_of() if datasets_of else build_datasets(task, cfg.SEED)
     built = record_of(datasets)
-    notes = check_on_all_ranks(built, world)
+    notes += check_on_all_ranks(built, world)
     control.begin("Building the model")
     run = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), world), world)
     run.built, run.own, run.source = built, OwnState.of(task, datasets), source_of(cfg.TASK)
