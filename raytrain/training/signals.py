@@ -28,13 +28,13 @@ def signals_wish_stop() -> Iterator[threading.Event]:
         yield stop
         return
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    first_at = 0.0
+    first_at: float | None = None
 
     def wish(number: int, frame: Any) -> None:
         nonlocal first_at
-        if not stop.is_set():
+        if first_at is None:
+            first_at = time.monotonic()  # before the lock of `stop`, for which a second signal in there would wait
             stop.set()
-            first_at = time.monotonic()
             when_pools_are_broken(end_now)
         elif time.monotonic() - first_at > TWICE_S:
             for each, handler in kept.items():

@@ -82,7 +82,7 @@ def stands_in(folder: Path, process: Path) -> bool:
 
 def with_a_pool_at_work(folder: Path, num_workers: int = 0) -> tuple[Run, Launched, int]:
     """A run whose first evaluation waits for a process of a pool, and the pid of that."""
-    run = run_of(folder, 0, 2, SLOW=str(folder))
+    run = run_of(folder, 0, 30, SLOW=str(folder))
     launched = run.start("--num_workers", str(num_workers), env={"RAY_ADDRESS": ""})
     [path] = wait_for(lambda: list(folder.glob("at-work-*")), "the pool's process")
     return run, launched, int(path.name.rpartition("-")[2])
