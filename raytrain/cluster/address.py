@@ -81,7 +81,7 @@ def meant_by(address: Address) -> Address:
     if address.where != "auto" or not Path("/proc/self").exists():
         return address
     named = os.environ.get("RAY_ADDRESS", "auto")
-    where = named if named not in ("", "auto") else head_among(commands(), address)
+    where = named if named not in ("", "auto", OWN) else head_among(commands(), address)
     return dataclasses.replace(address, where=where)
 
 

@@ -40,6 +40,7 @@ class Cluster:
 
     def __init__(self, address: Address | None, own: LocalCluster | None = None) -> None:
         self._address, self._own = address, own
+        self._is_auto = address is not None and address.where == "auto"
 
     @property
     def is_ours(self) -> bool:
@@ -47,17 +48,14 @@ class Cluster:
         return self._own is not None
 
     @property
-    def address(self) -> str | None:
-        """Of the one that is joined; None of one that was started for this process."""
-        return None if self._address is None else self._address.where
-
-    @property
     def note(self) -> str:
         """That it is one which nobody asked for by name; "" where that is not so."""
-        if self._address is None or self._address.is_given:
+        if self._address is None:
             return ""
         where = f"the Ray cluster at {self._address.where}"
-        return f"this trains on {where}, which RAY_ADDRESS names; --address {OWN} starts a cluster for it here"
+        if not self._address.is_given:
+            return f"this trains on {where}, which RAY_ADDRESS names; --address {OWN} starts a cluster for it here"
+        return f"this trains on {where}, which --address auto means" if self._is_auto else ""
 
     @property
     def dashboard_url(self) -> str:

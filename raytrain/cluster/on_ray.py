@@ -40,8 +40,6 @@ def run_on_ray(start: Start, stop: threading.Event, show: Show, started: Cluster
         except SystemExit:  # Ray's own answer to a SIGTERM while it starts
             say(show, "stopped", NOTHING_TO_SAVE)
             return "stopped"
-        if options.address == "auto":
-            say(show, "cluster", f"joined the one at {cluster.address}")
         if cluster.note:
             say(show, "note", cluster.note)
         if cluster.dashboard_url:

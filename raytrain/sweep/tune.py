@@ -120,6 +120,7 @@ def tune(
         sweep.check_length()
         notes += sweep.other_source(task.source)
         used.connect()
+        notes += [f"note: {used.note}"] if used.note else []
         if used.is_ours and is_tested():
             stack.enter_context(actors_as_they_stand())
             used.wait_for_workers()
