@@ -72,8 +72,7 @@ def test_a_run_that_never_began_has_no_journal_and_another_runs_is_left_alone(
         ("ExitsTask", {}),
         ("FailsOnRank1", {}),  # for want of ranks
         ("DiesOnRank1", {}),  # likewise
-        ("PoisonedTask", {"STEP": 2}),
-        ("PoisonedTask", {"STEP": 1}),
+        ("PoisonedTask", {"STEP": 4}),  # before, what forward writes into weights is undone with the bad step
         ("ScriptedTask", {"SCORES": [0.5]}),  # the second epoch has none
     ],
 )
