@@ -112,8 +112,8 @@ class Optimization(Section):
     LR: Positive = 0.003  #: learning rate, where the schedule is at its highest
     WEIGHT_DECAY: NonNegative = 0.01  #: beside the gradient; adam and sgd have it in the gradient
     MOMENTUM: Decay = 0.9  #: of SGD
-    MOMS: Pair = [0.95, 0.85]  #: beta1 of adam_onecycle and adam_cosineanneal: at the ends, at the peak
-    BETAS: Pair | None = None  #: of adam and adamw; null: 0.9 and 0.999
+    MOMS: Pair = [0.95, 0.85]  #: beta1 under schedule onecycle or cosine: at the ends, at the peak
+    BETAS: Pair | None = None  #: of adam and adamw; null: 0.9 and 0.999. Under onecycle and cosine the first is MOMS's
     PCT_START: Annotated[Positive, Field(lt=1)] = 0.4  #: share of the run in which onecycle rises
     #: onecycle and LR_WARMUP begin at LR / DIV_FACTOR
     DIV_FACTOR: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=1)] = 10.0
@@ -122,7 +122,7 @@ class Optimization(Section):
     LR_CLIP: NonNegative = 1e-7  #: the step schedule stays above it
     LR_WARMUP: Flag = False  #: a rise before the step and the constant schedule
     WARMUP_EPOCH: Count = 1  #: epochs that LR_WARMUP takes
-    WARMUP_ITER: Natural = 500  #: steps in which the cosine schedule rises
+    WARMUP_ITER: Natural = 500  #: steps in which the cosine schedule rises; not reached by a shorter run
     GRAD_NORM_CLIP: Positive | None = 10.0  #: largest L2 norm of the gradient; null: it is not clipped
     LOSS_SCALE_FP16: Positive | None = None  #: first loss scale of fp16; null: 65536
     USE_AMP: Flag = False  #: mixed precision

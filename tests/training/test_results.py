@@ -139,7 +139,7 @@ def test_a_finished_run_has_nothing_to_say_where_its_result_is_the_same(words: s
 
 
 def test_more_workers_than_a_finished_run_has_virtual_ones_are_told(project: Project) -> None:
-    with pytest.warns(UserWarning, match="a new run of 2 workers has as many virtual ones; it has 1"):
+    with pytest.warns(UserWarning, match="begun with 1 virtual worker and keeps that; a new one of 2 workers has 2"):
         assert raytrain.train(project.config("SCALE.NUM_WORKERS", "2"), quiet=True).status == "complete"
 
 
