@@ -30,9 +30,10 @@ class TrainingMode:
             )
             return
         # The model's own flag says whether this is training, to its forward and to model_func.
-        self._kept = [module for _, module in named if module is not model and not module.training]
-        if self._kept:
-            self.notes.append(note_of([name for name, module in named if module in set(self._kept)], model))
+        kept = {name: module for name, module in named if module is not model and not module.training}
+        self._kept = list(kept.values())
+        if kept:
+            self.notes.append(note_of(list(kept), model))
 
     def begin(self) -> None:
         """From now on the model trains."""

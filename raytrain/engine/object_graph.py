@@ -22,7 +22,8 @@ from raytrain.errors import is_users
 
 # An annotation list of a million entries is no reason to look for a minute; 20,000 objects take 0.1 s on two cores.
 MAX_OBJECTS = 20_000
-MAX_ENTRIES = 1_000  # of one list, tuple, dict or array of objects
+MAX_ENTRIES = 1_000  # of one list, tuple, dict or array of objects; of a list of data sets, one for each scene, all
+MAX_HELD = 200_000  # of all things that are looked at: 1,000 lists of 1,000 numbers are but 1,000 objects
 LONG = 64  # entries of what holds data, most likely: looked into last
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, np.generic)
@@ -38,6 +39,7 @@ def walk(roots: dict[str, Any], into_code: bool = False) -> Iterator[tuple[str, 
     """
     seen: dict[int, Any] = {}  # which keeps them alive: else the number of one might come again as another's
     near, far = deque(roots.items()), deque[tuple[str, Any]]()
+    left = MAX_HELD
     while near or far:
         path, value = (near or far).popleft()
         if not isinstance(value, PLAIN):
@@ -47,7 +49,8 @@ def walk(roots: dict[str, Any], into_code: bool = False) -> Iterator[tuple[str, 
         yield path, value
         if len(seen) >= MAX_OBJECTS:
             return
-        held = list(islice(held_by(value, path, into_code), MAX_ENTRIES))
+        held = list(islice(held_by(value, path, into_code), left))
+        left -= len(held)
         (near if len(held) <= LONG else far).extend(held)
 
 
@@ -65,7 +68,8 @@ def held_by(value: Any, path: str, into_code: bool) -> Iterator[tuple[str, Any]]
         entries = islice(dict.items(value), MAX_ENTRIES)
         yield from ((f"{path}[{key_text(key, i)}]", entry) for i, (key, entry) in enumerate(entries))
     elif isinstance(value, (list, tuple, deque)):
-        yield from ((f"{path}[{i}]", entry) for i, entry in enumerate(islice(value, MAX_ENTRIES)))
+        most = MAX_OBJECTS if value and is_dataset(value[0]) else MAX_ENTRIES
+        yield from ((f"{path}[{i}]", entry) for i, entry in enumerate(islice(value, most)))
     elif isinstance(value, functools.partial):
         yield from ((f"{path}.{name}", getattr(value, name)) for name in ("func", "args", "keywords"))
     elif isinstance(value, METHODS):
@@ -77,6 +81,12 @@ def held_by(value: Any, path: str, into_code: bool) -> Iterator[tuple[str, Any]]
     yield from attributes_of(value, path)
     if into_code and not isinstance(value, types.FunctionType):
         yield name_of(type(value)), type(value)
+
+
+def is_dataset(value: Any) -> bool:
+    """Whether it has samples, and is none of what merely holds values."""
+    has_samples = hasattr(type(value), "__getitem__") and hasattr(type(value), "__len__")
+    return has_samples and not isinstance(value, (*PLAIN, *ARRAYS, *CONTAINERS))
 
 
 def key_text(key: Any, position: int) -> str:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from own_generators import OF_THE_MODULE, Closed, OfTheClass, OfTheModule, Slotted
 
-from raytrain.engine.object_graph import MAX_ENTRIES, MAX_OBJECTS, difference, values_of, walk
+from raytrain.engine.object_graph import MAX_ENTRIES, MAX_HELD, MAX_OBJECTS, difference, values_of, walk
 
 LEAF = object()
 Pair = namedtuple("Pair", "left right")
@@ -99,6 +99,20 @@ def test_a_long_list_of_data_neither_takes_long_nor_hides_what_stands_behind_it(
     assert len(reached) <= 4 * MAX_OBJECTS
     assert sum(path.startswith("x['annotations'][") for path, _ in reached) > MAX_ENTRIES
     assert [path for path, value in reached if value is LEAF] == ["x['transform'][0][0].leaf"]
+
+
+def test_lists_of_lists_of_numbers_take_no_longer() -> None:
+    root = {"boxes": [[float(i) for i in range(1_000)] for _ in range(2_000)], "transform": Holder(LEAF)}
+    began_s = time.perf_counter()
+    reached = list(walk({"x": root}))
+    assert time.perf_counter() - began_s < 2.0
+    assert len(reached) <= MAX_HELD + 1
+    assert [path for path, value in reached if value is LEAF] == ["x['transform'].leaf"]
+
+
+def test_each_of_many_data_sets_is_reached() -> None:
+    many = torch.utils.data.ConcatDataset([Slotted() for _ in range(1_500)])
+    assert sum(isinstance(value, torch.Generator) for _, value in walk({"x": many})) == 1_500
 
 
 def changed(value: Any) -> Any:
