@@ -34,8 +34,9 @@ class Split:
         self._randomness = Randomness(dataset=dataset, task=task)
         self._set_epochs = set_epochs_of(dataset)
         self._has_own_collate = type(task).collate is not Task.collate
-        # What has a state of its own may go on with each fetch: checkpoints hold it, and data/changes.py watches it.
-        self._is_repeatable = not with_state(dataset, name) and not has_state(task)
+        # What has a state of its own may go on with each call: checkpoints hold it, and data/changes.py watches it.
+        self._is_repeatable = not with_state(dataset, name)
+        self._collates_again = self._has_own_collate and not has_state(task)
         self._epoch, self._is_first = -1, True
 
     def begin_epoch(self, epoch: int) -> None:
@@ -45,7 +46,7 @@ class Split:
         data sets go on from what the last one left, as an order does that is shuffled in place.
         """
         self.where = f"data set {self.name!r}"
-        for each in [*range(self._epoch + 1, epoch), epoch] if self._set_epochs else []:
+        for each in range(self._epoch + 1, epoch + 1) if self._set_epochs else ():
             for path, set_epoch in self._set_epochs.items():
                 self._randomness.seed(self.seed, "set_epoch", self.name, each, path)
                 set_epoch(each)
@@ -70,7 +71,7 @@ class Split:
                 f"a sample of data set {self.name!r} drew random numbers, which were not seeded for it: "
                 f"set {type(self.task).__name__}.random_samples to True"
             )
-        if self._has_own_collate and self._is_repeatable:
+        if self._collates_again and self._is_repeatable:
             return self._first_collated(samples, epoch, ids)
         return self._collated(samples, epoch, ids)
 
@@ -119,7 +120,10 @@ class Split:
     def _compare(self, what: str, first: Any, make: Callable[[], Any]) -> None:
         """Note if `make` gives another than the `first` that it gave, and why."""
         values = values_of({"": first})  # of now: `make` may write into it
-        why = "it draws from a generator that cannot be seeded for it (made on the spot, or of native code)"
+        why = (
+            "it draws from a generator that cannot be seeded for it (made on the spot, or of native code), or asks the "
+            "clock"
+        )
         try:
             place = difference(values, values_of({"": make()}))
             if place is None:

@@ -114,6 +114,22 @@ def test_a_sample_that_is_another_each_time_is_named_with_the_reason(kind: type[
     assert split.take_notes() == (), "told once"
 
 
+def test_a_state_of_the_tasks_hides_no_sample_that_is_another_each_time() -> None:
+    class WithState(CountsBatches):
+        def state_dict(self) -> dict[str, int]:
+            return {"batches": self.batches}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.batches = state["batches"]
+
+    task = WithState(None)
+    split = Split("train", MadeOnTheSpot(), task, 0)
+    split.begin_epoch(0)
+    split.first_batch(0, (17,))
+    (note,) = split.take_notes()
+    assert note.startswith("sample 17 of data set 'train' differs each time it is made") and task.batches == 1
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_it_is_told_once_for_a_split_whoever_loads_and_of_validation_too(workers: int) -> None:
     for kind in (Walking, MadeOnTheSpot):
