@@ -7,7 +7,7 @@ import re
 PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\*?")
 # Every process has its own of these: what starts it says which.
 OWN = re.compile(
-    r"RAY_.*|TORCHELASTIC_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|NODE_RANK|MASTER_(ADDR|PORT)"
+    r"RAY_.*|TORCHELASTIC_.*|SLURM_(PROCID|LOCALID|NODEID)|OMPI_COMM_WORLD_.*|PMIX?_RANK|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|NODE_RANK|MASTER_(ADDR|PORT)"
     r"|(CUDA|HIP|ROCR)_VISIBLE_DEVICES|OMP_NUM_THREADS|HOSTNAME|(OLD)?PWD|SHLVL|_"
 )
 AT_START = re.compile(r"LD_.*|PYTHONHASHSEED")
