@@ -76,6 +76,10 @@ class DataError(RaytrainError):
     """A sample could not be produced or a batch could not be made of samples."""
 
 
+class CollateError(DataError):
+    """A batch could not be made of samples by the task's own collate."""
+
+
 class LostLoaderError(DataError):
     """The process that loads samples has died."""
 

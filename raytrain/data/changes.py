@@ -59,6 +59,8 @@ class SampleChanges:
         own, before = self._states[self._split]
         found = changes(self._before, self._look(), Saved(before, look(own.save())))
         self._split = None
+        if in_loader_worker():  # whose values are its own, and the next one's others: one line for all
+            found = [each.partition(" ")[0] for each in found]
         if found:
             self._task.note(
                 f"{listed(found)} changed while samples were made and is in no checkpoint; each loader worker has its "

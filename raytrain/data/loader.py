@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from raytrain.data.changes import SampleChanges, in_loader_worker
 from raytrain.data.split import Split, UnseededError
-from raytrain.errors import DataError, PreflightError, TaskError, users_traceback
+from raytrain.errors import CollateError, DataError, PreflightError, TaskError, users_traceback
 from raytrain.progress import AT_START, TaskProgress
 from raytrain.storage.forks import SIGNALS, at_exit, end_children, end_with_parent, handle_signals, tend_forks
 from raytrain.storage.pools import when_pools_are_broken
@@ -68,6 +68,7 @@ class KeyedBatches(Dataset[Any]):
         self.seed = seed
         self._splits: dict[str, Split] = {}
         self._begun: tuple[str, int] | None = None
+        self._has_first = False  # whether a batch has been made since
         self.changes = SampleChanges(task, datasets)
 
     def __getitem__(self, key: BatchKey) -> Loaded:
@@ -81,22 +82,27 @@ class KeyedBatches(Dataset[Any]):
             batch = error
         except Exception as error:
             message, task_name = f"{split.where}: {type(error).__name__}: {error}", type(self.task).__name__
-            advice = users_traceback(error)
-            if split.where.startswith("collate") and type(self.task).collate is Task.collate:
-                advice = f"Write {task_name}.collate(samples) to make one batch of such samples"
-            batch = DataError(f"{message}\n\n{advice}")
+            advice, kind = users_traceback(error), DataError
+            if split.where.startswith("collate"):
+                kind = CollateError
+                if type(self.task).collate is Task.collate:
+                    advice = f"Write {task_name}.collate(samples) to make one batch of such samples"
+            batch = kind(f"{message}\n\n{advice}")
         else:
             batch = self.changes.batch_made(key.split) or batch
         return Loaded(key, batch, split.take_notes(), self.task.take_notes() if in_loader_worker() else [])
 
     def _made(self, split: Split, key: BatchKey) -> Any:
-        if self._begun == (key.split, key.epoch):
+        if self._begun != (key.split, key.epoch):
+            self._begun, self._has_first = (key.split, key.epoch), False
+            self.changes.tell()
+            split.begin_epoch(key.epoch)
+            self.changes.epoch_begins(key.split)
+        if self._has_first:
             return split.batch(key.epoch, key.ids)
-        self._begun = key.split, key.epoch
-        self.changes.tell()
-        split.begin_epoch(key.epoch)
-        self.changes.epoch_begins(key.split)
-        return split.first_batch(key.epoch, key.ids)
+        batch = split.first_batch(key.epoch, key.ids)
+        self._has_first = True
+        return batch
 
 
 class KeySampler:

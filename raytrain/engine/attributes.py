@@ -18,10 +18,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from raytrain.engine.object_graph import is_own
+
 SHOWN = 5  # names in a message
 DEPTH = 5
 ELEMENTS = 100  # of a container or an array that are looked at
 VALUES = 20_000  # of all that is looked at
+ARRAY = "#array"  # begins what stands for one
 SHORT = 40  # characters of a value that is shown
 NUMBERS = (bool, int, float, complex)
 OF_MODULES = frozenset(vars(nn.Module()))
@@ -43,13 +46,32 @@ def look(roots: Mapping[str, Any], known: Iterable[Any] = ()) -> Look:
 
 def look_into_model(model: nn.Module) -> Look:
     """The same for what a model's modules hold besides parameters, buffers and submodules; torch's own hold nothing."""
+    return look(_held_by_modules(model), known=parts_of(model))
+
+
+def array_digests(model: nn.Module, roots: Mapping[str, Any], known: Iterable[Any]) -> Look:
+    """Of arrays and tensors that `roots` and the model's modules hold, but for parameters and buffers; by attribute."""
+    of_all = look({**roots, **_held_by_modules(model)}, known=[*parts_of(model), *known])
+    by_attribute: dict[str, list[str]] = {}
+    for path, value in of_all.items():
+        if value.startswith(ARRAY):
+            by_attribute.setdefault(attribute_of(path), []).append(value)
+    return {name: _digest("".join(values).encode()) for name, values in by_attribute.items()}
+
+
+def _held_by_modules(model: nn.Module) -> dict[str, Any]:
     modules = {name: module for name, module in model.named_modules() if not _is_of_torch(module)}
     roots: dict[str, Any] = {}
     for name, module in modules.items():
         if type(module).get_extra_state is nn.Module.get_extra_state:  # else it says itself what to save
             own = {key: value for key, value in vars(module).items() if key not in OF_MODULES}
             roots |= {".".join(filter(None, [type(model).__name__, name, key])): each for key, each in own.items()}
-    return look(roots, known=model.modules())
+    return roots
+
+
+def parts_of(model: nn.Module) -> list[Any]:
+    """What a checkpoint holds of a model, whoever else holds it: a list of weights, a module around some of it."""
+    return [*model.modules(), *model.parameters(), *model.buffers()]
 
 
 class Saved:
@@ -90,7 +112,7 @@ def _values(value: Any, path: str, seen: set[int], depth: int) -> Iterator[tuple
         yield path, _shown(repr(value))
         return
     if isinstance(value, (torch.Tensor, np.ndarray)):
-        if not (isinstance(value, torch.Tensor) and value.grad_fn is not None):
+        if id(value) not in seen and not (isinstance(value, torch.Tensor) and value.grad_fn is not None):
             yield path, array_digest(value)
         return
     if id(value) in seen:
@@ -130,15 +152,15 @@ def array_digest(value: Any) -> str:
     """Of all of a small one, of some numbers of a large one."""
     if isinstance(value, torch.Tensor):
         if value.layout is not torch.strided or value.is_meta:
-            return "#"
+            return ARRAY
         flat = value.detach().reshape(-1)
         step = 1 if flat.numel() <= VALUES else flat.numel() // ELEMENTS
         some = flat[::step].cpu().contiguous()
         data = some.view(torch.uint8).numpy().tobytes() if some.numel() else b""
-        return _digest(f"{value.dtype} {tuple(value.shape)}".encode() + data)
+        return ARRAY + _digest(f"{value.dtype} {tuple(value.shape)}".encode() + data)
     flat = value.reshape(-1)[:: 1 if value.size <= VALUES else value.size // ELEMENTS]
     data = repr(flat[:ELEMENTS].tolist()).encode() if value.dtype.hasobject else np.ascontiguousarray(flat).tobytes()
-    return _digest(f"{value.dtype} {value.shape}".encode() + data)
+    return ARRAY + _digest(f"{value.dtype} {value.shape}".encode() + data)
 
 
 def _shown(text: str) -> str:
@@ -172,4 +194,6 @@ def _is_users(value: Any) -> bool:
     home = type(value).__module__
     if isinstance(value, nn.Module) or (home == "types" and type(value).__name__ == "SimpleNamespace"):
         return True
+    if hasattr(type(value), "close") and not is_own(sys.modules.get(home)):  # a progress bar, a writer, a file of HDF5
+        return False
     return home.partition(".")[0] not in sys.stdlib_module_names and not home.startswith("raytrain.config")

@@ -6,7 +6,7 @@ It is kept as tensors and plain values, so that it loads with weights_only; arra
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,13 @@ class OwnState:
             for name, owner in self.owners.items()
         }
 
+    def put_back(self, before: Mapping[str, Any], where: str) -> None:
+        """What has another state than `before`, which was saved, takes that over; nothing else is asked to."""
+        now = self.save()
+        for name, owner in self.owners.items():
+            if not is_same(before[name], now[name]):
+                OwnState({name: owner}).load({name: before[name]}, where)
+
     def load(self, saved: Mapping[str, Any], where: str) -> list[str]:
         """Each owner takes over its part; a line for each that has none, and for each part that nobody takes."""
         notes = []
@@ -76,6 +83,19 @@ class OwnState:
         return notes
 
 
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two states that were `encoded` are the same to the bit; never if there is a NaN in them."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype is other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(is_same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(is_same, one, other))
+    return bool(one == other)
+
+
 def has_state(owner: Any) -> bool:
     """Whether its class has both of METHODS; a TaskError if a task has but one."""
     written = [method for method in METHODS if callable(getattr(type(owner), method, None))]
@@ -85,20 +105,26 @@ def has_state(owner: Any) -> bool:
     return len(written) == 2
 
 
-def with_state(dataset: Any, name: str, within: tuple[Any, ...] = ()) -> dict[str, Any]:
-    """By name, `dataset` if it has a state, else those that it wraps (Subset, ConcatDataset and the like)."""
-    if has_state(dataset):
-        return {name: dataset}
+def with_state(dataset: Any, name: str) -> dict[str, Any]:
+    """By name, `dataset` if it has a state, else those in it that have one, the outermost."""
+    found: dict[str, Any] = {}
+    for place, each in datasets_in(dataset, name):
+        if has_state(each) and not any(place.startswith(f"{outer}.") for outer in found):
+            found[place] = each
+    return found
+
+
+def datasets_in(dataset: Any, name: str, within: tuple[Any, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """By name, `dataset` and those that it wraps, as Subset, ConcatDataset and the like do."""
+    yield name, dataset
     attributes = getattr(dataset, "__dict__", {})
     wrapped = {"dataset": attributes.get("dataset")}
     several = attributes.get("datasets")
     if isinstance(several, (list, tuple)):
         wrapped |= {f"datasets[{index}]": each for index, each in enumerate(several)}
-    found: dict[str, Any] = {}
     for place, inner in wrapped.items():
         if inner is not None and not any(inner is each for each in (dataset, *within)):
-            found |= with_state(inner, f"{name}.{place}", (dataset, *within))
-    return found
+            yield from datasets_in(inner, f"{name}.{place}", (dataset, *within))
 
 
 def encoded(value: Any, where: str) -> Any:

@@ -61,7 +61,7 @@ def digest_of(value: str | None) -> str | None:
 
 def differences(environment: Environment, world: World) -> list[str]:
     """Collective. On rank 0, a line on variables that the task reads and that some worker has not as the command has
-    them; none where there are none. Before the task has done anything: it may set some."""
+    them; none where there are none. Before the task is made: it may set some."""
     by_rank = world.gather_objects(environment.differing(os.environ))
     ranks = {name: [rank for rank, names in enumerate(by_rank) if name in names] for name in environment.digests}
     return told(environment, {name: f"rank {', '.join(map(str, those))}" for name, those in ranks.items() if those})

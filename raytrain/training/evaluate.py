@@ -34,7 +34,7 @@ from raytrain.training import validate
 from raytrain.training.contract import pictures_of
 from raytrain.training.pictures import why_not_drawn, write_pictures
 from raytrain.training.resume import Origin, begun_by, load_origin, origin_at
-from raytrain.training.sameness import compare_with_checkpoint, names_of, record_of
+from raytrain.training.sameness import arrays_of, compare_with_checkpoint, names_of, record_of
 from raytrain.training.source import source_notes, source_of
 from raytrain.training.worker import build_datasets, plan_of
 
@@ -167,15 +167,15 @@ def _viewed(cfg: Config, run_dir: str, ckpt: str | os.PathLike[str] | None, coun
     if origin is not None and task.has_predict():
         notes = evaluation_differences(origin, cfg)
         run, others = restored(cfg, task, datasets, origin)
-        notes += others
         epoch, name = run.progress.epoch, f"view/epoch_{run.progress.epoch}"
         first = Subset(datasets["val"], range(min(count, len(datasets["val"]))))
         with contextlib.closing(validation_feed(cfg, task, run, {**datasets, "val": first})) as feed:
             predictions = [prediction for _, prediction in validate.predict_split(run, task, feed)]
+        notes += [*others, *feed.notes]
     pictures = pictures_of(task, predictions, datasets["val"], count, cfg.SEED, epoch)
     names = write_pictures(pictures, storage, name)
     paths = [storage.path_of(f"{name}/{each}.png") for each in names]
-    return View(paths, origin.path if origin and predictions else None, notes)
+    return View(paths, origin.path if origin and predictions else None, [*notes, *task.take_notes()])
 
 
 def evaluated_origin(cfg: Config, storage: Storage, ckpt: str | os.PathLike[str] | None) -> Origin | None:
@@ -223,7 +223,7 @@ def restored(cfg: Config, task: Task, datasets: dict[str, Any], origin: Origin) 
     plan = plan_of(with_overrides(cfg, ["LOADER.LAST", "keep"]), len(datasets["train"]), world)  # nothing is trained
     run = build_run(cfg, task, datasets["train"], plan, world)
     compile_model(run, cfg.OPTIMIZATION)
-    built = {**record_of(datasets), "names": names_of(task, datasets)}
+    built = {**record_of(datasets), "names": names_of(task, datasets), "arrays": arrays_of(task, run.model, datasets)}
     notes = compare_with_checkpoint(origin.manifest.world.get("built", {}), built) if origin.manifest else []
     payload = load_origin(origin)
     load_model_state(run.model, payload["model_state"], origin.path)

@@ -1,7 +1,8 @@
 """What a task has built, in short: to be compared between the processes of a run, and with a checkpoint's.
 
 A record holds `hash_seed`, `num_samples` of each split, `names` (lists of texts, numbers by name: class names, above
-all) and `samples`: what a few of them are, by hash. A checkpoint's manifest has it under `built`.
+all), `arrays` of task and model, and `samples`: what a few of them are, by hash. A checkpoint's manifest has it under
+`built`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from raytrain.batch import entries_of, is_plain
 from raytrain.data.feed import Feed
 from raytrain.data.loader import BatchKey
 from raytrain.data.sampler import cut
+from raytrain.engine.attributes import array_digests
 from raytrain.engine.broadcast import listed
+from raytrain.engine.own_state import datasets_in, has_state
 from raytrain.engine.world import World
-from raytrain.errors import TaskError
+from raytrain.errors import CollateError, TaskError
 from raytrain.hash_seed import FIXED, RANDOM, VARIABLE, hash_seed
 from raytrain.task import Task
 
@@ -30,7 +33,7 @@ Record = dict[str, Any]
 
 
 def record_of(datasets: dict[str, Any]) -> Record:
-    """Of what this process has built, to begin with: without names, which a model may bring, and samples."""
+    """Of the data sets, to begin with: without names and arrays, which a model may bring, and without samples."""
     num_samples = {split: len(dataset) for split, dataset in datasets.items()}
     return {"hash_seed": hash_seed(), "num_samples": num_samples}
 
@@ -73,6 +76,9 @@ def differences(old: Record, new: Record) -> list[str]:
     names = [n for n, value in new.get("names", {}).items() if old.get("names", {}).get(n, value) != value]
     if names:
         lines.append(f"other names, or in another order, in {listed(names)}")
+    arrays = [n for n, value in new.get("arrays", {}).items() if old.get("arrays", {}).get(n, value) != value]
+    if arrays:
+        lines.append(f"other numbers in {listed(arrays)}")
     for which, fields in new.get("samples", {}).items():
         was = old.get("samples", {}).get(which)
         changed = [] if was is None else [field for field in {**was, **fields} if was.get(field) != fields.get(field)]
@@ -95,7 +101,7 @@ def names_of(task: Task, datasets: dict[str, Any]) -> dict[str, str]:
     module = sys.modules[type(task).__module__]
     places = {module.__name__: module, type(task).__name__: task}
     for split, dataset in datasets.items():
-        places.update(inner_datasets(split, dataset))
+        places.update(datasets_in(dataset, split))
     return {
         f"{where}.{name}": hashed(repr(value if isinstance(value, (list, tuple)) else sorted(value.items())).encode())
         for where, place in places.items()
@@ -104,17 +110,13 @@ def names_of(task: Task, datasets: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def inner_datasets(where: str, dataset: Any) -> dict[str, Any]:
-    """A data set, and those that it wraps as torch's do (`dataset`, `datasets`), by how they are reached."""
-    found = {where: dataset}
-    inner = {f"{where}.dataset": getattr(dataset, "dataset", None)}
-    several = getattr(dataset, "datasets", None)
-    if isinstance(several, (list, tuple)):
-        inner.update({f"{where}.datasets[{number}]": each for number, each in enumerate(several)})
-    for path, each in inner.items():
-        if hasattr(each, "__getitem__") and hasattr(each, "__dict__"):
-            found.update(inner_datasets(path, each))
-    return found
+def arrays_of(task: Task, model: torch.nn.Module, datasets: dict[str, Any]) -> dict[str, str]:
+    """Hashes of what task and model hold in arrays besides parameters and buffers (anchors, a fixed projection).
+
+    Not of a task that has a state, which gives them back.
+    """
+    roots = {} if has_state(task) else {type(task).__name__: task}
+    return array_digests(model, roots, known=datasets.values())
 
 
 def are_names(value: Any) -> bool:
@@ -143,7 +145,11 @@ def samples_in(feed: Feed, keys: list[BatchKey]) -> dict[str, dict[str, str]]:
     for key in keys:
         ids = ", ".join(map(str, key.ids))
         which = f"sample{'s' * (len(key.ids) > 1)} {ids} of {key.split}"
-        hashes = {field: hash_of(value) for field, value in fields_of(feed.host_batch(key))}
+        try:
+            batch = feed.host_batch(key)
+        except CollateError:  # it may want whole batches, of pairs for example; else the first one fails too
+            continue
+        hashes = {field: hash_of(value) for field, value in fields_of(batch)}
         found[which] = {field: value for field, value in hashes.items() if value is not None}
     return found
 

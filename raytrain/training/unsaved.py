@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from raytrain.data.feed import Feed
-from raytrain.engine.attributes import Look, Saved, changes, listed, look, look_into_model
+from raytrain.engine.attributes import Look, Saved, changes, listed, look, look_into_model, parts_of
+from raytrain.engine.object_graph import names_in
 from raytrain.engine.state import RunState
 
 
@@ -40,7 +41,8 @@ class UnsavedChanges:
         self._looks = 0
         name = type(self._feed.task).__name__
         saved = Saved(self._saved, look(self._run.own.save()))
-        task = changes(self._task, self._look_into_task(), saved)
+        now = self._look_into_task()
+        task, stale = changes(self._task, now, saved), self._stale(now)
         model = changes(self._model, look_into_model(self._run.model), saved)
         self._task, self._model, self._saved = {}, {}, {}
         notes = []
@@ -55,7 +57,21 @@ class UnsavedChanges:
                 f"{listed(model)} changed in this epoch and is in no checkpoint, so a resumed run goes on without it. "
                 "Make it a tensor, by register_buffer(), or compute it of self.progress in model_func"
             )
+        if stale:
+            notes.append(
+                f"{listed(stale)} changed in this epoch, and {name}.collate reads it: in loader workers, which have it "
+                "as it was when they began. Read self.progress in collate, or set LOADER.WORKERS: 0"
+            )
         return notes
+
+    def _stale(self, now: Look) -> list[str]:
+        """Of the task's attributes that have changed, saved or not, those that its collate names in other processes."""
+        code = getattr(type(self._feed.task).collate, "__code__", None)
+        if code is None or not self._feed.loader_cfg.WORKERS:
+            return []
+        named = names_in(code)
+        changed = changes(self._task, now, Saved({}, {}))
+        return [each for each in changed if each.split(" ")[0].split(".")[1] in named]
 
     def _add(self) -> None:
         """What was not there at an earlier look."""
@@ -66,5 +82,5 @@ class UnsavedChanges:
 
     def _look_into_task(self) -> Look:
         task = self._feed.task
-        known: list[Any] = [*self._run.model.modules(), *self._feed.datasets.values()]
+        known: list[Any] = [*parts_of(self._run.model), *self._feed.datasets.values()]
         return look({type(task).__name__: task}, known)

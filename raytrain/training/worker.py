@@ -32,7 +32,7 @@ from raytrain.keeper.heartbeat import Heartbeat, Stacks, Stragglers, start_heart
 from raytrain.progress import Plan, Progress
 from raytrain.storage.forks import tend_forks
 from raytrain.storage.store import Store, checkpoint_name
-from raytrain.task import Task, make_task
+from raytrain.task import Task, load_task_class, make_task
 from raytrain.training.contract import check_dataset
 from raytrain.training.control import Control
 from raytrain.training.environment import differences
@@ -44,6 +44,7 @@ from raytrain.training.recorder import Recorder
 from raytrain.training.resume import Origin, bring_to_start
 from raytrain.training.run_journal import open_journal, write_end
 from raytrain.training.sameness import (
+    arrays_of,
     check_on_all_ranks,
     compare_with_checkpoint,
     names_of,
@@ -112,15 +113,17 @@ def build(
     cfg = job.cfg
     control.begin("Making the task")
     seed_all(cfg.SEED, "task")
-    task = make_task(cfg)
+    load_task_class(cfg.TASK)
     notes = differences(job.environment, world)
+    task = make_task(cfg)
     control.begin("Building the data sets")
     datasets = datasets_of() if datasets_of else build_datasets(task, cfg.SEED)
     built = record_of(datasets)
     notes += check_on_all_ranks(built, world)
     control.begin("Building the model")
     run = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), world), world)
-    run.built, run.own, run.source = built, OwnState.of(task, datasets), source_of(cfg.TASK)
+    run.built = {**built, "names": names_of(task, datasets), "arrays": arrays_of(task, run.model, datasets)}
+    run.own, run.source = OwnState.of(task, datasets), source_of(cfg.TASK)
     notes += take_from_rank_0(run.model, world)
     notes += [*ranks_of_other_source(world, run.source), *run.mode.notes, *last_batch_notes(run.plan)]
     notes += compile_model(run, cfg.OPTIMIZATION)
@@ -190,12 +193,14 @@ def start_feed(job: Job, recorder: Recorder, restored: Restored) -> None:
     probes = [] if run.own.of_datasets else probe_keys(run.plan.num_samples, run.plan.batch_size)
     own = copy.deepcopy(run.own.save())
     feed.start(run.progress, evaluate_first=run.unevaluated is not None, probes=probes)
-    seen = {"names": names_of(feed.task, feed.datasets), "samples": samples_in(feed, probes)}
-    run.own.load(own, "the start of this run")  # what making these samples has moved
-    run.built |= seen
-    notes = check_on_all_ranks(seen, run.world)
+    run.built["samples"] = samples_in(feed, probes)
+    run.own.put_back(own, "the start of this run")  # what making these samples has moved
+    notes = check_on_all_ranks({key: run.built[key] for key in ("names", "arrays", "samples")}, run.world)
     if origin is not None and origin.manifest is not None:
-        notes += compare_with_checkpoint(origin.manifest.world.get("built", {}), run.built)
+        # So may batches be that a task with a state makes: the same on each rank, but not what they were at the start.
+        by_state = "task" in run.own.owners and type(feed.task).collate is not Task.collate
+        now = {key: value for key, value in run.built.items() if key != "samples" or not by_state}
+        notes += compare_with_checkpoint(origin.manifest.world.get("built", {}), now)
     for note in notes:
         recorder.journal.write("event", event="note", message=note)
     restored.checkpointer.describe(run, job.driver)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,26 @@ def after(value: Any, change: Callable[[Any], Any], saved: Saved | None = None) 
     before = look({"T": thing})
     change(thing)
     return changes(before, look({"T": thing}), saved or Saved({}, {}))
+
+
+def bar() -> Any:
+    """A progress bar, as of a library."""
+    module = ModuleType("bars")
+    module.__file__ = "/usr/lib/python3/site-packages/bars.py"
+    sys.modules["bars"] = module
+
+    class Bar:
+        __module__ = "bars"
+
+        def __init__(self) -> None:
+            self.n = 0
+
+        def update(self) -> None:
+            self.n += 1
+
+        def close(self) -> None: ...
+
+    return Bar()
 
 
 def put(value: Any) -> Callable[[Any], Any]:
@@ -53,6 +74,7 @@ def put(value: Any) -> Callable[[Any], Any]:
         (SimpleNamespace(n=1), lambda t: setattr(t.value, "n", 2), ["T.value.n (1, now 2)"]),
         (nn.BatchNorm1d(2), lambda t: t.value(torch.rand(4, 2)), None),
         # What is no state
+        (bar(), lambda t: t.value.update(), []),
         (None, put(3), []),
         ({}, lambda t: t.value.update(n=2), []),
         (1, lambda t: setattr(t, "other", 2), []),

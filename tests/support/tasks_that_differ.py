@@ -60,6 +60,7 @@ class AnimalsTask(Task):
         return ConcatDataset(halves) if split == "train" else Animals(size, changes)
 
     def build_model(self, dataset: Any) -> nn.Module:
+        self.anchors = {"sizes": [np.full(3, 1.0 + ("anchors" in self.changes))]}
         self.numbers = {name: NUMBER_OF[name] + ("numbers" in self.changes) for name in NAMES}
         model = nn.Linear(FEATURES, len(CLASSES))
         if "weights" in self.changes:

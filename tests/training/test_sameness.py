@@ -19,6 +19,7 @@ import raytrain
 from raytrain.engine.world import World
 from raytrain.errors import ResumeError, TaskError
 from raytrain.training.sameness import (
+    arrays_of,
     check_on_all_ranks,
     compare_with_checkpoint,
     fields_of,
@@ -56,6 +57,7 @@ CHANGES = {
     "unseeded": "samples 0, 12, 23 of train hold other values in x",
     "classes": "other names, or in another order, in train.datasets[0].classes, train.datasets[1].classes, val.classes",
     "numbers": "other names, or in another order, in AnimalsTask.numbers",
+    "anchors": "other numbers in AnimalsTask.anchors",
     "longer_val": "val has 12 samples, and had 8",
 }
 
@@ -107,6 +109,7 @@ def checked(rank: int, records: tuple[dict[str, Any], dict[str, Any]]) -> list[s
         ({"num_samples": {"train": 9, "val": 2}}, {"num_samples": {"train": 9}}, "9 samples of train on rank 1 and 9"),
         ({"names": {"a.b": "1"}}, {"names": {"a.b": "2"}}, ["other names, or in another order, in a.b."]),
         ({"names": {"a.b": "1"}}, {"names": {"a.c": "2"}}, []),
+        ({"arrays": {"a.b": "1"}}, {"arrays": {"a.b": "2", "a.c": "3"}}, ["other numbers in a.b."]),
         ({"samples": {"sample 0": {"x": "1"}}}, {"samples": {"sample 0": {"x": "2"}}}, ["hold other values in x."]),
         ({"samples": {"sample 0": {"": "1"}}}, {"samples": {"sample 0": {"": "2"}}}, ["sample 0 hold other values."]),
         ({"hash_seed": "0"}, {"hash_seed": "7"}, ["is 7, not 0 (start with PYTHONHASHSEED=0)"]),
@@ -170,6 +173,36 @@ def test_names_are_found_in_data_sets_that_others_wrap():
     inner.classes = NAMES  # type: ignore[attr-defined]
     found = names_of(SimpleNamespace(), {"train": ConcatDataset([Subset(inner, [0]), inner])})  # type: ignore[arg-type]
     assert {"train.datasets[0].dataset.classes", "train.datasets[1].classes"} <= set(found)
+
+
+class Projects(torch.nn.Module):
+    def __init__(self, **held: Any) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 2)
+        self.register_buffer("mean", torch.rand(2))
+        self.weights = [self.linear.weight]
+        vars(self).update(held)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "differ"),
+    [
+        ({"projection": np.zeros(3)}, {"projection": np.ones(3)}, ["Sequential.0.projection"]),
+        ({"anchors": [np.zeros(3), np.ones(3)]}, {"anchors": [np.ones(3), np.zeros(3)]}, ["Sequential.0.anchors"]),
+        ({"by_level": {"p3": torch.zeros(2)}}, {"by_level": {"p3": torch.zeros(3)}}, ["Sequential.0.by_level"]),
+        ({"priors": torch.zeros(2)}, {"priors": torch.zeros(2, dtype=torch.int64)}, ["Sequential.0.priors"]),
+        ({"weights": torch.rand(2, requires_grad=True) * 2}, {"weights": None}, []),  # what a forward left behind
+        ({"path": "/home/a/" + 50 * "x"}, {"path": "/home/b/" + 50 * "x"}, []),
+        ({"built_s": 1.5}, {"built_s": 2.5}, []),
+        ({}, {}, []),
+    ],
+)
+def test_arrays_that_a_model_holds_besides_its_buffers_are_compared(one, other, differ):
+    def found(held: dict[str, Any]) -> dict[str, str]:
+        return arrays_of(SimpleNamespace(), torch.nn.Sequential(Projects(**held)), {})  # type: ignore[arg-type]
+
+    first, second = found(one), found(other)
+    assert [name for name in first if first[name] != second.get(name)] == differ
 
 
 def test_the_first_the_middle_and_the_last_sample_are_looked_at_in_batches_of_the_run():
