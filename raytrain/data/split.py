@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raytrain.batch import tensorised
-from raytrain.engine.object_graph import difference, values_of, walk
+from raytrain.engine.object_graph import difference, is_dataset, values_of, walk
 from raytrain.engine.own_state import has_state, with_state
 from raytrain.engine.randomness import Randomness
 from raytrain.errors import DataError
@@ -158,7 +158,7 @@ def set_epochs_of(dataset: Any) -> dict[str, Callable[[int], Any]]:
     """
     owners: dict[int, tuple[str, Callable[[int], Any]]] = {}
     for path, value in reversed(list(walk({"dataset": dataset}))):
-        is_one = value is dataset or (hasattr(type(value), "__getitem__") and hasattr(type(value), "set_epoch"))
+        is_one = value is dataset or (is_dataset(value) and hasattr(type(value), "set_epoch"))
         set_epoch = getattr(value, "set_epoch", None) if is_one else None
         if callable(set_epoch):  # that of a wrapper which hands on what it lacks belongs to what it wraps
             owners.setdefault(id(getattr(set_epoch, "__self__", set_epoch)), (path, set_epoch))

@@ -28,7 +28,7 @@ ARRAY = "#array"  # begins what stands for one
 SHORT = 40  # characters of a value that is shown
 NUMBERS = (bool, int, float, complex)
 OF_MODULES = frozenset(vars(nn.Module()))
-OF_TASKS = frozenset(["cfg", "_notes", "_progress"])  # raytrain's own
+OF_TASKS = frozenset(["cfg", "_notes", "_progress"])  # raytrain's own; a task may be a module besides
 Look = dict[str, str]  # path, such as MyTask.steps or MyTask.history[3] -> what stands there, short enough to be shown
 
 
@@ -46,12 +46,14 @@ def look(roots: Mapping[str, Any], known: Iterable[Any] = ()) -> Look:
 
 def look_into_model(model: nn.Module) -> Look:
     """The same for what a model's modules hold besides parameters, buffers and submodules; torch's own hold nothing."""
-    return look(_held_by_modules(model), known=parts_of(model))
+    modules = {name: module for name, module in model.named_modules() if not _is_of_torch(module)}
+    return look(_held_by_modules(model, modules), known=parts_of(model))
 
 
 def array_digests(model: nn.Module, roots: Mapping[str, Any], known: Iterable[Any]) -> Look:
     """Of arrays and tensors that `roots` and the model's modules hold, but for parameters and buffers; by attribute."""
-    of_all = look({**roots, **_held_by_modules(model)}, known=[*parts_of(model), *known])
+    held = _held_by_modules(model, dict(model.named_modules()))
+    of_all = look({**roots, **held}, known=[*parts_of(model), *known])
     by_attribute: dict[str, list[str]] = {}
     for path, value in of_all.items():
         if value.startswith(ARRAY):
@@ -59,8 +61,7 @@ def array_digests(model: nn.Module, roots: Mapping[str, Any], known: Iterable[An
     return {name: _digest("".join(values).encode()) for name, values in by_attribute.items()}
 
 
-def _held_by_modules(model: nn.Module) -> dict[str, Any]:
-    modules = {name: module for name, module in model.named_modules() if not _is_of_torch(module)}
+def _held_by_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
     roots: dict[str, Any] = {}
     for name, module in modules.items():
         if type(module).get_extra_state is nn.Module.get_extra_state:  # else it says itself what to save
@@ -138,7 +139,7 @@ def _values_of_object(value: Any, path: str, seen: set[int], depth: int) -> Iter
     if isinstance(value, nn.Module):
         for name, tensor in itertools.chain(value.named_parameters(), value.named_buffers()):
             yield from _values(tensor, f"{path}.{name}", seen, depth)
-        skipped = OF_MODULES
+        skipped = OF_MODULES | OF_TASKS
     else:
         skipped = OF_TASKS
     slots = [name for kind in type(value).__mro__ for name in _names(vars(kind).get("__slots__", ()))]

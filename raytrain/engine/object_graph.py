@@ -84,9 +84,10 @@ def held_by(value: Any, path: str, into_code: bool) -> Iterator[tuple[str, Any]]
 
 
 def is_dataset(value: Any) -> bool:
-    """Whether it has samples, and is none of what merely holds values."""
-    has_samples = hasattr(type(value), "__getitem__") and hasattr(type(value), "__len__")
-    return has_samples and not isinstance(value, (*PLAIN, *ARRAYS, *CONTAINERS))
+    """Whether one may ask samples of it: none of what merely holds values, or modules."""
+    return hasattr(type(value), "__getitem__") and not isinstance(
+        value, (*PLAIN, *ARRAYS, *CONTAINERS, torch.nn.Module)
+    )
 
 
 def key_text(key: Any, position: int) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from raytrain.engine.object_graph import MAX_OBJECTS, is_dataset
 from raytrain.errors import CheckpointError, TaskError
 from raytrain.task import Task
 
@@ -115,16 +116,23 @@ def with_state(dataset: Any, name: str) -> dict[str, Any]:
 
 
 def datasets_in(dataset: Any, name: str, within: tuple[Any, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """By name, `dataset` and those that it wraps, as Subset, ConcatDataset and the like do."""
+    """By name, `dataset` and those that it wraps: in an attribute, or in a list or dict that is one."""
     yield name, dataset
-    attributes = getattr(dataset, "__dict__", {})
-    wrapped = {"dataset": attributes.get("dataset")}
-    several = attributes.get("datasets")
-    if isinstance(several, (list, tuple)):
-        wrapped |= {f"datasets[{index}]": each for index, each in enumerate(several)}
-    for place, inner in wrapped.items():
-        if inner is not None and not any(inner is each for each in (dataset, *within)):
-            yield from datasets_in(inner, f"{name}.{place}", (dataset, *within))
+    for attribute, value in list(getattr(dataset, "__dict__", {}).items()):
+        for place, inner in held_in(value).items():
+            if not any(inner is each for each in (dataset, *within)):
+                yield from datasets_in(inner, f"{name}.{attribute}{place}", (dataset, *within))
+
+
+def held_in(value: Any) -> dict[str, Any]:
+    """The data sets that an attribute is, or holds."""
+    if isinstance(value, (list, tuple)):
+        entries = enumerate(value[:MAX_OBJECTS]) if value and is_dataset(value[0]) else ()
+        return {f"[{index}]": each for index, each in entries if is_dataset(each)}
+    if isinstance(value, dict):
+        first = next(iter(value.values()), None)
+        return {f"[{key!r}]": each for key, each in value.items() if is_dataset(each)} if is_dataset(first) else {}
+    return {"": value} if is_dataset(value) else {}
 
 
 def encoded(value: Any, where: str) -> Any:

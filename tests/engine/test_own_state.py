@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import Counter
 from typing import Any
@@ -13,7 +14,7 @@ from tasks_for_units import PointsTask
 from tasks_with_state import Kept, KeptWalking, Walking
 from torch.utils.data import ConcatDataset, Subset
 
-from raytrain.engine.own_state import OwnState, decoded, encoded
+from raytrain.engine.own_state import OwnState, decoded, encoded, is_same
 from raytrain.errors import CheckpointError, TaskError
 from raytrain.storage.state_file import dumps, loads
 
@@ -74,6 +75,50 @@ def test_states_of_wrapped_data_sets_are_found() -> None:
     assert own.owners == {"train data set.dataset.datasets[1]": kept, "val data set": kept}
     task = Kept(None)  # type: ignore[arg-type]
     assert list(OwnState.of(task, {"train": plain}).owners) == ["task"]
+
+
+@pytest.mark.parametrize(
+    ("held", "where"),
+    [
+        (lambda kept: {"base": kept}, ".base"),
+        (lambda kept: {"parts": [Walking(4), kept]}, ".parts[1]"),
+        (lambda kept: {"by_name": {"day": kept}}, ".by_name['day']"),
+        (lambda kept: {"base": Subset(kept, [0])}, ".base.dataset"),
+        (lambda kept: {"base": holding({"base": kept})}, ".base.base"),
+        (lambda kept: {"transform": torch.nn.Sequential(), "names": ["a"], "base": kept}, ".base"),
+    ],
+)
+def test_a_state_is_found_in_any_wrapper(held: Any, where: str) -> None:
+    kept = KeptWalking(4)
+    wrapper = holding(held(kept))
+    wrapper.itself = wrapper
+    own = OwnState.of(PointsTask(None), {"train": wrapper})  # type: ignore[arg-type]
+    assert own.owners == {f"train data set{where}": kept}
+
+
+def holding(held: dict[str, Any]) -> Any:
+    wrapper = Walking(4)
+    vars(wrapper).update(held)
+    return wrapper
+
+
+def test_only_what_has_moved_is_given_back() -> None:
+    calm, moved = Refusing(1), KeptWalking(1)
+    own = OwnState({"calm": calm, "moved": moved})
+    before = own.save()
+    moved.made = 5
+    own.put_back(before, "here")
+    assert moved.made == 0
+
+
+@pytest.mark.parametrize(
+    "value", [1.5, "text", [1, {"a": (2, None)}], torch.arange(3), np.arange(3), {1, 2}, {"a": torch.zeros(2)}]
+)
+def test_a_state_is_the_same_as_itself_and_no_other(value: Any) -> None:
+    one, same, other = (encoded(each, "T") for each in ([value, 1], copy.deepcopy([value, 1]), [value, 2]))
+    assert is_same(one, same) and not is_same(one, other)
+    assert not is_same(encoded([torch.zeros(2)], "T"), encoded([torch.ones(2)], "T"))
+    assert not is_same(1, 1.0)
 
 
 def test_half_a_state_is_refused() -> None:

@@ -160,7 +160,19 @@ class Annotates(Habit):
     data = Annotated
 
 
-HABITS = [SetsVariables, Pairs, HoldsParts, Remembers, Grows, Caches, Rounds, Annotates]
+class OfModule(Habit, nn.Module):
+    """The task is a module too, which has the model."""
+
+    def __init__(self, cfg: Any) -> None:
+        nn.Module.__init__(self)
+        Habit.__init__(self, cfg)
+
+    def build_model(self, dataset: Any) -> nn.Module:
+        self.net = super().build_model(dataset)
+        return self.net
+
+
+HABITS = [OfModule, SetsVariables, Pairs, HoldsParts, Remembers, Grows, Caches, Rounds, Annotates]
 
 
 class Reads(Points):

@@ -203,6 +203,9 @@ def test_arrays_that_a_model_holds_besides_its_buffers_are_compared(one, other, 
 
     first, second = found(one), found(other)
     assert [name for name in first if first[name] != second.get(name)] == differ
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model.anchors = np.zeros(3)  # type: ignore[assignment]
+    assert list(arrays_of(SimpleNamespace(), model, {})) == ["Sequential.anchors"]  # type: ignore[arg-type]
 
 
 def test_the_first_the_middle_and_the_last_sample_are_looked_at_in_batches_of_the_run():
