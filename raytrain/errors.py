@@ -77,7 +77,7 @@ class DataError(RaytrainError):
 
 
 class CollateError(DataError):
-    """A batch could not be made of samples by the task's own collate."""
+    """The samples are there, but no batch could be made of them."""
 
 
 class LostLoaderError(DataError):

@@ -147,7 +147,7 @@ def samples_in(feed: Feed, keys: list[BatchKey]) -> dict[str, dict[str, str]]:
         which = f"sample{'s' * (len(key.ids) > 1)} {ids} of {key.split}"
         try:
             batch = feed.host_batch(key)
-        except CollateError:  # it may want whole batches, of pairs for example; else the first one fails too
+        except CollateError:  # it may want pairs, or like samples in a row; else the first true batch fails too
             continue
         hashes = {field: hash_of(value) for field, value in fields_of(batch)}
         found[which] = {field: value for field, value in hashes.items() if value is not None}
