@@ -121,8 +121,8 @@ class Start:
         scale, virtual_workers = self.cfg.SCALE, origin.manifest.world["virtual_workers"]
         if scale.VIRTUAL_WORKERS is None and (scale.NUM_WORKERS or 0) > virtual_workers:
             changes.append(
-                f"this run was begun with {virtual_workers} virtual worker{'s' * (virtual_workers > 1)} and keeps that; a "
-                f"new one of {scale.NUM_WORKERS} workers has {scale.NUM_WORKERS} (SCALE.VIRTUAL_WORKERS)"
+                f"this run was begun with {virtual_workers} virtual worker{'s' * (virtual_workers > 1)} and "
+                f"keeps that; a new one of {scale.NUM_WORKERS} workers has {scale.NUM_WORKERS} (SCALE.VIRTUAL_WORKERS)"
             )
         changes += source_notes(origin.manifest.source, source_of(self.cfg.TASK))
         notes = [*origin.notes, *self.notes]
