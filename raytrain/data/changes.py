@@ -6,14 +6,15 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
-from raytrain.engine.attributes import Look, Saved, changes, listed, look
+from raytrain.engine.attributes import Look, Saved, Watch, changes, listed, look
 from raytrain.engine.own_state import OwnState, with_state
 from raytrain.errors import DataError
 from raytrain.task import Task
 
 
 class SampleChanges:
-    """Compares the attributes of each data set over the first epoch in which this process makes its samples.
+    """Compares the attributes of each data set over the first epoch in which this process makes its samples, and over
+    some later ones.
 
     After set_epoch, which may change what it likes; what is only made with the first batch, such as a cache, counts
     from there on. In a loader worker the task too, which makes batches there.
@@ -21,7 +22,7 @@ class SampleChanges:
 
     def __init__(self, task: Task, datasets: dict[str, Any]) -> None:
         self._task, self._datasets = task, datasets
-        self._looked_at: set[str] = set()
+        self._watches = {split: Watch() for split in datasets}
         self._split: str | None = None
         self._is_first = False
         self._before: Look = {}
@@ -32,16 +33,15 @@ class SampleChanges:
         dataset = self._datasets[split]
         own = OwnState(with_state(dataset, f"{split} data set"))
         self._states[split] = own, look(own.save())
-        if split not in self._looked_at:
-            self._looked_at.add(split)
+        if self._watches[split].epoch_begins():
             self._split, self._is_first = split, True
-            self._before = self._look()
+            self._before = self._watches[split].known(self._look())
 
     def batch_made(self, split: str) -> DataError | None:
         """What is to be raised: a loader worker's data set has got another state, which nobody would save."""
         if self._split is not None and self._is_first:
             self._is_first = False
-            self._before = {**self._look(), **self._before}
+            self._before = {**self._watches[self._split].known(self._look()), **self._before}
         own, before = self._states.get(split, (OwnState({}), {}))
         if not own.owners or not in_loader_worker() or look(own.save()) == before:
             return None
@@ -53,12 +53,12 @@ class SampleChanges:
         )
 
     def tell(self) -> None:
-        """The task notes what has changed since the epoch began, if that was the first of its split."""
+        """The task notes what has changed since the epoch began, if that one was watched."""
         if self._split is None:
             return
         own, before = self._states[self._split]
         found = changes(self._before, self._look(), Saved(before, look(own.save())))
-        self._split = None
+        found, self._split = self._watches[self._split].new(found), None
         if in_loader_worker():  # whose values are its own, and the next one's others: one line for all
             found = [each.partition(" ")[0] for each in found]
         if found:

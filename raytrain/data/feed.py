@@ -18,8 +18,10 @@ from typing import Any
 
 from raytrain.data.loader import BatchKey, KeyedBatches, Loaded, check_loader_workers, start_loader
 from raytrain.data.sampler import cut, epoch_order, step_samples
+from raytrain.data.split import HEAD_BYTES
 from raytrain.data.transfer import DeviceTransfer
-from raytrain.engine.object_graph import PLAIN, value_of, walk
+from raytrain.engine.attributes import Watch
+from raytrain.engine.object_graph import value_of, walk
 from raytrain.engine.randomness import Randomness
 from raytrain.engine.world import World
 from raytrain.errors import DataError, LostLoaderError
@@ -75,6 +77,7 @@ class Feed:
         self._reader: KeyedBatches | None = None
         self._delivery = None if type(task).to_device is Task.to_device else Randomness(task=task)
         self._held: dict[str, Any] = {}
+        self._watch = Watch()
         self._wait_s = 0.0
         self._noted: set[str] = set()
         self.notes: list[str] = []
@@ -102,7 +105,7 @@ class Feed:
         if workers == 0 and self.world.device.type == "cpu":  # nothing to read ahead with, nothing to pin
             self._reader = reader
             return
-        self._held = self._plain_values()
+        self._held = self._held_values()
         pins = self.world.device.type == "cuda"
         self._batches = start_loader(reader, keys, self.loader_cfg, pins, self.stacks_path)
 
@@ -110,7 +113,11 @@ class Feed:
         """What is left of the epoch that `progress` stands in, for the loop."""
         if self._batches is not None and self.loader_cfg.WORKERS:
             self._follow_changes(progress)
+        else:
+            self._tell([path for path in self._changed() if path.startswith("train")], "training goes on with it")
         yield from self._steps(progress)
+        if self.loader_cfg.WORKERS == 0:  # what making samples changes is told by data/changes.py
+            self._held = self._held_values() if self._watch.epoch_begins() else {}
 
     def _steps(self, progress: Progress) -> Iterator[Step]:
         plan, epoch = self.plan, progress.epoch
@@ -169,23 +176,25 @@ class Feed:
         return batch
 
     def _follow_changes(self, progress: Progress) -> None:
-        """Start the loader workers again if a number or text of their data sets has been changed in this process.
+        """Start the loader workers again if what their data sets hold has been changed in this process.
 
         They have copies, as they were; torch's loader gets new ones each epoch, and so tasks come to rely on it.
         """
-        held = self._plain_values()
-        changed = [path for path, value in self._held.items() if path in held and held[path] != value]
+        changed = self._changed()
         if not changed:
             return
         try:
             pickle.dumps((self.datasets, self.task))
         except Exception as error:
-            self._held, came_of_it = held, f"loader workers cannot be given it ({error})"
+            self._held, came_of_it = self._held_values(), f"loader workers cannot be given it ({error})"
         else:
             self.close()
             self.start(progress)
             came_of_it = "loader workers were started again with it"
-        if "changed" not in self._noted:
+        self._tell(changed, came_of_it)
+
+    def _tell(self, changed: list[str], came_of_it: str) -> None:
+        if changed and "changed" not in self._noted:
             self._noted.add("changed")
             what = f"{', '.join(changed[:3])}{', ...' if changed[3:] else ''}"
             self.notes.append(
@@ -193,9 +202,18 @@ class Feed:
                 "other ranks may lack it: change it in the data set's set_epoch(epoch)"
             )
 
-    def _plain_values(self) -> dict[str, Any]:
-        """The numbers and texts that the data sets hold, by their paths."""
-        return {path: value_of(value) for path, value in walk(self.datasets) if isinstance(value, PLAIN)}
+    def _changed(self) -> list[str]:
+        """Paths of what the data sets held when it was last looked, and hold otherwise now."""
+        now = self._held_values() if self._held else {}
+        return [path for path, value in self._held.items() if path in now and now[path] != value]
+
+    def _held_values(self) -> dict[str, Any]:
+        """What the data sets hold, by its path: numbers, texts, heads of arrays, lengths of lists, kinds of objects.
+
+        Not what is in dicts and sets besides: entries come and go there as samples are made (a cache).
+        """
+        held = walk(self.datasets)
+        return {p: value_of(v, HEAD_BYTES) for p, v in held if v is not None and not isinstance(v, (dict, set))}
 
     def _next(self, batches: Iterator[Loaded]) -> Loaded:
         try:

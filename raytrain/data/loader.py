@@ -149,7 +149,9 @@ def start_loader(
         prefetch_factor=loader_cfg.PREFETCH if workers else None,
         pin_memory=pin_memory,
         multiprocessing_context=fork_server(module) if workers else None,
-        worker_init_fn=functools.partial(init_loader_worker, stacks_path, default_start_method(), module),
+        worker_init_fn=functools.partial(
+            init_loader_worker, stacks_path, default_start_method(), module, torch.get_default_dtype()
+        ),
     )
     ForkingPickler.register(torch.Generator, reduce_generator)
     with contextlib.ExitStack() as stack:
@@ -231,7 +233,9 @@ def default_start_method() -> str:
     return multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
 
 
-def init_loader_worker(stacks_path: str | None, start_method: str, task_module: str, _: int) -> None:
+def init_loader_worker(
+    stacks_path: str | None, start_method: str, task_module: str, default_dtype: torch.dtype, _: int
+) -> None:
     """A loader worker lives as long as the training process: no longer, and through signals meant for all.
 
     Ctrl-C, and a SIGTERM to the whole process group, let the training process finish its step,
@@ -248,6 +252,7 @@ def init_loader_worker(stacks_path: str | None, start_method: str, task_module: 
     if stacks_path is not None:
         write_stacks_to(stacks_path)
     torch.set_num_threads(1)
+    torch.set_default_dtype(default_dtype)  # which the task may have set, to build its model
     multiprocessing.queues.Queue._on_queue_feeder_error = send_error_instead  # type: ignore[attr-defined]
 
 

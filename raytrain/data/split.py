@@ -18,6 +18,7 @@ from raytrain.engine.randomness import Randomness
 from raytrain.errors import DataError
 from raytrain.task import Task
 
+KEPT = "something in it was drawn when it was first made and is kept since (a cache)"
 HEAD_BYTES = 65536  # of an array that a data set holds, to see whether a fetch has changed it
 
 
@@ -33,6 +34,7 @@ class Split:
         self._notes: tuple[str, ...] = ()
         self._randomness = Randomness(dataset=dataset, task=task)
         self._set_epochs = set_epochs_of(dataset)
+        self._length: int | None = len(dataset)
         self._has_own_collate = type(task).collate is not Task.collate
         # What has a state of its own may go on with each call: checkpoints hold it, and data/changes.py watches it.
         self._is_repeatable = not with_state(dataset, name)
@@ -51,6 +53,13 @@ class Split:
                 self._randomness.seed(self.seed, "set_epoch", self.name, each, path)
                 set_epoch(each)
             self._randomness.find()  # they may have been made anew
+        if self._length is not None and len(self.dataset) != self._length:
+            self.task.note(
+                f"set_epoch({epoch}) has made data set {self.name!r} one of {len(self.dataset)} samples; it had "
+                f"{self._length} when the run was planned, so each epoch takes those of 0 to {self._length - 1}. Let "
+                "its len() stay the same, and set_epoch choose which samples these are"
+            )
+            self._length = None  # told once
         self._is_first = self._epoch < 0
         self._epoch = epoch
 
@@ -92,7 +101,16 @@ class Split:
         if self.task.random_samples and self._is_first and self._randomness.find():
             sample = fetch()  # by generators that were only made with the one before
         if self._is_repeatable:
-            self._compare(f"sample {sample_id} of data set {self.name!r}", sample, fetch)
+            drawn = self._randomness.state()
+            what = f"sample {sample_id} of data set {self.name!r}"
+            self._compare(what, sample, fetch)
+            if self._is_repeatable and self._randomness.state() != drawn:
+                self._is_repeatable = False
+                self._notes += (
+                    f"{what} draws other random numbers when it is made again, and is the same: {KEPT}. So it is the "
+                    "same in each epoch, and another one in another loader worker or after a resume. Keep what is "
+                    "loaded, and draw after that",
+                )
         return sample
 
     def _collated(self, samples: list[Any], epoch: int, ids: tuple[int, ...]) -> Any:
@@ -125,14 +143,18 @@ class Split:
             "clock"
         )
         try:
-            place = difference(values, values_of({"": make()}))
+            again = values_of({"": make()})
+            place = difference(values, again)
             if place is None:
                 return
             differs = f"differs each time it is made{place and f', at {place}'}"
             held = self._held()
-            make()
+            third = values_of({"": make()})
             changed = difference(held, self._held())
-            why = f"making it changes {changed}" if changed else why
+            if changed:
+                why = f"making it changes {changed}"
+            elif third == again:
+                differs, why = f"differs when it is made again{place and f', at {place}'}", KEPT
         except Exception as error:
             differs, why = "can be made only once", f"the second time it fails: {type(error).__name__}: {error}"
         self._is_repeatable = False

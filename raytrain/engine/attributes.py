@@ -28,6 +28,7 @@ ARRAY = "#array"  # begins what stands for one
 SHORT = 40  # characters of a value that is shown
 NUMBERS = (bool, int, float, complex)
 OF_MODULES = frozenset(vars(nn.Module()))
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 OF_TASKS = frozenset(["cfg", "_notes", "_progress"])  # raytrain's own; a task may be a module besides
 Look = dict[str, str]  # path, such as MyTask.steps or MyTask.history[3] -> what stands there, short enough to be shown
 
@@ -45,9 +46,12 @@ def look(roots: Mapping[str, Any], known: Iterable[Any] = ()) -> Look:
 
 
 def look_into_model(model: nn.Module) -> Look:
-    """The same for what a model's modules hold besides parameters, buffers and submodules; torch's own hold nothing."""
+    """The same for what a model's modules hold besides parameters, buffers that are saved, and submodules.
+
+    Of torch's own modules it is hooks and buffers alone. A buffer that gets another shape is a cache that grows.
+    """
     modules = {name: module for name, module in model.named_modules() if not _is_of_torch(module)}
-    return look(_held_by_modules(model, modules), known=parts_of(model))
+    return look({**_held_by_modules(model, modules), **_unsaved_of_modules(model)}, known=parts_of(model))
 
 
 def array_digests(model: nn.Module, roots: Mapping[str, Any], known: Iterable[Any]) -> Look:
@@ -70,9 +74,21 @@ def _held_by_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict
     return roots
 
 
+def _unsaved_of_modules(model: nn.Module) -> dict[str, Any]:
+    """Buffers that are not saved, and numbers of hooks, of torch's own modules too."""
+    roots: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        path = ".".join(filter(None, [type(model).__name__, name]))
+        hidden = {key: module._buffers.get(key) for key in module._non_persistent_buffers_set}
+        roots |= {f"{path}.{key}[{tuple(each.shape)}]": each for key, each in hidden.items() if each is not None}
+        roots |= {f"{path}.{key}": len(vars(module)[key]) for key in HOOKS if vars(module)[key]}
+    return roots
+
+
 def parts_of(model: nn.Module) -> list[Any]:
     """What a checkpoint holds of a model, whoever else holds it: a list of weights, a module around some of it."""
-    return [*model.modules(), *model.parameters(), *model.buffers()]
+    hidden = {id(module._buffers.get(key)) for module in model.modules() for key in module._non_persistent_buffers_set}
+    return [*model.modules(), *model.parameters(), *(each for each in model.buffers() if id(each) not in hidden)]
 
 
 class Saved:
@@ -95,6 +111,37 @@ def changes(before: Look, now: Look, saved: Saved) -> list[str]:
             shown = not path.startswith("len(") and not (value + now[path]).startswith("#")
             found.setdefault(attribute_of(path), f" ({value}, now {now[path]})" if shown else "")
     return [f"{name}{values}" for name, values in found.items()]
+
+
+class Watch:
+    """Which epochs are watched, of those that this process has a part in: 0, 1, 2, 4, 8 and so on.
+
+    What changes late in a run is seen too, if it was there in epoch 0 (else it is scratch, most likely), and watching
+    takes next to nothing of a long one. Each name is told once.
+    """
+
+    def __init__(self) -> None:
+        self._epochs = 0
+        self._paths: set[str] = set()
+        self._told: set[str] = set()
+
+    def epoch_begins(self) -> bool:
+        """Whether this one is watched."""
+        epochs, self._epochs = self._epochs, self._epochs + 1
+        return epochs & (epochs - 1) == 0
+
+    def known(self, found: Look) -> Look:
+        """Of a look at the start of an epoch that is watched, what is to be compared at its end."""
+        if self._epochs == 1:
+            self._paths |= found.keys()
+        return {path: value for path, value in found.items() if path in self._paths}
+
+    def new(self, found: Sequence[str]) -> list[str]:
+        """Those of `changes` that were not told yet; they are now."""
+        names = [each.partition(" ")[0] for each in found]
+        new = [each for each, name in zip(found, names, strict=True) if name not in self._told]
+        self._told |= set(names)
+        return new
 
 
 def attribute_of(path: str) -> str:

@@ -33,15 +33,29 @@ def prepare_torch(cfg: Config, device: torch.device) -> None:
         set_tf32(cfg.OPTIMIZATION.TF32)
 
 
+def torch_differences(threads: int, device: torch.device) -> list[str]:
+    """What of prepare_torch's settings the task has changed since, in words."""
+    differing = []
+    if torch.get_num_threads() != threads:
+        now = torch.get_num_threads()
+        differing.append(f"the task has set torch to {now} threads, which is for SCALE.THREADS to say (now {threads})")
+    if device.type == "cuda" and torch.backends.cudnn.benchmark:
+        differing.append("the task has set torch.backends.cudnn.benchmark, by which each run tries other kernels")
+    if device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+        differing.append("the task has turned torch.use_deterministic_algorithms off")
+    return differing
+
+
 @contextlib.contextmanager
 def torch_put_back() -> Iterator[None]:
     """What prepare_torch sets in this process is afterwards what it was."""
     threads, benchmark, precisions = torch.get_num_threads(), torch.backends.cudnn.benchmark, fp32_precisions()
-    determinism = deterministic_algorithms()
+    determinism, dtype = deterministic_algorithms(), torch.get_default_dtype()
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
         torch.backends.cudnn.benchmark = benchmark
         if deterministic_algorithms() != determinism:  # setting it imports torch._inductor: 1.5 s
             torch.use_deterministic_algorithms(determinism[0], warn_only=determinism[1])

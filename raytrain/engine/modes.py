@@ -22,6 +22,7 @@ class TrainingMode:
         named = list(model.named_modules())
         self._model = model
         self._kept: list[nn.Module] = []
+        self._begun: list[bool] = []
         self.notes: list[str] = []
         if not any(module.training for _, module in named):
             self.notes.append(
@@ -40,6 +41,14 @@ class TrainingMode:
         self._model.train()
         for module in self._kept:
             module.training = False  # not eval(): a part of it may be in training mode
+        self._begun = [module.training for module in self._model.modules()]
+
+    def changed(self) -> list[str]:
+        """Names of the modules that are in another mode than `begin` has left them in."""
+        named = list(self._model.named_modules())
+        if len(named) != len(self._begun):  # before the first epoch; or the model has got other modules
+            return []
+        return [name for (name, module), mode in zip(named, self._begun, strict=True) if module.training is not mode]
 
 
 def note_of(names: Sequence[str], model: nn.Module) -> str:

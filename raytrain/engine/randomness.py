@@ -52,6 +52,7 @@ class Randomness:
     def __init__(self, **roots: Any) -> None:
         self._roots = roots
         self._owned: dict[str, Any] = {}
+        self._seed: int | None = None
         self.find()
 
     def find(self) -> list[str]:
@@ -67,10 +68,14 @@ class Randomness:
 
     def seed(self, *key: Hashable) -> None:
         """Seed all of them, for what is drawn until this is called again."""
-        seed = keyed_seed(*key)
+        self._seed = seed = keyed_seed(*key)
         seed_globals(seed)
         for path, source in self._owned.items():
             reseed(source, keyed_seed(seed, path))
+
+    def is_reseeded(self) -> bool:
+        """Whether somebody else has seeded torch since `seed`."""
+        return self._seed is not None and torch.initial_seed() != self._seed & 0x7FFFFFFFFFFFFFFF
 
     def state(self) -> tuple[Any, ...]:
         """What `seed` sets, to compare: equal as long as nothing was drawn."""

@@ -25,6 +25,7 @@ from raytrain.storage.store import checkpoint_name
 from raytrain.training.bad_steps import answer, suspects
 from raytrain.training.contract import FIELDS, Part, sums_of
 from raytrain.training.control import Control
+from raytrain.training.step_checks import StepChecks
 from raytrain.training.unsaved import UnsavedChanges
 from raytrain.training.validate import Validation
 
@@ -56,6 +57,7 @@ class Recorder:
         self.checkpointer, self.journal, self.control, self.heartbeat = checkpointer, journal, control, heartbeat
         self.validation: Validation | None = None
         self._unsaved = UnsavedChanges(run, feed)
+        self._step_checks = StepChecks(run, feed.task)
         self.notes: list[str] = []
         self._save: PendingSave | None = PendingSave.of_old(
             run.progress
@@ -97,7 +99,7 @@ class Recorder:
         """Collective. All that follows a step; False if the run is to stop here."""
         self.heartbeat.beat("checkpoint")
         if not self._steps:  # the first since an epoch began
-            self.notes += untrained(self.run) + unseeded(self.run)
+            self.notes += self._step_checks.first_step_done()
         self._steps.append(step)
         self.notes += followed(self.run)
         self._unsaved.stepped()
@@ -128,6 +130,7 @@ class Recorder:
         due = not is_whole or self._save_wished or evaluates or run.plan.finished(run.progress)
         due = due or self.checkpointer.store.progress_due(run.progress, epoch_done=True)
         self._steps.clear()
+        self._step_checks.epoch_done()
         self.heartbeat.step(run.progress.step)
         if not (is_whole and evaluates):
             self._tell_unsaved()
@@ -301,26 +304,4 @@ def followed(run: RunState) -> list[str]:
     return [
         "parameters that forward itself changes (a momentum encoder, a queue) are kept as buffers are, with virtual "
         f"worker 0's values: {listed(names)}"
-    ]
-
-
-def untrained(run: RunState) -> list[str]:
-    """A line for the user if the model has got trainable parameters that no step changes."""
-    names = run.engine.newly_untrained()
-    if not names:
-        return []
-    return [
-        f"not trained, since they came or were unfrozen after training began: {', '.join(names[:5])}"
-        f"{', ...' if names[5:] else ''}. Make them, trainable, in build_model"
-    ]
-
-
-def unseeded(run: RunState) -> list[str]:
-    """A line for the user if task or model have got a generator that was not there when training began."""
-    names = run.randomness.find()
-    if not names:
-        return []
-    return [
-        f"{', '.join(names)} came while training, so what was drawn from there until now was not seeded by step: "
-        "a resume draws other numbers. Make generators in __init__ or build_model"
     ]

@@ -70,6 +70,18 @@ def compare_with_checkpoint(old: Record, new: Record) -> list[str]:
     return [f"not as it was when the checkpoint was made: {'; '.join(different)}. {CAUSES}"]
 
 
+def compare_loader_workers(of_one: Record, of_another: Record) -> list[str]:
+    """One line if two loader workers have made another sample of the same: it depends on who makes it."""
+    different = differences({"samples": of_one}, {"samples": of_another})
+    if not different:
+        return []
+    return [
+        f"one loader worker and another do not make the same: {'; '.join(different)}. So training depends on how many "
+        "there are. Likely a seed that is the number of the loader worker (get_worker_info()) or of its process; "
+        "raytrain seeds each sample itself"
+    ]
+
+
 def differences(old: Record, new: Record) -> list[str]:
     """What both records hold and is not the same in them, in words."""
     lines = []

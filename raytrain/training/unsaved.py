@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from raytrain.data.feed import Feed
-from raytrain.engine.attributes import Look, Saved, changes, listed, look, look_into_model, parts_of
+from raytrain.engine.attributes import Look, Saved, Watch, changes, listed, look, look_into_model
 from raytrain.engine.object_graph import names_in
 from raytrain.engine.state import RunState
+from raytrain.training.validate import look_into_task
 
 
 class UnsavedChanges:
-    """Compares the attributes of task and model over the first epoch that this process trains, and then no more.
+    """Compares the attributes of task and model over the first epoch that this process trains, and some later ones.
 
     What is only made in the first step, such as a cache, counts from there on. Data sets are compared where they are
     used, which may be a loader worker: data/loader.py.
@@ -24,10 +23,13 @@ class UnsavedChanges:
         self._model: Look = {}
         self._saved: Look = {}
         self._looks = 0
+        self._watch = Watch()
 
     def training_begins(self) -> None:
+        """Of this run, or of its next epoch."""
         self._began = self._run.progress
-        self._add()
+        if self._watch.epoch_begins():
+            self._add()
 
     def stepped(self) -> None:
         """After each step; it is looked after the first."""
@@ -35,16 +37,21 @@ class UnsavedChanges:
             self._add()
 
     def epoch_done(self) -> list[str]:
-        """What a user should know, a line for task and model each; once, when something was trained."""
-        if self._looks == 0 or self._run.progress == self._began:
+        """What a user should know, a line for task and model each; each attribute once, when something was trained."""
+        if self._run.progress == self._began or not self._run.world.is_first:
             return []
-        self._looks = 0
+        notes = self._notes() if self._looks else []
+        self._task, self._model, self._saved, self._looks = {}, {}, {}, 0
+        self.training_begins()
+        return notes
+
+    def _notes(self) -> list[str]:
         name = type(self._feed.task).__name__
         saved = Saved(self._saved, look(self._run.own.save()))
-        now = self._look_into_task()
-        task, stale = changes(self._task, now, saved), self._stale(now)
-        model = changes(self._model, look_into_model(self._run.model), saved)
-        self._task, self._model, self._saved = {}, {}, {}
+        now = look_into_task(self._run, self._feed.task, self._feed)
+        stale = self._stale(now)
+        task = self._watch.new(changes(self._task, now, saved))
+        model = self._watch.new(changes(self._model, look_into_model(self._run.model), saved))
         notes = []
         if task:
             notes.append(
@@ -55,7 +62,8 @@ class UnsavedChanges:
         if model:
             notes.append(
                 f"{listed(model)} changed in this epoch and is in no checkpoint, so a resumed run goes on without it. "
-                "Make it a tensor, by register_buffer(), or compute it of self.progress in model_func"
+                "Make it a tensor, by register_buffer() without persistent=False, or compute it of self.progress in "
+                "model_func; register hooks in build_model"
             )
         if stale:
             notes.append(
@@ -76,11 +84,6 @@ class UnsavedChanges:
     def _add(self) -> None:
         """What was not there at an earlier look."""
         self._looks += 1
-        self._task = {**self._look_into_task(), **self._task}
-        self._model = {**look_into_model(self._run.model), **self._model}
+        self._task = {**self._watch.known(look_into_task(self._run, self._feed.task, self._feed)), **self._task}
+        self._model = {**self._watch.known(look_into_model(self._run.model)), **self._model}
         self._saved = {**look(self._run.own.save()), **self._saved}
-
-    def _look_into_task(self) -> Look:
-        task = self._feed.task
-        known: list[Any] = [*parts_of(self._run.model), *self._feed.datasets.values()]
-        return look({type(task).__name__: task}, known)

@@ -14,6 +14,8 @@ import torch
 
 from raytrain.data.feed import Feed
 from raytrain.data.loader import BatchKey
+from raytrain.engine.attributes import Look, Saved, changes, listed, look, parts_of
+from raytrain.engine.kept import model_kept
 from raytrain.engine.randomness import Randomness
 from raytrain.engine.state import RunState
 from raytrain.engine.terms import refuse_mixture
@@ -88,9 +90,41 @@ class Validation:
 
 
 def evaluate(run: RunState, task: Task, feed: Feed) -> Validation:
-    """Collective. A pass over the validation split."""
+    """Collective. A pass over the validation split; the model is then what it was, whatever the task did to it.
+
+    Training would go on with another one else: no checkpoint holds that, and score is called on rank 0 alone.
+    """
     began_s = time.perf_counter()
-    predictions = predict_split(run, task, feed)
+    name = type(task).__name__
+    with model_kept(run.model) as changed:
+        before = look_into_task(run, task, feed) if run.world.size > 1 else {}
+        predictions = predict_split(run, task, feed)
+        collected = changes(before, look_into_task(run, task, feed), Saved({}, {})) if before else []
+        metrics, in_order = scored(run, task, feed, predictions)
+    if collected:
+        task.note(
+            f"{listed([attribute.partition(' ')[0] for attribute in collected])} changed while {name}.predict ran: "
+            f"each of the {run.world.size} workers predicts a part of the validation split, and score, which is called "
+            "on rank 0 alone, finds what is of its own part. Give score what it needs in what predict returns"
+        )
+    if changed:
+        task.note(
+            f"evaluation changed {listed(changed)} of the model, which was then put back: training goes on with what "
+            f"it had before. What {name}.predict and {name}.score do to the model holds within an evaluation alone"
+        )
+    return Validation(metrics, in_order, time.perf_counter() - began_s)
+
+
+def look_into_task(run: RunState, task: Task, feed: Feed) -> Look:
+    """What the task holds besides model and data sets."""
+    known: list[Any] = [*parts_of(run.model), *feed.datasets.values()]
+    return look({type(task).__name__: task}, known)
+
+
+def scored(
+    run: RunState, task: Task, feed: Feed, predictions: list[tuple[int, Any]]
+) -> tuple[dict[str, float], list[Any]]:
+    """Collective. The metrics of what all ranks predicted; and on rank 0 the predictions, in order."""
     feed.current = BatchKey("val", run.progress.epoch, ())  # what fails from here on is no batch's fault
     metrics: dict[str, float] = {}
     in_order: list[Any] = []
@@ -101,12 +135,11 @@ def evaluate(run: RunState, task: Task, feed: Feed) -> Validation:
         in_order = [value for _, value in sorted((pair for part in gathered for pair in part), key=lambda p: p[0])]
         if task.has_predict():
             Randomness(dataset=feed.datasets["val"], task=task).seed(run.seed, "score", run.progress.epoch)
-            with gradients_as_wished(task):
-                metrics = checked_metrics(task.score(in_order, feed.datasets["val"]), task)
+            with gradients_as_wished(task):  # a list of its own, which it may sort: pictures are drawn of ours
+                metrics = checked_metrics(task.score(list(in_order), feed.datasets["val"]), task)
         else:
             counted = [(loss, weight) for loss, weight in in_order if weight]  # the mean of nothing is NaN
             total = sum(weight for _, weight in counted)
             metrics = {"loss": sum(loss * weight for loss, weight in counted) / total if total else math.nan}
     run.engine.beat("reduce")
-    metrics = run.world.broadcast_object(metrics)
-    return Validation(metrics, in_order, time.perf_counter() - began_s)
+    return run.world.broadcast_object(metrics), in_order

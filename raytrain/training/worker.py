@@ -46,6 +46,7 @@ from raytrain.training.run_journal import open_journal, write_end
 from raytrain.training.sameness import (
     arrays_of,
     check_on_all_ranks,
+    compare_loader_workers,
     compare_with_checkpoint,
     names_of,
     probe_keys,
@@ -191,11 +192,14 @@ def start_feed(job: Job, recorder: Recorder, restored: Restored) -> None:
     run, feed, origin = recorder.run, recorder.feed, restored.origin
     # Samples of a data set with a state depend on that too: at a resume they are not what they were at the start.
     probes = [] if run.own.of_datasets else probe_keys(run.plan.num_samples, run.plan.batch_size)
+    twice = probes[:1] if job.cfg.LOADER.WORKERS > 1 else []  # by the first loader worker, and then by the second
     own = copy.deepcopy(run.own.save())
-    feed.start(run.progress, evaluate_first=run.unevaluated is not None, probes=probes)
+    feed.start(run.progress, evaluate_first=run.unevaluated is not None, probes=[*twice, *probes])
+    by_first = samples_in(feed, twice)
     run.built["samples"] = samples_in(feed, probes)
     run.own.put_back(own, "the start of this run")  # what making these samples has moved
-    notes = check_on_all_ranks({key: run.built[key] for key in ("names", "arrays", "samples")}, run.world)
+    notes = compare_loader_workers(by_first, run.built["samples"])
+    notes += check_on_all_ranks({key: run.built[key] for key in ("names", "arrays", "samples")}, run.world)
     if origin is not None and origin.manifest is not None:
         # So may batches be that a task with a state makes: the same on each rank, but not what they were at the start.
         by_state = "task" in run.own.owners and type(feed.task).collate is not Task.collate

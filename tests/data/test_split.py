@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import timeit
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import torch
 from feeds import feed_of, whole_run
 from own_generators import (
     IMPURE,
+    KEPT,
+    NOT_KEPT,
     OWNERS,
     TOLD,
     AnyTask,
@@ -193,7 +196,7 @@ def test_loader_workers_follow_what_the_training_process_changes_in_a_data_set(w
             else:
                 seen.setdefault(key.epoch, set()).update(batch)
     assert seen == {0: {True}, 1: {True}, 2: {False}}
-    assert [note.split(" was changed")[0] for note in feed.notes] == (["data set: train.mosaic"] if workers else [])
+    assert [note.split(" was changed")[0] for note in feed.notes] == ["data set: train.mosaic"]
 
 
 def test_a_data_set_that_can_no_longer_be_sent_to_loader_workers_is_named() -> None:
@@ -213,3 +216,114 @@ def test_a_data_set_without_generators_pays_nothing_for_those_of_others() -> Non
     assert plain._randomness._owned == {}
     best_s = min(timeit.repeat(lambda: plain._randomness.seed(0, "sample", "train", 0, 1), number=50, repeat=20)) / 50
     assert best_s < 1e-4
+
+
+@pytest.mark.parametrize("kind", [*KEPT, *NOT_KEPT])
+def test_what_was_drawn_once_and_is_kept_is_named(kind: type[Samples]) -> None:
+    split = Split("train", kind(), Task(None), 0)  # type: ignore[arg-type]
+    split.begin_epoch(0)
+    split.first_batch(0, (17, 3))
+    said = split.take_notes()
+    assert len(said) == (kind in KEPT)
+    for note in said:
+        assert note.startswith("sample 17 of data set 'train' d") and " when it is made again" in note
+        assert ": something in it was drawn when it was first made and is kept since (a cache). So " in note
+    split.begin_epoch(1)
+    split.first_batch(1, (5, 17))
+    assert split.take_notes() == (), "told once"
+
+
+class Resized(Samples):
+    """Of another length in some epochs."""
+
+    def __init__(self, *lengths: int) -> None:
+        self.lengths, self.length = lengths, lengths[0]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def set_epoch(self, epoch: int) -> None:
+        self.length = self.lengths[epoch + 1]
+
+    def draw(self) -> float:
+        return random.random()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "told"),
+    [
+        ((22, 22, 22), []),
+        ((22, 11, 11), [(0, 11, 22)]),
+        ((11, 22, 22), [(0, 22, 11)]),
+        ((22, 22, 30), [(1, 30, 22)]),
+        ((22, 30, 22), [(0, 30, 22)]),
+        ((22, 12, 13), [(0, 12, 22)]),
+    ],
+)
+def test_a_length_that_set_epoch_changes_is_told(lengths: tuple[int, ...], told: list[tuple[int, int, int]]) -> None:
+    task = Task(None)  # type: ignore[arg-type]
+    split = Split("train", Resized(*lengths), task, 0)
+    for epoch in range(2):
+        split.begin_epoch(epoch)
+    notes = task.take_notes()
+    for note, (epoch, now, before) in zip(notes, told, strict=True):
+        assert note.startswith(f"set_epoch({epoch}) has made data set 'train' one of {now} samples; it had {before}")
+
+
+class Changeable(Samples):
+    """What a training process may change of it; a sample is what it holds."""
+
+    def __init__(self) -> None:
+        self.mosaic: Any = True
+        self.transform: Any = Draws(1)
+        self.transforms: Any = [Draws(1), Draws(2)]
+        self.labels: Any = np.zeros(22)
+        self.scores: Any = torch.zeros(22)
+        self.cache: Any = {}
+        self.file: Any = None
+
+    def __getitem__(self, sample_id: int) -> Any:
+        kinds = [type(each).__name__ for each in (self.transform, *self.transforms)]
+        return [self.mosaic, *kinds, float(self.labels.sum()), float(self.scores.sum())]
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "train.mosaic": lambda data: setattr(data, "mosaic", False),
+    "train.transform": lambda data: setattr(data, "transform", Numpys()),
+    "train.transforms": lambda data: data.transforms.pop(),
+    "train.transforms[0]": lambda data: data.transforms.__setitem__(0, Numpys()),
+    "train.transform.num_samples": lambda data: setattr(data.transform, "num_samples", 5),
+    "train.labels": lambda data: data.labels.__setitem__(3, 1),
+    "train.scores": lambda data: data.scores.__setitem__(3, 1),
+}
+NO_CHANGES: dict[str, Callable[[Any], object]] = {
+    "cache": lambda data: data.cache.update({3: "made"}),
+    "file": lambda data: setattr(data, "file", Pythons()),
+    "nothing": lambda data: None,
+}
+
+
+@pytest.mark.parametrize("what", [*CHANGES, *NO_CHANGES])
+def test_what_the_training_process_changes_of_a_data_set_is_seen(what: str) -> None:
+    data = Changeable()
+    with feed_of(datasets={"train": data, "val": Changeable()}) as feed:
+        feed._held = feed._held_values()
+        (CHANGES | NO_CHANGES)[what](data)
+        changed = feed._changed()
+    assert changed[:1] == ([what] if what in CHANGES else [])
+
+
+def test_loader_workers_get_what_was_changed() -> None:
+    data = {"train": Changeable(), "val": Changeable()}
+    with feed_of(workers=1, datasets=data, task=AnyTask(None)) as feed:  # type: ignore[arg-type]
+        made = []
+        for key, batch in whole_run(feed):
+            made.append((key.split, key.epoch, batch[0]))
+            if key.epoch == 1:
+                CHANGES["train.transforms"](data["train"]) if len(data["train"].transforms) == 2 else None
+                data["train"].labels[:] = 1
+        assert {str(sample) for split, epoch, sample in made if (split, epoch) == ("train", 2)} == {
+            str([True, "Draws", "Draws", 22.0, 0.0])
+        }
+        (note,) = feed.notes
+    assert note.startswith("data set: train.transforms, ") and "loader workers were started again with it" in note

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from raytrain.engine.attributes import Saved, changes, look, look_into_model
+from raytrain.engine.attributes import Saved, Watch, changes, look, look_into_model
 
 
 class Thing:
@@ -111,3 +111,46 @@ def test_torchs_own_modules_cost_nothing_and_long_things_little() -> None:
     many = Thing([list(range(2000)) for _ in range(1000)])
     assert len(look({"T": many})) <= 20_000
     assert time.perf_counter() - began_s < 1
+
+
+class Positions(nn.Module):
+    """Holds what is in no state_dict: a centre that moves, a table that grows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(2), persistent=False)
+        self.register_buffer("table", torch.zeros(2), persistent=False)
+        self.register_buffer("saved", torch.zeros(2))
+        self.inner = nn.Linear(2, 2)
+
+
+def hooked(times: int) -> Callable[[Positions], object]:
+    return lambda module: [module.inner.register_forward_hook(lambda *_: None) for _ in range(times)]
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda module: module.centre.add_(1), ["Positions.centre"]),
+        (lambda module: setattr(module, "centre", torch.ones(2)), ["Positions.centre"]),
+        (lambda module: setattr(module, "table", torch.ones(5)), []),
+        (lambda module: module.saved.add_(1), []),
+        (hooked(2), ["Positions.inner._forward_hooks (1, now 3)"]),
+        (lambda module: module.register_forward_pre_hook(lambda *_: None), []),
+    ],
+)
+def test_hooks_and_buffers_of_a_model_that_are_not_saved_are_looked_at(
+    change: Callable[[Any], object], found: list[str]
+) -> None:
+    module = Positions()
+    hooked(1)(module)
+    before = look_into_model(module)
+    change(module)
+    assert changes(before, look_into_model(module), Saved({}, {})) == found
+
+
+def test_later_epochs_are_watched_ever_more_seldom_and_each_name_is_told_once() -> None:
+    watch = Watch()
+    assert [epoch for epoch in range(40) if watch.epoch_begins()] == [0, 1, 2, 4, 8, 16, 32]
+    assert watch.new(["T.a (0, now 1)", "T.b"]) == ["T.a (0, now 1)", "T.b"]
+    assert watch.new(["T.a (7, now 9)", "T.c"]) == ["T.c"]

@@ -401,3 +401,97 @@ class DrawsLater(DrawsEverywhere):
 class DrawsUnseeded(DrawsEverywhere):
     def build_dataset(self, split: str) -> Any:
         return MadeOnTheSpot()
+
+
+# What is drawn once and kept
+
+
+class Kept(Samples):
+    """A cache of whole samples, augmentation and all."""
+
+    def __init__(self) -> None:
+        self.cache: Any = {}
+
+    def __getitem__(self, sample_id: int) -> Any:
+        if sample_id not in self.cache:
+            self.cache[sample_id] = self.made(sample_id)
+        return self.cache[sample_id]
+
+    def made(self, sample_id: int) -> Any:
+        return sample_id, np.random.rand(2)
+
+
+class KeptInAList(Kept):
+    def __init__(self) -> None:
+        self.cache = [None] * 22
+
+    def __getitem__(self, sample_id: int) -> Any:
+        self.cache[sample_id] = self.cache[sample_id] or self.made(sample_id)
+        return self.cache[sample_id]
+
+
+class KeptByTorch(Kept):
+    def made(self, sample_id: int) -> Any:
+        return sample_id, torch.rand(2)
+
+
+class KeptOfOwn(Kept):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rng = np.random.default_rng(3)
+
+    def made(self, sample_id: int) -> Any:
+        return sample_id, self.rng.random(2)
+
+
+class KeptInPart(Kept):
+    """The crop is kept, the noise is not."""
+
+    def __getitem__(self, sample_id: int) -> Any:
+        return super().__getitem__(sample_id), np.random.rand()
+
+
+@functools.cache
+def loaded(sample_id: int) -> float:
+    return random.random()
+
+
+class KeptByAFunction(Samples):
+    def __getitem__(self, sample_id: int) -> Any:
+        return sample_id, loaded(sample_id)
+
+
+class Table(Samples):
+    """What is drawn is made with the first sample, for all of them."""
+
+    table: Any = None
+
+    def __getitem__(self, sample_id: int) -> Any:
+        if self.table is None:
+            self.table = np.random.rand(22)
+        return self.table[sample_id]
+
+
+class LoadedOnce(Kept):
+    """A cache of what was loaded; noise is added after that."""
+
+    def __getitem__(self, sample_id: int) -> Any:
+        return super().__getitem__(sample_id), np.random.rand()
+
+    def made(self, sample_id: int) -> Any:
+        return sample_id * 2.0
+
+
+class MadeLate(Samples):
+    """Its generator comes with the first sample."""
+
+    rng: Any = None
+
+    def draw(self) -> float:
+        if self.rng is None:
+            self.rng = np.random.default_rng(4)
+        return float(self.rng.random() + np.random.rand())
+
+
+KEPT = (Kept, KeptInAList, KeptByTorch, KeptOfOwn, KeptInPart, KeptByAFunction, Table)
+NOT_KEPT = (LoadedOnce, MadeLate)

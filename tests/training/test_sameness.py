@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from commands import commanded, torchrun
-from small_runs import config, journal, notes, train
+from runs import assert_same_bits
+from small_runs import config, journal, notes, saved_state, train
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 import raytrain
@@ -283,3 +284,21 @@ def test_under_torchrun_data_of_another_length_on_another_rank_is_refused(words,
     (Path(words[1]).parent / "build" / "longer_elsewhere").touch()
     said = torchrun(["-m", "raytrain", "train", *words, "--extra_tag", "longer"], tmp_path).ended(1)
     assert "26 samples of train and 10 samples of val on rank 1 and 24 samples of train and 8 samples of val on" in said
+
+
+def test_a_sample_that_depends_on_the_loader_worker_that_makes_it_is_told(tmp_path: Path) -> None:
+    by_two = config(tmp_path, "", {}, TASK="tasks_that_surprise:SeedsByLoaderWorker", LOADER={"WORKERS": 2})
+    (note,) = [note for note in notes(train(by_two).run_dir) if "loader worker" in note]
+    assert note.startswith("one loader worker and another do not make the same: samples 0, 6, 11 of train hold other")
+
+
+def test_loader_workers_have_the_default_type_that_the_task_has_set(tmp_path: Path) -> None:
+    states = []
+    for workers in (0, 2):
+        loader = {"WORKERS": workers}
+        cfg = config(tmp_path / str(workers), "", {}, TASK="tasks_that_surprise:DoublesTask", LOADER=loader)
+        result = train(cfg)
+        assert not [note for note in notes(result.run_dir) if "loader worker" in note]
+        states.append(saved_state(result.checkpoint))
+    assert_same_bits(*states)
+    assert torch.get_default_dtype() is torch.float32, "it is put back after a run"
