@@ -179,7 +179,7 @@ def set_epochs_of(dataset: Any) -> dict[str, Callable[[int], Any]]:
     So what a data set's own set_epoch makes of those behind it comes last.
     """
     owners: dict[int, tuple[str, Callable[[int], Any]]] = {}
-    for path, value in reversed(list(walk({"dataset": dataset}))):
+    for path, value in reversed(list(walk({"dataset": dataset}, plain=False))):
         is_one = value is dataset or (is_dataset(value) and hasattr(type(value), "set_epoch"))
         set_epoch = getattr(value, "set_epoch", None) if is_one else None
         if callable(set_epoch):  # that of a wrapper which hands on what it lacks belongs to what it wraps

@@ -59,7 +59,7 @@ class Randomness:
         """Look what the objects own now; the paths where there was no generator when this was last asked."""
         known, self._owned = set(self._owned), {}
         found: set[int] = set()
-        for path, value in walk(self._roots, into_code=True):
+        for path, value in walk(self._roots, into_code=True, plain=False):
             source = value.bit_generator if isinstance(value, np.random.Generator) else value
             if is_generator(source) and id(source) not in found:
                 found.add(id(source))
