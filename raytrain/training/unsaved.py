@@ -23,7 +23,7 @@ class UnsavedChanges:
         self._model: Look = {}
         self._saved: Look = {}
         self._looks = 0
-        self._watch = Watch()
+        self._watch, self._stale_watch = Watch(), Watch()
 
     def training_begins(self) -> None:
         """Of this run, or of its next epoch."""
@@ -49,7 +49,7 @@ class UnsavedChanges:
         name = type(self._feed.task).__name__
         saved = Saved(self._saved, look(self._run.own.save()))
         now = look_into_task(self._run, self._feed.task, self._feed)
-        stale = self._stale(now)
+        stale = self._stale_watch.new(self._stale(now))
         task = self._watch.new(changes(self._task, now, saved))
         model = self._watch.new(changes(self._model, look_into_model(self._run.model), saved))
         notes = []
