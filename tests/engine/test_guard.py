@@ -13,7 +13,7 @@ import pytest
 import torch
 from optimization import OPTIMIZATION, settings
 from processes import Pair
-from small_runs import config
+from small_runs import Kept, config
 from torch import nn
 
 from raytrain.data.feed import Feed
@@ -351,17 +351,3 @@ def spoilt_run(folder: Path, late: bool) -> tuple[RunState, list[dict[str, Any]]
         feed.start(run.progress)
         assert loop.train_model(run, task, feed, Recorder(run, feed, saves, journal, Control(), Heartbeat()))
     return run, [record for record in kept.records if record["kind"] == "event" and record["event"] != "note"]
-
-
-class Kept:
-    """A journal's sink that keeps the records."""
-
-    def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
-
-    def write(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None: ...

@@ -83,3 +83,17 @@ class Watched(Control):
 
     def saved(self, save: PendingSave | None, metrics: dict[str, float]) -> None:
         self.told.append((save, metrics))
+
+
+class Kept:
+    """A journal's sink that keeps the records."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...

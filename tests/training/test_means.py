@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from processes import Pair
-from small_runs import config, journal, run_until, saved_state, train
+from small_runs import Kept, config, journal, run_until, saved_state, train
 
 import raytrain
 from raytrain.config.sections import Config
@@ -145,17 +145,3 @@ def test_a_weight_is_a_number_or_a_tensor_of_one(weight: Any) -> None:
 
 def points_task() -> raytrain.Task:
     return load_task_class("tasks_for_units:PointsTask")(None)  # type: ignore[arg-type]
-
-
-class Kept:
-    """A journal's sink that keeps the records."""
-
-    def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
-
-    def write(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None: ...
