@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from raytrain.data.loader import BatchKey, KeyedBatches, Loaded, check_loader_workers, start_loader
+from raytrain.data.module_values import ModuleValues, differing_note
 from raytrain.data.sampler import cut, epoch_order, step_samples
 from raytrain.data.split import HEAD_BYTES
 from raytrain.data.transfer import DeviceTransfer
@@ -80,6 +81,7 @@ class Feed:
         self._watch = Watch()
         self._wait_s = 0.0
         self._noted: set[str] = set()
+        self._differing: set[str] = set()
         self.notes: list[str] = []
         self.current: BatchKey | None = None
         self.beat: Callable[[str], None] = lambda phase: None
@@ -101,7 +103,8 @@ class Feed:
         keys = itertools.chain(probes, self._keys(progress, evaluate_first, trains))
         workers = self.loader_cfg.WORKERS
         check_loader_workers(workers, len(os.sched_getaffinity(0)))
-        reader = KeyedBatches(self.datasets, self.task, self.seed)
+        values = ModuleValues(self.task, self.datasets) if workers else None
+        reader = KeyedBatches(self.datasets, self.task, self.seed, values)
         if workers == 0 and self.world.device.type == "cpu":  # nothing to read ahead with, nothing to pin
             self._reader = reader
             return
@@ -164,7 +167,8 @@ class Feed:
         else:
             assert self._batches is not None, "Feed.start() comes first"
             loaded = self._next(self._batches)
-        batch_key, batch, notes, task_notes = loaded  # a list, where it has come through pinned memory
+        batch_key, batch, notes, task_notes, differing = loaded  # a list, where it has come through pinned memory
+        self._tell_differing(differing)
         for note in task_notes:
             self.task.note(note)
         if isinstance(batch, DataError):
@@ -174,6 +178,13 @@ class Feed:
             self._noted.add(key.split)
             self.notes += notes
         return batch
+
+    def _tell_differing(self, differing: Sequence[str]) -> None:
+        """Each loader worker says it, for each split; a value may be another one in each of them."""
+        new = [each for each in differing if each.partition(" ")[0] not in self._differing]
+        self._differing |= {each.partition(" ")[0] for each in new}
+        if new:
+            self.notes.append(differing_note(new))
 
     def _follow_changes(self, progress: Progress) -> None:
         """Start the loader workers again if what their data sets hold has been changed in this process.

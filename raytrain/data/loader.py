@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from raytrain.data.changes import SampleChanges, in_loader_worker
+from raytrain.data.module_values import ModuleValues, differing_note
 from raytrain.data.split import Split, UnseededError
 from raytrain.errors import CollateError, DataError, PreflightError, TaskError, users_traceback
 from raytrain.progress import AT_START, TaskProgress
@@ -51,21 +52,27 @@ class Loaded(NamedTuple):
     batch:      or the DataError that came in its place, to be raised in the training process
     notes:      what a user should know of the data
     task_notes: what the task noted in a loader worker meanwhile
+    differing:  what of the user's modules is another value there than in the training process
     """
 
     key: BatchKey | None
     batch: Any
     notes: Sequence[str] = ()
     task_notes: Sequence[str] = ()
+    differing: Sequence[str] = ()
 
 
 class KeyedBatches(Dataset[Any]):
-    """Batches by key; randomness in a sample depends on (seed, epoch, sample id) alone."""
+    """Batches by key; randomness in a sample depends on (seed, epoch, sample id) alone.
 
-    def __init__(self, datasets: dict[str, Any], task: Task, seed: int) -> None:
+    values: of modules, for loader workers to compare
+    """
+
+    def __init__(self, datasets: dict[str, Any], task: Task, seed: int, values: ModuleValues | None = None) -> None:
         self.datasets = datasets
         self.task = task
         self.seed = seed
+        self._values = values or ModuleValues(task, {})
         self._splits: dict[str, Split] = {}
         self._begun: tuple[str, int] | None = None
         self._has_first = False  # whether a batch has been made since
@@ -74,6 +81,7 @@ class KeyedBatches(Dataset[Any]):
     def __getitem__(self, key: BatchKey) -> Loaded:
         if key.split not in self._splits:  # in the process that loads: its generators are not those of another
             self._splits[key.split] = Split(key.split, self.datasets[key.split], self.task, self.seed)
+            self._values.first_batch_begins()
         split = self._splits[key.split]
         self.task.take_progress(key.progress)
         try:
@@ -90,7 +98,11 @@ class KeyedBatches(Dataset[Any]):
             batch = kind(f"{message}\n\n{advice}")
         else:
             batch = self.changes.batch_made(key.split) or batch
-        return Loaded(key, batch, split.take_notes(), self.task.take_notes() if in_loader_worker() else [])
+        differing = self._values.differing(key.split)
+        if differing and isinstance(batch, DataError):  # which may come of it
+            batch = type(batch)(f"{batch}\n\n{differing_note(differing)}")
+        task_notes = self.task.take_notes() if in_loader_worker() else []
+        return Loaded(key, batch, split.take_notes(), task_notes, differing)
 
     def _made(self, split: Split, key: BatchKey) -> Any:
         if self._begun != (key.split, key.epoch):
