@@ -85,12 +85,13 @@ def differing_note(names: Sequence[str]) -> str:
 
 
 def read_values(task: Task, dataset: Any) -> dict[Name, Any]:
+    """Not what the same code sets: a loader worker does so when it needs it."""
     graph = CodeGraph(type(task).__module__.partition(".")[0])
     graph.add(dataset)
     graph.follow()
     if type(task).collate is not Task.collate:
         graph.add_method(task, "collate")
-    return graph.named
+    return {name: value for name, value in graph.named.items() if name not in graph.assigned}
 
 
 def values_here(names: Mapping[Name, Any]) -> dict[Name, Any]:

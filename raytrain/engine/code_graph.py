@@ -6,6 +6,7 @@ name is not seen.
 
 from __future__ import annotations
 
+import dis
 import sys
 import types
 from collections import deque
@@ -22,6 +23,7 @@ MAX_REACHED = 1_000  # objects, from one: a data set's parts are near it, its da
 FEW = 64  # of one object's or container's: of a thousand data sets in a list, most have the same class
 MAX_FUNCTIONS = 1_000
 AT_CREATION = ("__init__", "__new__", "__post_init__")
+STORE_GLOBAL = dis.opmap["STORE_GLOBAL"]
 BY_OTHERS = ("set_epoch", "forward")  # called by raytrain, and by torch's modules
 
 
@@ -30,6 +32,7 @@ class CodeGraph:
 
     named: by its name, whatever a function that was reached names of its module or of another of the user's, and what
            classes that were reached have by such a name
+    assigned: globals that this code sets itself
     """
 
     def __init__(self, package: str) -> None:
@@ -41,6 +44,7 @@ class CodeGraph:
         self._seen: set[type] = set()
         self._names: set[str] = set()
         self.named: dict[Name, Any] = {}
+        self.assigned: set[Name] = set()
 
     def add(self, root: Any) -> None:
         """What `root` holds: functions are read, and methods of classes that something calls without a name."""
@@ -78,6 +82,7 @@ class CodeGraph:
         names, own = names_in(function.__code__), function.__globals__
         module = str(own.get("__name__"))
         self._names.update(names)
+        self.assigned |= {(module, name) for name in assigned_in(function.__code__)}
         for name in names:
             if name in own:
                 self._take((module, name), own[name])
@@ -128,6 +133,14 @@ class CodeGraph:
     def _is_users_file(self, file: str, module: str) -> bool:
         is_installed = "site-packages" in file
         return is_own_file(file) or (is_installed and module.partition(".")[0] == self._package and is_users(file))
+
+
+def assigned_in(code: types.CodeType) -> set[str]:
+    """The globals that code sets, and the functions written in it."""
+    names = {name for const in code.co_consts if isinstance(const, types.CodeType) for name in assigned_in(const)}
+    if STORE_GLOBAL in code.co_code[::2]:  # to take it apart takes 100 times as long
+        names |= {each.argval for each in dis.get_instructions(code) if each.opcode == STORE_GLOBAL}
+    return names
 
 
 def reached(root: Any) -> Iterator[Any]:

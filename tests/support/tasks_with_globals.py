@@ -273,6 +273,7 @@ CACHE: dict[int, Any] = {}
 READS = 0
 STARTED = os.getpid()
 HANDLE: Any = None
+LOGGER: Any = None
 
 
 class Constant(Dataset[Any]):
@@ -292,9 +293,18 @@ class Constant(Dataset[Any]):
         with LOCK:
             READS += 1
         HANDLE = HANDLE or opened()
+        told(sample_id)
         if sample_id not in CACHE:
             CACHE[sample_id] = sample(sample_id, float(CONSTANTS["mean"][0]) * ready("a"))
         return CACHE[sample_id]
+
+
+def told(sample_id: int) -> None:
+    """By what is made when it is first needed, which no sample of a loader worker does."""
+    global LOGGER
+    if sample_id < 0:
+        LOGGER = LOGGER or [print]
+        LOGGER.append(sample_id)
 
 
 def opened() -> Any:
@@ -309,6 +319,7 @@ class Constants(Habit):
     def build_model(self, dataset: Any) -> nn.Module:
         assert len(dataset[0]["x"]) == 4
         assert STARTED
+        told(-1)
         return super().build_model(dataset)
 
     def model_func(self, model: nn.Module, batch: Any) -> ModelReturn:
