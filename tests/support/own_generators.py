@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tasks_for_tests import Exact, Points
 from torch.utils.data import ConcatDataset, Dataset, StackDataset, Subset
 
 import raytrain
@@ -495,3 +496,50 @@ class MadeLate(Samples):
 
 KEPT = (Kept, KeptInAList, KeptByTorch, KeptOfOwn, KeptInPart, KeptByAFunction, Table)
 NOT_KEPT = (LoadedOnce, MadeLate)
+
+
+# Whole runs, stopped and resumed
+
+
+class DrawnPoints(Dataset[Any]):
+    """Points that generators of each kind shake; each is behind others, and so is what is told of the epoch."""
+
+    def __init__(self, points: Points) -> None:
+        self.points = Subset(points, range(22))
+        self.drawn = Together(
+            {
+                "a Generator of numpy": Subset(Numpys(), range(22)),
+                "a RandomState": ConcatDataset([Subset(Legacy(), range(11)), Subset(Legacy(), range(11))]),
+                "a random.Random": Wrapper(Subset(Pythons(), range(22))),
+                "a Generator of torch": ConcatDataset([Slotted()]),
+                "in set_epoch": ConcatDataset([Subset(Told(), range(11)), Wrapper(Subset(Told(), range(11)))]),
+            }
+        )
+
+    def __len__(self) -> int:
+        return 22
+
+    def __getitem__(self, sample_id: int) -> dict[str, Any]:
+        sample = self.points[sample_id]
+        # A weight for each entry, so that the order shows in which set_epoch has put them.
+        draws = [values @ np.cos(np.arange(len(values))) for _, values in self.drawn[sample_id].values()]
+        return sample | {"x": sample["x"] + 0.1 * torch.tensor([0.0, *draws], dtype=torch.float32)}
+
+
+class DrawsBehind(Exact):
+    """Its collate and the task's own methods draw too."""
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        self.rng = np.random.default_rng()
+
+    def build_dataset(self, split: str) -> Any:
+        points = super().build_dataset(split)
+        return DrawnPoints(points) if split == "train" else points
+
+    def collate(self, samples: list[Any]) -> Any:
+        return super().collate(samples) | {"shift": float(self.rng.normal())}
+
+    def model_func(self, model: Any, batch: Any) -> raytrain.ModelReturn:
+        noise = batch["shift"] + self.rng.normal() if model.training else 0.0
+        return super().model_func(model, batch | {"x": batch["x"] + 0.1 * noise})
