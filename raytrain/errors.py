@@ -7,7 +7,7 @@ import contextlib
 import re
 import sysconfig
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,20 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal with its checkpoint saved;
 HERE = Path(__file__).parent
 SCREEN_LINES = 40
 LINE_LENGTH = 240  # a message that prints a whole tensor must not fill the screen by itself
+NAMES_SHOWN = 5
 SAMPLES_SHOWN = 12
 
 
 def masked(text: str) -> str:
     """`text` as it is shown: of each URI in it with a secret, as s3://key:secret@bucket, the secret is ***."""
     return re.sub(r"(://[^/:@?\s]*):(?!\d+/)[^@?\s]+@", r"\1:***@", text)
+
+
+def listed(names: Iterable[Any], shown: int = NAMES_SHOWN, comma: str = ", ") -> str:
+    """`a, b, c and 9 more`: the first `shown` of them, and how many are left."""
+    each = list(map(str, names))
+    more = f"{comma.rstrip(', ')} and {len(each) - shown} more" if len(each) > shown else ""
+    return comma.join(each[:shown]) + more
 
 
 class RaytrainError(Exception):
@@ -201,9 +209,7 @@ def failure_screen(failure: Mapping[str, Any]) -> str:
     )
     lines = [head]
     if failure.get("sample_ids"):
-        ids = list(failure["sample_ids"])
-        more = f" and {len(ids) - SAMPLES_SHOWN} more" if len(ids) > SAMPLES_SHOWN else ""
-        lines.append(f"samples: {', '.join(map(str, ids[:SAMPLES_SHOWN]))}{more}")
+        lines.append(f"samples: {listed(failure['sample_ids'], SAMPLES_SHOWN)}")
     trace = str(failure.get("traceback") or failure.get("error") or "no traceback arrived: the process died").strip()
     logs = ["", f"Full logs: {failure['logs']}"] if failure.get("logs") else []
     room = SCREEN_LINES - len(lines) - len(logs) - 1

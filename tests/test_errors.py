@@ -21,6 +21,7 @@ from raytrain.errors import (
     failure_of,
     failure_screen,
     keep_traceback,
+    listed,
     users_traceback,
 )
 from raytrain.task import Task, load_task_class
@@ -159,3 +160,9 @@ def test_the_whole_traceback_is_kept_in_a_file(tmp_path: Path) -> None:
     assert keep_traceback(error, "s3://bucket/run") == ""
     (tmp_path / "file").write_text("")
     assert keep_traceback(error, str(tmp_path / "file")) == ""
+
+
+def test_names_are_listed_up_to_some_and_the_rest_is_counted() -> None:
+    assert listed([]) == "" and listed(["a"]) == "a" and listed(iter([1, 2]), 2) == "1, 2"
+    assert listed("abcdefg") == "a, b, c, d, e and 2 more"
+    assert listed("abc", 2, "; ") == "a; b; and 1 more"

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
-from raytrain.engine.attributes import Look, Saved, Watch, changes, listed, look
+from raytrain.engine.attributes import Look, Saved, Watch, changes, look
 from raytrain.engine.own_state import OwnState, with_state
-from raytrain.errors import DataError
+from raytrain.errors import DataError, listed
 from raytrain.task import Task
 
 

@@ -25,7 +25,7 @@ from raytrain.engine.attributes import Watch
 from raytrain.engine.object_graph import value_of, walk
 from raytrain.engine.randomness import Randomness
 from raytrain.engine.world import World
-from raytrain.errors import DataError, LostLoaderError
+from raytrain.errors import DataError, LostLoaderError, listed
 from raytrain.progress import Plan, Progress
 from raytrain.task import Task
 
@@ -207,10 +207,9 @@ class Feed:
     def _tell(self, changed: list[str], came_of_it: str) -> None:
         if changed and "changed" not in self._noted:
             self._noted.add("changed")
-            what = f"{', '.join(changed[:3])}{', ...' if changed[3:] else ''}"
             self.notes.append(
-                f"data set: {what} was changed in the training process; {came_of_it}. No checkpoint holds it, and "
-                "other ranks may lack it: change it in the data set's set_epoch(epoch)"
+                f"data set: {listed(changed)} was changed in the training process; {came_of_it}. No checkpoint holds "
+                "it, and other ranks may lack it: change it in the data set's set_epoch(epoch)"
             )
 
     def _changed(self) -> list[str]:

@@ -20,7 +20,6 @@ from torch import nn
 
 from raytrain.engine.object_graph import is_own
 
-SHOWN = 5  # names in a message
 DEPTH = 5
 ELEMENTS = 100  # of a container or an array that are looked at
 VALUES = 20_000  # of all that is looked at
@@ -147,10 +146,6 @@ class Watch:
 def attribute_of(path: str) -> str:
     """`MyTask.history` of `len(MyTask.history)` and of `MyTask.history[3].x`."""
     return path.removeprefix("len(").removesuffix(")").partition("[")[0]
-
-
-def listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _values(value: Any, path: str, seen: set[int], depth: int) -> Iterator[tuple[str, str]]:

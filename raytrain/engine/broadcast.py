@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterable
-from typing import Any
 
 import torch
 
 from raytrain.batch import is_plain
 from raytrain.engine.world import World
-from raytrain.errors import TaskError
-
-SHOWN = 3
+from raytrain.errors import TaskError, listed
 
 # Of a parameter or buffer: what it is, in words, and a hash of its values.
 Facts = tuple[str, int]
@@ -84,13 +80,7 @@ def check_same_model(of_ranks: list[dict[str, Facts]]) -> None:
             wrong = [f"{here} comes where rank 0 has {name}"]
         if wrong:
             raise TaskError(
-                f"build_model gave another model on rank {rank} than on rank 0: {listed(wrong, '; ')}. What it is made "
-                "of (class names, a vocabulary, files that are found) is not the same in each process: sort it, or "
-                "read it from the config"
+                f"build_model gave another model on rank {rank} than on rank 0: {listed(wrong, comma='; ')}. What it "
+                "is made of (class names, a vocabulary, files that are found) is not the same in each process: sort "
+                "it, or read it from the config"
             )
-
-
-def listed(names: Iterable[Any], comma: str = ", ") -> str:
-    each = list(names)
-    more = f"{comma.rstrip()} and {len(each) - SHOWN} more" if len(each) > SHOWN else ""
-    return comma.join(map(str, each[:SHOWN])) + more

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from raytrain.engine.attributes import listed
+from raytrain.errors import listed
 
 
 class TrainingMode:

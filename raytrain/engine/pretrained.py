@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from raytrain.errors import CheckpointError
+from raytrain.errors import CheckpointError, listed
 from raytrain.storage.state_file import load_file
 
 # Where programs put their weights: OpenPCDet and raytrain, Lightning and MMDetection, Detectron2 and fairseq, others.
 WRAPPINGS = ("model_state", "state_dict", "model", "model_state_dict", "module", "net", "weights")
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel's and torch.compile's, anywhere in a name
 ENOUGH = 0.5  # of a file's tensors; of one that fits less, most is of another model
-SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +58,13 @@ def load_pretrained(model: torch.nn.Module, path: str, allow_partial: bool = Fal
     if not fitting:
         raise CheckpointError(
             f"--pretrained_model {path}: none of its {len(state)} tensors fits this model. "
-            f"It has {listed(list(state))}; the model has {listed(list(own))}"
+            f"It has {listed(state) or 'nothing'}; the model has {listed(own) or 'nothing'}"
         )
     if len(fitting) < ENOUGH * len(state) and not allow_partial:
         raise CheckpointError(
             f"--pretrained_model {path}: only {len(fitting)} of its {len(state)} tensors fit this model "
-            f"({listed(list(fitting))}); left as built would be {listed(left)}; not of this model: {listed(unused)}. "
+            f"({listed(fitting) or 'nothing'}); left as built would be {listed(left) or 'nothing'}; not of this model: "
+            f"{listed(unused) or 'nothing'}. "
             "Rename them, or take what fits all the same (--allow-partial)"
         )
     model.load_state_dict({**own, **fitting})
@@ -141,7 +141,3 @@ def left_line(name: str, value: Any, own: Any) -> str:
     if isinstance(value, torch.Tensor) and isinstance(own, torch.Tensor):
         return f"{name} ({tuple(value.shape)} in the file, {tuple(own.shape)} in the model)"
     return name
-
-
-def listed(names: list[str]) -> str:
-    return f"{', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}" if names else "nothing"

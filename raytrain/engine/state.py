@@ -17,7 +17,7 @@ from raytrain.engine.own_state import OwnState
 from raytrain.engine.randomness import Randomness, seed_all
 from raytrain.engine.schedule import Schedule, build_schedule
 from raytrain.engine.world import World
-from raytrain.errors import CheckpointError, TaskError
+from raytrain.errors import CheckpointError, TaskError, listed
 from raytrain.progress import Plan, Progress
 from raytrain.storage.checkpoint import Manifest
 from raytrain.task import Task
@@ -206,9 +206,8 @@ def load_model_state(model: torch.nn.Module, state: dict[str, Any], where: str) 
         if k in state and shape_of(own[k]) != shape_of(state[k])
     ]
     if wrong:
-        listed = "; ".join(wrong[:10]) + (f"; and {len(wrong) - 10} more" if len(wrong) > 10 else "")
         raise CheckpointError(
-            f"{where}: its model_state does not fit this model: {listed}. "
+            f"{where}: its model_state does not fit this model: {listed(wrong, 10, '; ')}. "
             "To start from the weights that do fit, use --pretrained_model"
         )
     model.load_state_dict(state)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from raytrain.data.feed import Step
 from raytrain.engine.guard import BadStep, is_finite
 from raytrain.engine.state import RunState
+from raytrain.errors import listed
 from raytrain.journal.journal import Journal
 from raytrain.training.contract import Part
 
@@ -84,7 +85,7 @@ def described(step: int, bad_step: BadStep, ranks: Sequence[int], parameters: Se
         what = f"the loss is {bad_step.loss}"
     where = [f"rank {', '.join(map(str, ranks))}"]
     if parameters:
-        where.append(f"first in the gradient of {', '.join(parameters[:SHOWN])}{', ...' if parameters[SHOWN:] else ''}")
+        where.append(f"first in the gradient of {listed(parameters, SHOWN)}")
     if ids:
         where.append(of_samples(ids))
     return f"step {step}: {what} ({'; '.join(where)})"
@@ -92,5 +93,4 @@ def described(step: int, bad_step: BadStep, ranks: Sequence[int], parameters: Se
 
 def of_samples(ids: Sequence[int]) -> str:
     """`samples 3, 4, 5`, not too many of them."""
-    left = len(ids) - SAMPLES_SHOWN
-    return f"samples {', '.join(map(str, ids[:SAMPLES_SHOWN]))}{f' and {left} more' if left > 0 else ''}"
+    return f"samples {listed(ids, SAMPLES_SHOWN)}"

@@ -10,13 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
 from raytrain.data.feed import Feed, Step
-from raytrain.engine.attributes import listed
 from raytrain.engine.engine import Stepped
 from raytrain.engine.guard import BadStep
 from raytrain.engine.late import LATE_STEPS
 from raytrain.engine.state import RunState
 from raytrain.engine.terms import Key, Sum
-from raytrain.errors import DivergedError, RaytrainError
+from raytrain.errors import DivergedError, RaytrainError, listed
 from raytrain.journal.journal import Journal
 from raytrain.keeper.checkpointer import Checkpointer, PendingSave
 from raytrain.keeper.heartbeat import Heartbeat
@@ -182,8 +181,8 @@ class Recorder:
         if not bool(run.engine.stepper.are_finite()):
             bad = [name for name, param in run.model.named_parameters() if not bool(param.isfinite().all())]
             raise DivergedError(
-                f"after step {run.progress.step} the weights are no longer finite ({', '.join(bad[:3])}"
-                f"{', ...' if len(bad) > 3 else ''}); they were not saved and the last good checkpoint is untouched. "
+                f"after step {run.progress.step} the weights are no longer finite ({listed(bad)}); they were not "
+                "saved and the last good checkpoint is untouched. "
                 "Lower OPTIMIZATION.LR or GRAD_NORM_CLIP, or look at the loss in journal.jsonl"
             )
         self.journal.flush()  # the steps that no resume from this checkpoint takes again

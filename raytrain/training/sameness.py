@@ -20,10 +20,9 @@ from raytrain.data.feed import Feed
 from raytrain.data.loader import BatchKey
 from raytrain.data.sampler import cut
 from raytrain.engine.attributes import array_digests
-from raytrain.engine.broadcast import listed
 from raytrain.engine.own_state import datasets_in, has_state
 from raytrain.engine.world import World
-from raytrain.errors import CollateError, TaskError
+from raytrain.errors import CollateError, TaskError, listed
 from raytrain.hash_seed import FIXED, RANDOM, VARIABLE, hash_seed
 from raytrain.task import Task
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from raytrain.engine.attributes import listed
 from raytrain.engine.determinism import torch_differences
 from raytrain.engine.modes import outermost
 from raytrain.engine.object_graph import walk
 from raytrain.engine.state import RunState
+from raytrain.errors import listed
 from raytrain.task import Task
 
 WITHIN_MODULE = re.compile(r"\._(?:parameters|modules)\['(\w+)'\]")
@@ -52,8 +52,8 @@ def untrained(run: RunState) -> list[str]:
     if not names:
         return []
     return [
-        f"not trained, since they came or were unfrozen after training began: {', '.join(names[:5])}"
-        f"{', ...' if names[5:] else ''}. Make them, trainable, in build_model"
+        f"not trained, since they came or were unfrozen after training began: {listed(names)}. "
+        "Make them, trainable, in build_model"
     ]
 
 

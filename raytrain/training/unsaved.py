@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from raytrain.data.feed import Feed
-from raytrain.engine.attributes import Look, Saved, Watch, changes, listed, look, look_into_model
+from raytrain.engine.attributes import Look, Saved, Watch, changes, look, look_into_model
 from raytrain.engine.object_graph import names_in
 from raytrain.engine.state import RunState
+from raytrain.errors import listed
 from raytrain.training.validate import look_into_task
 
 

@@ -14,12 +14,12 @@ import torch
 
 from raytrain.data.feed import Feed
 from raytrain.data.loader import BatchKey
-from raytrain.engine.attributes import Look, Saved, changes, listed, look, parts_of
+from raytrain.engine.attributes import Look, Saved, changes, look, parts_of
 from raytrain.engine.kept import model_kept
 from raytrain.engine.randomness import Randomness
 from raytrain.engine.state import RunState
 from raytrain.engine.terms import refuse_mixture
-from raytrain.errors import TaskError, users_traceback
+from raytrain.errors import TaskError, listed, users_traceback
 from raytrain.task import Task
 from raytrain.training.contract import checked_metrics, loss_of, part_of, predictions_of
 

@@ -298,7 +298,7 @@ def test_a_bad_step_is_told_in_one_line() -> None:
     bad_step = BadStep("nonfinite", 0, 1, NAN, NAN, 1.0, ["a", "b"])
     told = described(12, bad_step, [1], ["a.weight", "b", "c", "d", "e", "f"], list(range(30)))
     assert told.startswith(
-        "step 12: the loss is nan (rank 1; first in the gradient of a.weight, b, c, d, e, ...; samples 0, 1"
+        "step 12: the loss is nan (rank 1; first in the gradient of a.weight, b, c, d, e and 1 more; samples 0, 1"
     )
     assert told.endswith("22, 23 and 6 more)")
     assert "gradient's norm is inf (rank 0)" in described(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from raytrain.training.source import SHOWN, source_notes, source_of
+from raytrain.errors import NAMES_SHOWN
+from raytrain.training.source import source_notes, source_of
 
 TASK = "import raytrain\n\n\nclass Own(raytrain.Task):\n    pass\n"
 # The task's module, the files that there are ("{0}" is a name of their own), and those that count beside the module's.
@@ -119,7 +120,7 @@ def test_a_task_without_a_file_has_no_code_to_compare(monkeypatch: pytest.Monkey
 
 
 def test_what_is_said_names_each_file_up_to_a_few_and_nothing_where_one_side_is_not_known() -> None:
-    old = {f"f{n}.py": "a" for n in range(SHOWN + 2)}
+    old = {f"f{n}.py": "a" for n in range(NAMES_SHOWN + 2)}
     assert source_notes({}, old) == source_notes(old, {}) == source_notes(old, dict(old)) == []
     (note,) = source_notes(old, dict.fromkeys(old, "b"))
     assert note.endswith("f4.py has changed and 2 more")
