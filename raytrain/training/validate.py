@@ -16,6 +16,7 @@ from raytrain.data.feed import Feed
 from raytrain.data.loader import BatchKey
 from raytrain.engine.attributes import Look, Saved, changes, look, parts_of
 from raytrain.engine.kept import model_kept
+from raytrain.engine.own_state import datasets_in
 from raytrain.engine.randomness import Randomness
 from raytrain.engine.state import RunState
 from raytrain.engine.terms import refuse_mixture
@@ -116,8 +117,9 @@ def evaluate(run: RunState, task: Task, feed: Feed) -> Validation:
 
 
 def look_into_task(run: RunState, task: Task, feed: Feed) -> Look:
-    """What the task holds besides model and data sets."""
-    known: list[Any] = [*parts_of(run.model), *feed.datasets.values()]
+    """What the task holds besides model and data sets, those behind them too: set_epoch changes these, as it will."""
+    datasets = [each for split, whole in feed.datasets.items() for _, each in datasets_in(whole, split)]
+    known: list[Any] = [*parts_of(run.model), *datasets]
     return look({type(task).__name__: task}, known)
 
 

@@ -218,7 +218,10 @@ class Calm(PointsTask):
         self.table: Any = None
 
     def build_dataset(self, split: str) -> Any:
-        return Told(48, noisy=split == "train")
+        if split == "val":
+            return Told(48, noisy=False)
+        self.images = Told(60, noisy=True)  # an attribute too, and told of the epoch behind another
+        return Subset(self.images, range(48))
 
     def model_func(self, model: nn.Module, batch: Any) -> ModelReturn:
         self.cache[len(self.cache)] = batch
