@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # 1d, 2d, 3d and both synchronised ones
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from raytrain.engine.schedule import StepSettings
+from raytrain.engine.schedule import CYCLING, StepSettings, schedule_name
 from raytrain.errors import CheckpointError, ConfigError, TaskError
 
 TWO_GROUP_OPTIMIZERS = ("adam_onecycle", "adam_cosineanneal")
@@ -58,6 +58,23 @@ def optimizer_options(optim_cfg: Any) -> OptimizerOptions:
         f"OPTIMIZATION.OPTIMIZER is {optim_cfg.OPTIMIZER!r}; "
         "legal are adam, sgd, adam_onecycle, adam_cosineanneal and adamw"
     )
+
+
+def unused_options(optim_cfg: Any) -> list[str]:
+    """A line for the user if they set what the schedule sets instead."""
+    betas, moms, scheduler = optim_cfg.BETAS, optim_cfg.MOMS, schedule_name(optim_cfg)
+    if betas is None:
+        return []
+    if optim_cfg.OPTIMIZER == "sgd":
+        return ["OPTIMIZATION.BETAS is not used: sgd has MOMENTUM"]
+    if scheduler in CYCLING and betas[0] != moms[0]:
+        return [
+            f"the first of OPTIMIZATION.BETAS, {betas[0]:g}, is not used: {scheduler} moves beta1 between those of "
+            f"MOMS, {moms[0]:g} and {moms[1]:g}"
+        ]
+    if optim_cfg.OPTIMIZER in TWO_GROUP_OPTIMIZERS and betas[0] != moms[0]:
+        return [f"the first of OPTIMIZATION.BETAS, {betas[0]:g}, is not used: beta1 is the first of MOMS, {moms[0]:g}"]
+    return []
 
 
 def stepped_groups(model: nn.Module, optim_cfg: Any) -> list[list[nn.Parameter]]:

@@ -21,6 +21,7 @@ SCHEDULER_OF_OPTIMIZER = {  # what `SCHEDULER: null` means, as in the heritage
     "adam_onecycle": "onecycle",
     "adam_cosineanneal": "cosine",
 }
+CYCLING = ("onecycle", "cosine")  # move the momentum between MOMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,11 @@ def build_schedule(optim_cfg: Any, steps_per_epoch: int, num_epochs: int) -> Sch
     return Schedule(tuple(phases))
 
 
+def schedule_name(optim_cfg: Any) -> str | None:
+    """Of the schedule that OPTIMIZATION asks for; None where its optimizer is unknown."""
+    return optim_cfg.SCHEDULER or SCHEDULER_OF_OPTIMIZER.get(optim_cfg.OPTIMIZER)
+
+
 def curves_of(
     optim_cfg: Any, steps_per_epoch: int, num_epochs: int
 ) -> tuple[Callable[[int], float], Callable[[int], float | None]]:
@@ -84,7 +90,7 @@ def curves_of(
     step and constant: as in the heritage the other two keep their own warm-up.
     """
     total_steps = steps_per_epoch * num_epochs
-    name = optim_cfg.SCHEDULER or SCHEDULER_OF_OPTIMIZER.get(optim_cfg.OPTIMIZER)
+    name = schedule_name(optim_cfg)
     cycled = functools.partial(cycled_momentum, optim_cfg, total_steps)
     if name == "onecycle":
         return functools.partial(onecycle_lr, optim_cfg, total_steps), cycled

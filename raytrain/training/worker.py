@@ -20,6 +20,7 @@ from raytrain.data.feed import Feed
 from raytrain.data.loader import fork_server
 from raytrain.engine.broadcast import take_from_rank_0
 from raytrain.engine.determinism import prepare_torch
+from raytrain.engine.optim import unused_options
 from raytrain.engine.own_state import OwnState
 from raytrain.engine.randomness import seed_all
 from raytrain.engine.state import RunState, build_run, compile_model
@@ -127,7 +128,7 @@ def build(
     run.own, run.source = OwnState.of(task, datasets), source_of(cfg.TASK)
     notes += take_from_rank_0(run.model, world)
     notes += [*ranks_of_other_source(world, run.source), *run.mode.notes, *last_batch_notes(run.plan)]
-    notes += compile_model(run, cfg.OPTIMIZATION)
+    notes += [*unused_options(cfg.OPTIMIZATION), *compile_model(run, cfg.OPTIMIZATION)]
     evaluates_after, channels_last = evaluation_epochs(cfg, datasets), cfg.OPTIMIZATION.CHANNELS_LAST
     feed = Feed(task, datasets, run.plan, world, cfg.LOADER, cfg.SEED, evaluates_after, channels_last)
     return run, feed, notes

@@ -21,6 +21,7 @@ from raytrain.engine.optim import (
     stepped_groups,
     torch_optimizer,
     unstepped_parameters,
+    unused_options,
 )
 from raytrain.engine.schedule import StepSettings, build_schedule
 from raytrain.engine.sync_bn import HostSyncBatchNorm
@@ -152,6 +153,24 @@ def test_betas_are_for_adam_and_adamw(optimizer):
 def test_moms_overwrite_the_first_of_betas_in_adam_onecycle(betas, expected):
     for group in build_optimizer(ToyNet(), optim_cfg(BETAS=betas)).param_groups:
         assert (group["betas"], group["eps"], group["weight_decay"]) == (expected, 1e-8, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"OPTIMIZER": "adamw"}, ""),
+        ({"OPTIMIZER": "adam", "SCHEDULER": "constant"}, ""),
+        ({"OPTIMIZER": "sgd"}, "OPTIMIZATION.BETAS is not used: sgd has MOMENTUM"),
+        ({"SCHEDULER": "constant"}, "BETAS, 0.8, is not used: beta1 is the first of MOMS, 0.95"),
+        ({"OPTIMIZER": "adamw", "SCHEDULER": "onecycle"}, "onecycle moves beta1 between those of MOMS, 0.95 and 0.85"),
+        ({"OPTIMIZER": "adam_cosineanneal"}, "BETAS, 0.8, is not used: cosine moves beta1 between those of MOMS"),
+        ({"BETAS": [0.95, 0.9]}, ""),
+        ({"BETAS": None}, ""),
+    ],
+)
+def test_betas_that_nothing_uses_are_told(changes, note):
+    told = unused_options(optim_cfg(**{"BETAS": [0.8, 0.9], **changes}))
+    assert len(told) == bool(note) and all(note in each for each in told)
 
 
 def test_an_unknown_optimizer_is_refused_with_the_legal_ones():
