@@ -190,8 +190,13 @@ def end_text(end: Record) -> str:
         if end.get(name):
             lines.append(f"  {title:<12} {end[name]}")
     if end.get("run_dir"):
-        lines.append(f"  {'curves':<12} tensorboard --logdir {joined(str(end['run_dir']), 'tensorboard')}")
+        lines.append(f"  {'curves':<12} {curves_text(joined(str(end['run_dir']), 'tensorboard'))}")
     return "\n".join(lines)
+
+
+def curves_text(folder: str) -> str:
+    """How to see the curves in this folder; TensorBoard reads none behind a URI without packages of its own for it."""
+    return f"copy {folder} to a disk, for tensorboard" if "://" in folder else f"tensorboard --logdir {folder}"
 
 
 def _absent(record: Record, name: str) -> bool:

@@ -31,6 +31,8 @@ PASSING_TEXTS = (
     r"|(?i:timed out|connection (reset|refused|aborted|closed)|RetriableException|StandbyException)"
 )
 
+NO_BUCKET = r"no_?such_?bucket|bucket does not exist|^bucket .* not found"  # in lower case; Arrow's ask for options
+
 # By any of these AWS's own library finds credentials.
 AWS_CREDENTIALS = (
     *("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE"),
@@ -93,6 +95,8 @@ def may_pass(error: OSError) -> bool:
 
 def _failure(error: OSError, action: str, path: str, tried: str = "") -> StorageError:
     what = (error.strerror or str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+    if error.errno is None and re.search(NO_BUCKET, str(error).lower()):
+        what = "there is no bucket of this name"
     return StorageError(f"{path}: cannot {action}: {what}{tried}. {_advice(error, path)}")
 
 
@@ -113,8 +117,8 @@ def _advice(error: OSError, path: str) -> str:
             "hdfs:// needs Java and Hadoop on every node: set JAVA_HOME, HADOOP_HOME and CLASSPATH "
             "(`hadoop classpath --glob` prints it)"
         )
-    if re.search(r"no_?such_?bucket|bucket does not exist|^bucket .* not found", text):
-        return "Create the bucket or correct its name in OUTPUT"
+    if re.search(NO_BUCKET, text):
+        return "Create it or correct its name in OUTPUT"
     if re.search(r"permanent_?redirect|http status 301", text):
         return "The bucket is in another region: name it in the URI, as s3://bucket/folder?region=eu-west-1"
     if re.search(r"signature", text):

@@ -149,6 +149,12 @@ def test_the_end_says_how_good_and_where_to_look() -> None:
     ]
 
 
+def test_curves_behind_a_uri_are_not_said_to_be_ready_for_tensorboard() -> None:
+    end = {"kind": "end", "status": "finished", "epoch": 1, "step": 2, "run_dir": "s3://bucket/run?region=eu-west-1"}
+    *_, last = shown(RUN, end).splitlines()
+    assert last == "  curves       copy s3://bucket/run/tensorboard?region=eu-west-1 to a disk, for tensorboard"
+
+
 def test_a_failure_fits_one_screen_and_keeps_the_reason() -> None:
     trace = ["Traceback (most recent call last):", *(f'  File "deep.py", line {n}' for n in range(200))]
     failure = {

@@ -202,7 +202,8 @@ def test_a_file_in_the_way_of_a_folder_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "advice"),
     [
-        ("AWS Error NO_SUCH_BUCKET during HeadBucket operation", "Create the bucket or correct its name"),
+        ("AWS Error NO_SUCH_BUCKET during HeadBucket operation", "there is no bucket of this name. Create it or"),
+        ("Bucket 'b' not found. To create buckets, enable the allow_bucket_creation option", "name. Create it or"),
         ("AWS Error NETWORK_CONNECTION: curlCode: 7, Could not connect to server", "Check the network"),
     ],
 )
