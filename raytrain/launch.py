@@ -24,6 +24,7 @@ from raytrain.engine.world import World
 from raytrain.errors import (
     EXIT_FAILED,
     ConfigError,
+    DivergedError,
     PreflightError,
     RaytrainError,
     TrainingError,
@@ -174,6 +175,8 @@ def launch(
         with contextlib.suppress(RaytrainError):  # what failed is what to tell; the next launch says the rest
             client.take_over(start.run_dir, BEREAVED_S)  # the last state it had is saved
             if isinstance(error, RaytrainError) and error.exit_status == EXIT_FAILED:
+                if judge is never_ends:  # a sweep says itself how it goes on
+                    tell_way_on(error, start)
                 write_failure(start.run_dir, str(error))
         raise
     finally:
@@ -181,6 +184,15 @@ def launch(
             display.close()
     client.take_over(start.run_dir, BEREAVED_S)
     return result_of(start, status)
+
+
+def tell_way_on(error: RaytrainError, start: Start) -> None:
+    """The screen of a failed run ends with where the same command goes on, if a checkpoint is there for it."""
+    is_screen = isinstance(error, TrainingError) and not isinstance(error, DivergedError)
+    if not is_screen or start.options.resume != "auto" or "same command goes on" in str(error).lower():
+        return
+    if any(entry.manifest for entry in start.store.listed()):
+        error.args = (f"{error}\n\nThe same command goes on from the newest checkpoint",)
 
 
 def result_of(start: Start, status: str) -> Result:
@@ -241,7 +253,7 @@ def launch_under_torchrun(cfg: Config, options: LaunchOptions) -> Result:
         world = dataclasses.replace(world, virtual_workers=job.virtual_workers)
         # Not before: while this process waits for one that never comes, no python code could answer torchrun's SIGTERM.
         with signals_wish_stop() as stop:
-            return result_of(start, run_as_worker(job, world, meeting, stop))
+            return result_of(start, run_as_worker(start, job, world, meeting, stop))
     finally:
         dist.destroy_process_group()
 
@@ -292,7 +304,7 @@ def begin_run(cfg: Config, options: LaunchOptions, world: World) -> tuple[Start,
     return beginning
 
 
-def run_as_worker(job: Job, world: World, meeting: Any, stop: threading.Event) -> str:
+def run_as_worker(start: Start, job: Job, world: World, meeting: Any, stop: threading.Event) -> str:
     """Collective. How the run ended. The rank that fails first shows why, the others only follow."""
     with contextlib.ExitStack() as stack:
         screen = stack.enter_context(os.fdopen(os.dup(2), "w", errors="backslashreplace"))
@@ -320,6 +332,8 @@ def run_as_worker(job: Job, world: World, meeting: Any, stop: threading.Event) -
                 )
             hung = [failure_by(hang, job.run_uri) for hang in hangs_here(job.run_uri)]
             seen = as_seen((hung or [failure_of(error, world.rank, control.place(), logs)])[0])
+            with contextlib.suppress(RaytrainError):
+                tell_way_on(seen, start)
             if world.is_first:
                 display.close()
             # Here, while a SIGTERM is only a wish: torchrun sends one as soon as it sees a rank die.

@@ -14,7 +14,7 @@ import torch
 import raytrain
 from raytrain.config.load import with_overrides
 from raytrain.config.sections import Config
-from raytrain.errors import CheckpointError, ResumeError
+from raytrain.errors import CheckpointError, ResumeError, TrainingError
 from raytrain.journal.records import read_journal
 from raytrain.launch import Result
 from raytrain.progress import Plan, Progress
@@ -339,3 +339,18 @@ def test_a_checkpoint_that_gave_way_to_one_which_the_journal_does_not_know_is_no
     store.save(dumps({"model_state": {"w": torch.ones(2)}}), manifest(Progress(0, 9, 9)), now=1.0)
     found, passed_over = newest_to_trust(store)
     assert found is not None and not passed_over
+
+
+@pytest.mark.parametrize(("fails_at", "goes_on"), [(0, False), (3, True)])
+def test_a_failed_run_says_that_the_same_command_goes_on_where_there_is_a_checkpoint_for_it(
+    fails_at: int, goes_on: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "fail").write_text(str(fails_at))
+    failing = {"TASK": "tasks_for_tests:Exact", "DATA_CONFIG": {"NUM_SAMPLES": 8, "GATE": str(tmp_path)}}
+    cfg = Config.model_validate({**TREE, **failing, "OUTPUT": str(tmp_path / "output")})
+    with pytest.raises(TrainingError, match=f"failed at step {fails_at}, as") as raised:
+        raytrain.train(cfg, quiet=True)
+    way_on = "\n\nThe same command goes on from the newest checkpoint"
+    assert str(raised.value).endswith(way_on) == goes_on
+    [failure] = [r for r in read_journal(next(tmp_path.rglob("journal.jsonl"))) if r.get("event") == "failure"]
+    assert failure["message"].endswith(way_on) == goes_on
