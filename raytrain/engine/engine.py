@@ -23,6 +23,7 @@ from raytrain.engine.optim import optimizer_options, stepped_groups
 from raytrain.engine.overlap import SEGMENT_BYTES
 from raytrain.engine.per_parameter import TorchStepper
 from raytrain.engine.precision import Precision
+from raytrain.engine.randomness import torch_random_state
 from raytrain.engine.reduction import Reduction
 from raytrain.engine.schedule import StepSettings
 from raytrain.engine.stepper import Stepper
@@ -105,9 +106,10 @@ class Engine:
         self.readers_done: torch.cuda.Event | None = None  # of what reads the parameters beside the computation
         self.loss_sum: torch.Tensor | None = None
         self.weight_sum: torch.Tensor | None = None
-        self._is_weighted: bool | None = None  # whether micro-batches have weights; None: none has come yet
+        self.is_weighted: bool | None = None  # whether micro-batches have weights; None: none has come yet
         self._weights_agree = world.size == 1
         self.newly_followed: list[str] = []  # parameters that have just been found to be changed by forward
+        self.backward_draws: bool | None = None  # whether the first backward pass drew random numbers
 
     def _wait_for_readers(self) -> None:
         """What a GPU does from here on comes after the copy of the state that is being made beside it, if one is."""
@@ -140,9 +142,9 @@ class Engine:
         is_last: no other follows before `step`, so gradients may travel as they arrive
         """
         self.beat("backward")
-        if self._is_weighted is not isinstance(share, torch.Tensor):
-            refuse_mixture([self._is_weighted, not self._is_weighted])
-            self._is_weighted = isinstance(share, torch.Tensor)
+        if self.is_weighted is not isinstance(share, torch.Tensor):
+            refuse_mixture([self.is_weighted, not self.is_weighted])
+            self.is_weighted = isinstance(share, torch.Tensor)
         if isinstance(share, torch.Tensor):
             self.weight_sum = share if self.weight_sum is None else self.weight_sum + share
             weighted = torch.where(share > 0, loss * share, 0.0)  # the mean of nothing is NaN, and counts nothing
@@ -153,7 +155,10 @@ class Engine:
         if is_last and self.gradients is not None:
             self.gradients.last_backward_begins()
         scaled: Any = self.precision.scaler.scale(weighted)
+        state = torch_random_state(self.world.device) if self.backward_draws is None else None
         scaled.backward()  # with a gradient given, torch imports sympy first: 2 s of every worker's first step
+        if state is not None:
+            self.backward_draws = torch_random_state(self.world.device) != state
 
     @torch.no_grad()
     def step(self, settings: StepSettings, wishes: Sequence[bool], terms: Mapping[Key, Sum] | None = None) -> Stepped:
@@ -166,7 +171,7 @@ class Engine:
         else:
             combined = self.gradients.combine(self.loss_sum, tuple(wishes), self.weight_sum, terms)
         if not self._weights_agree:  # asked once; after the reduction, since parts of it may be under way before
-            refuse_mixture(self.world.all_objects(self._is_weighted))
+            refuse_mixture(self.world.all_objects(self.is_weighted))
             self._weights_agree = True
         if self.buffers.looks_left:
             self._agree_on_parameters()

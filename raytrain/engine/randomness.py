@@ -42,6 +42,12 @@ def random_state() -> tuple[Any, ...]:
     return random.getstate(), (kind, words.tobytes(), *rest), torch.get_rng_state().numpy().tobytes()
 
 
+def torch_random_state(device: torch.device) -> list[bytes]:
+    """That of torch's global generators which what runs on `device` draws from; on a GPU nobody waits for it."""
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    return [state.numpy().tobytes() for state in states]
+
+
 class Randomness:
     """All that draws for one purpose: the global generators, and those that its objects own.
 

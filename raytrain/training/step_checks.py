@@ -35,7 +35,8 @@ class StepChecks:
         notes = mode_lost(self._other_mode, self._run)
         if not self._has_stepped:
             self._has_stepped = True
-            notes += unregistered(self._run, self._task) + reseeded(self._run) + torch_changed(self._run)
+            notes += unregistered(self._run, self._task) + reseeded(self._run) + redrawn(self._run)
+            notes += torch_changed(self._run)
         newly_frozen = [name for name in frozen(self._run) if name not in self._frozen]
         self._frozen |= set(newly_frozen)
         if newly_frozen:
@@ -103,6 +104,17 @@ def reseeded(run: RunState) -> list[str]:
     return [
         "torch.manual_seed is called while a step is computed, so what is drawn from there on (dropout) is the same in "
         "each step. Give a torch.Generator of its own to what shall be the same"
+    ]
+
+
+def redrawn(run: RunState) -> list[str]:
+    """A line for the user if the backward pass draws: a part that is computed again there does so with other noise."""
+    if not run.engine.backward_draws:
+        return []
+    return [
+        "random numbers are drawn while gradients are computed. If that is torch.utils.checkpoint with "
+        "preserve_rng_state=False, dropout keeps other values there than it did in the forward pass, and the gradients "
+        "are not those of the loss: leave preserve_rng_state at True"
     ]
 
 

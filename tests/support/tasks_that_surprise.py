@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tasks_for_units import Points, PointsTask
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, get_worker_info
 
 from raytrain import ModelReturn
@@ -133,6 +134,27 @@ class SeedsAGenerator(PointsTask):
     def model_func(self, model: nn.Module, batch: Any) -> ModelReturn:
         torch.Generator().manual_seed(0)
         return super().model_func(model, batch)
+
+
+class Recomputing(nn.Sequential):
+    """Keeps no activations of its dropout."""
+
+    preserves = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False, preserve_rng_state=self.preserves)
+
+
+class Recomputes(PointsTask):
+    def build_model(self, dataset: Any) -> nn.Module:
+        return Recomputing(nn.Dropout(0.3), super().build_model(dataset))
+
+
+class RecomputesWithOtherNoise(Recomputes):
+    def build_model(self, dataset: Any) -> nn.Module:
+        model = super().build_model(dataset)
+        model.preserves = False
+        return model
 
 
 class TakesThreads(PointsTask):
@@ -282,6 +304,34 @@ class CollectsInPredict(Scored):
     def score(self, predictions: list[Any], dataset: Any) -> dict[str, float]:
         right, self.right = self.right, [0, 0]
         return {"accuracy": right[0] / right[1], "predictions": len(predictions), "seen": right[1]}
+
+
+# Batches
+
+
+class Collates(PointsTask):
+    def collate(self, samples: list[Any]) -> Any:
+        return super().collate(samples)
+
+
+class DropsSamples(PointsTask):
+    """What could not be loaded is None, and left out."""
+
+    def build_dataset(self, split: str) -> Any:
+        return Unreadable(48, noisy=True) if split == "train" else super().build_dataset(split)
+
+    def collate(self, samples: list[Any]) -> Any:
+        return super().collate([sample for sample in samples if sample is not None])
+
+
+class Unreadable(Points):
+    def __getitem__(self, i: int) -> Any:
+        return None if i % 10 == 7 else super().__getitem__(i)
+
+
+class DropsAndWeighs(DropsSamples):
+    def model_func(self, model: nn.Module, batch: Any) -> ModelReturn:
+        return ModelReturn(super().model_func(model, batch).loss, weight=len(batch[0]))
 
 
 # Loader workers

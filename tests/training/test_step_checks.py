@@ -51,19 +51,21 @@ def test_it_is_told_again_after_a_resume(tmp_path: Path) -> None:
     ("task", "told"),
     [
         ("SeedsTorch", "torch.manual_seed is called while a step is computed"),
+        ("RecomputesWithOtherNoise", "random numbers are drawn while gradients are computed. If that is torch.utils"),
         ("TakesThreads", "the task has set torch to 3 threads, which is for SCALE.THREADS to say (now 1)"),
         ("EvalOnce", "train() or eval() was called for 0, 1, 2, 3, 4 while an epoch was trained, once"),
         ("EvalOnceInside", "train() or eval() was called for 1 while an epoch was trained, once"),
         ("FreezesOnce", "frozen since training began: 0.weight, 0.bias. A resume begins with what build_model left"),
         ("RelabelsInScore", "data set: train.x was changed in the training process; training goes on with it"),
         ("SeedsAGenerator", None),
+        ("Recomputes", None),
         ("EvalAlways", None),
         ("EvalAndBack", None),
         ("PointsTask", None),
     ],
 )
 def test_seeds_threads_and_modes_that_do_not_last_are_told(task: str, told: str | None, tmp_path: Path) -> None:
-    signs = "manual_seed", "SCALE.THREADS", "was called for", "frozen since", "was changed in"
+    signs = "manual_seed", "random numbers", "SCALE.THREADS", "was called for", "frozen since", "was changed in"
     said = [note for note in run_of(task, tmp_path) if any(sign in note for sign in signs)]
     assert len(said) == (told is not None) and all(note.startswith(str(told)) for note in said)
 
