@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from raytrain.data.dropped_samples import DroppedSamples
 from raytrain.data.loader import BatchKey, KeyedBatches, Loaded, check_loader_workers, start_loader
 from raytrain.data.module_values import ModuleValues, differing_note
 from raytrain.data.sampler import cut, epoch_order, step_samples
@@ -79,6 +80,7 @@ class Feed:
         self._delivery = None if type(task).to_device is Task.to_device else Randomness(task=task)
         self._held: dict[str, Any] = {}
         self._watch = Watch()
+        self._dropped = None if type(task).collate is Task.collate else DroppedSamples()
         self._wait_s = 0.0
         self._noted: set[str] = set()
         self._differing: set[str] = set()
@@ -152,6 +154,8 @@ class Feed:
         self.beat("data" if key.split == "train" else "eval")
         began = time.perf_counter()
         batch = self.host_batch(key)
+        if self._dropped is not None and key.split == "train":
+            self._dropped.see(len(key.ids), batch)
         if self._delivery is not None:  # the task's own, which may augment
             self._delivery.seed(self.seed, "to_device", key.split, key.epoch, key.ids[0])
         batch = self._transfer.to_device(batch)
@@ -242,6 +246,20 @@ class Feed:
         """Seconds spent in fetch since this was last asked."""
         wait_s, self._wait_s = self._wait_s, 0.0
         return wait_s
+
+    def tell_dropped(self, is_weighted: bool) -> None:
+        """The task notes once that its collate drops samples, if that is seen.
+
+        is_weighted: whether it says itself how much a batch counts
+        """
+        what = self._dropped.described() if self._dropped is not None and not is_weighted else None
+        if what is not None:
+            self._dropped = None
+            self.task.note(
+                f"a batch holds {what}: {type(self.task).__name__}.collate drops some. Nothing is trained on them, and "
+                "the loss counts in its step as the mean of all. Let the data set have those samples alone that can be "
+                "loaded, or return ModelReturn(loss, weight=samples in the batch)"
+            )
 
     def tell_changes(self) -> None:
         """The task notes what has changed in data sets that are read here; loader workers do so when they go on."""

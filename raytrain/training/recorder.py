@@ -235,6 +235,7 @@ class Recorder:
             self.journal.write("event", event="warning", message=f"{message} (CHECKPOINT.METRIC)")
 
     def _write_notes(self) -> None:
+        self.feed.tell_dropped(bool(self.run.engine.is_weighted))
         of_compilation = self.run.compilation.notes if self.run.compilation else []
         of_parts = self.feed.notes, self.checkpointer.notes, self.run.engine.notes
         for notes in (self.notes, *of_parts, of_compilation):
