@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from raytrain.engine.attributes import SHORT, array_digest, listed
+from raytrain.engine.attributes import SHORT, array_digest
 from raytrain.engine.code_graph import CodeGraph, Name
 from raytrain.engine.object_graph import PLAIN, is_own, key_text, name_of
-from raytrain.errors import masked
+from raytrain.errors import listed, masked
 from raytrain.task import Task
 
 MAX_PARTS = 1_000  # of one value that are compared; 1,000 take 1 ms
