@@ -16,6 +16,8 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from raytrain.storage.pools import break_pools
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -46,9 +48,13 @@ def leave_to_parent(number: int, frame: Any) -> None:
 
 @functools.cache
 def tend_forks() -> None:
-    """From now on what multiprocessing forks from this process, and what is forked from that, becomes a `child`."""
+    """From now on what multiprocessing forks from this process, and what is forked from that, becomes a `child`.
+
+    And its pools break where they would stand still.
+    """
     import multiprocessing.connection  # here, and not in each of them
 
+    break_pools()
     multiprocessing.util.register_after_fork(tend_forks, lambda _: become_child())
 
 

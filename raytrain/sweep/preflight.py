@@ -13,6 +13,7 @@ from raytrain.engine.randomness import seed_all
 from raytrain.engine.world import World
 from raytrain.errors import ConfigError
 from raytrain.progress import AT_START
+from raytrain.storage.forks import tend_forks
 from raytrain.sweep.datasets import are_the_same_for_all, built_and_pickled
 from raytrain.sweep.space import objective, workers_of_trial
 from raytrain.task import Task, make_task
@@ -39,6 +40,7 @@ class TaskFacts:
 
 def inspect_task(cfg: Config) -> TaskFacts:
     """Of the sweep `cfg`; ConfigError if its trials could not be compared as it says."""
+    tend_forks()
     seed_all(cfg.SEED, "task")
     task = make_task(cfg)
     datasets, for_all = built_and_pickled(task, lambda: build_datasets(task, cfg.SEED))

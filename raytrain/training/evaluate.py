@@ -115,6 +115,7 @@ def view(
 @contextlib.contextmanager
 def _explained(what: str, run_dir: str) -> Iterator[None]:
     """torch is afterwards set as it was, and a failure is told as one of training is."""
+    tend_forks()
     with explained(what, run_dir), torch_put_back():
         yield
 
@@ -219,7 +220,6 @@ def restored(cfg: Config, task: Task, datasets: dict[str, Any], origin: Origin) 
     """A run on this process's device with a checkpoint's weights, at its epoch; and what is not as it was then."""
     world = World(device=device_here(cfg))
     prepare_torch(cfg, world.device)
-    tend_forks()
     plan = plan_of(with_overrides(cfg, ["LOADER.LAST", "keep"]), len(datasets["train"]), world)  # nothing is trained
     run = build_run(cfg, task, datasets["train"], plan, world)
     compile_model(run, cfg.OPTIMIZATION)

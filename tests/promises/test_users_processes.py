@@ -115,6 +115,41 @@ def test_a_stop_waits_for_the_pool_that_an_evaluation_needs(tmp_path: Path, send
     assert_nothing_is_left(run)
 
 
+def with_a_dead_pool(folder: Path, num_workers: int, loaders: int, place: str) -> tuple[Run, Launched]:
+    """A run that waits for a pool whose process has just died, with what it was at."""
+    run = run_of(folder, loaders, 1, **{place: [str(folder)]})
+    launched = run.start("--num_workers", str(num_workers), env={"RAY_ADDRESS": ""})
+    paths = wait_for(lambda: list(folder.glob("at-work-*")), "the pool's process")
+    time.sleep(0.5)  # a driver has heard by then that the run has begun
+    (folder / "go").touch()
+    wait_for(lambda: not any(alive(int(path.name.rpartition("-")[2])) for path in paths), "its death")
+    return run, launched
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("num_workers", "loaders", "place", "send"),
+    [
+        (0, 0, "IN_BUILD", to_the_run),
+        (0, 1, "IN_COLLATE", ctrl_c),
+        (2, 0, "IN_SCORE", to_its_group),
+        (2, 1, "IN_SAMPLES", None),
+    ],
+)
+def test_a_pool_that_dies_ends_its_run_with_the_cause(
+    tmp_path: Path, num_workers: int, loaders: int, place: str, send: Callable[[Launched], None] | None
+) -> None:
+    run, launched = with_a_dead_pool(tmp_path, num_workers, loaders, place)
+    began = time.monotonic()
+    if send is not None:
+        send(launched)
+    said = launched.ended(1)
+    assert time.monotonic() - began < 30
+    assert "multiprocessing.Pool (1 by fork) died" in said and "by SIGSEGV" in said
+    assert "in by_dying" in said
+    assert_nothing_is_left(run)
+
+
 def ctrl_c_twice(launched: Launched) -> None:
     ctrl_c(launched)
     time.sleep(0.5)
