@@ -7,6 +7,7 @@ started them, however that ends.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import multiprocessing.util
@@ -91,7 +92,9 @@ def end_children() -> None:
     An executor of concurrent.futures that nobody has shut down has such processes.
     """
     for child in multiprocessing.active_children():
-        child.kill()
+        assert child.pid is not None, "it has been started"
+        with contextlib.suppress(ProcessLookupError):  # of a fork server, which has buried it
+            os.kill(child.pid, signal.SIGKILL)  # those of joblib have no kill()
 
 
 def at_exit(function: Callable[[], None]) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 LOOK_S = 1.0  # after so long the pool has noticed
 GRACE_S = 2.0  # longer than LOOK_S; so long results may still come after a worker's death
+LOCK_S = 0.5  # longer than a thread of the pool's holds a lock
 END_S = 1.0  # so long a broken pool may take to end before that is told
 BY_SIGNAL = (-signal.SIGTERM, -signal.SIGINT)  # exit codes of those that have died of it before this process knows
 SHOWN = 3  # workers in a message
@@ -90,8 +91,8 @@ class PoolWorkers:
             worker.kill()
         for worker in pool._pool:
             worker.join(END_S)
-        for lock in (pool._inqueue._rlock, pool._outqueue._wlock):  # one that was killed may have held it
-            lock.acquire(False)
+        for lock in (pool._inqueue._rlock, pool._outqueue._wlock):
+            lock.acquire(timeout=LOCK_S)  # in vain: one that was killed has held it
             lock.release()
         ending = threading.Thread(target=pool.terminate, daemon=True)
         ending.start()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import joblib
 import pytest
 import torch
 from commands import alive, wait_for
@@ -139,8 +140,15 @@ def leave_an_executor() -> None:
     end_children()
 
 
-def test_an_executor_that_nobody_shuts_down_does_not_hold_up_the_end(handled: Any) -> None:
-    process = FORK.Process(target=leave_an_executor)  # which has no other children, as this one may
+def leave_loky() -> None:
+    """joblib keeps its processes for five minutes, for whoever comes next."""
+    assert joblib.Parallel(n_jobs=2, backend="loky")(joblib.delayed(abs)(-i) for i in range(2)) == [0, 1]
+    end_children()
+
+
+@pytest.mark.parametrize("leave", [leave_an_executor, leave_loky])
+def test_an_executor_that_nobody_shuts_down_does_not_hold_up_the_end(handled: Any, leave: Callable[[], None]) -> None:
+    process = FORK.Process(target=leave)  # which has no other children, as this one may
     process.start()
     process.join(20)
     assert process.exitcode == 0
