@@ -104,11 +104,13 @@ class PoolWorkers:
         method = pool._ctx.get_start_method()
         died = [f"{each.name} (process {each.pid}) {end_of(each.exitcode)}" for each in self._died[:SHOWN]]
         more = f", and {len(self._died) - SHOWN} more" if len(self._died) > SHOWN else ""
-        return (
-            f"workers of a multiprocessing.Pool ({pool._processes} by {method}) died while results of it were awaited: "
-            f"{', '.join(died)}{more}. The pool would start others in their place for ever, and what these were at is "
-            f"lost. {advice(method, {each.exitcode for each in self._died})}"
-        )
+        lines = [  # each on one of the failure screen, which cuts them
+            f"workers of a multiprocessing.Pool ({pool._processes} by {method}) died while results of it were awaited:",
+            f"{', '.join(died)}{more}.",
+            "What these were at is lost; the pool would start others and wait for it for ever.",
+            *advice(method, {each.exitcode for each in self._died}),
+        ]
+        return "\n".join(lines)
 
 
 def end_of(exitcode: int) -> str:
@@ -120,20 +122,20 @@ def end_of(exitcode: int) -> str:
     return f"by signal {-exitcode}"
 
 
-def advice(method: str, exitcodes: set[int]) -> str:
+def advice(method: str, exitcodes: set[int]) -> list[str]:
     """What to do about workers that were started by this method and ended so."""
     spawn = "multiprocessing.get_context('spawn').Pool"
     if method == "fork" and numba_layer() == "omp":
-        return (
-            "numba's parallel loops have run here by GNU OpenMP, which ends any fork that runs one. Start the pool by "
-            f"{spawn}, or set NUMBA_THREADING_LAYER=forksafe: that is tbb if it is installed, else workqueue, whose "
-            "loops no two threads may run at once"
-        )
+        return [
+            "numba's parallel loops have run here by GNU OpenMP, which ends any fork that runs one. Start the pool by",
+            f"{spawn}, or set NUMBA_THREADING_LAYER=forksafe: that is tbb if it is",
+            "installed, else workqueue, whose loops no two threads may run at once",
+        ]
     if -signal.SIGKILL in exitcodes:
-        return "Most often the machine ran out of memory: give the pool fewer processes"
-    said = "What they said stands in the output of this process, and in the logs"
+        return ["Most often the machine ran out of memory: give the pool fewer processes"]
+    said = ["What they said stands in the output of this process, and in the logs"]
     if method == "fork" and min(exitcodes) < 0:
-        return f"{said}. Native code and locks may fail after a fork; {spawn} does without"
+        said.append(f"Native code and locks may fail after a fork; {spawn} does without")
     return said
 
 

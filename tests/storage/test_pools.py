@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from commands import wait_for
 
+from raytrain.errors import LINE_LENGTH
 from raytrain.storage import pools
 
 FORK = multiprocessing.get_context("fork")
@@ -92,9 +93,9 @@ def killed_while_idle(pool: Any) -> Any:
 DEATHS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "leaves": (lambda pool: pool.map(os._exit, [0, 0, 0]), "with exit code 0"),
     "sys.exit": (lambda pool: pool.apply(sys.exit, [3]), "with exit code 3"),
-    "crash": (lambda pool: pool.starmap(ends_by, [[signal.SIGSYS]]), "by SIGSYS.*get_context"),
+    "crash": (lambda pool: pool.starmap(ends_by, [[signal.SIGSYS]]), "(?s)by SIGSYS.*get_context"),
     "terminated": (lambda pool: pool.apply_async(ends_by, [signal.SIGTERM]).get(), "by SIGTERM"),
-    "memory": (lambda pool: pool.apply_async(ends_by, [signal.SIGKILL]).get(60), "by SIGKILL.* ran out of memory"),
+    "memory": (lambda pool: pool.apply_async(ends_by, [signal.SIGKILL]).get(60), "(?s)by SIGKILL.* ran out of memory"),
     "imap": (lambda pool: list(pool.imap(ends_at_four, range(9))), "with exit code 7"),
     "in chunks": (lambda pool: list(pool.imap_unordered(ends_at_four, range(9), 2)), "with exit code 7"),
     "idle": (killed_while_idle, "by SIGKILL"),
@@ -105,8 +106,9 @@ DEATHS: dict[str, tuple[Callable[[Any], Any], str]] = {
 @pytest.mark.timeout(30)
 def test_a_pool_whose_workers_die_raises_what_became_of_them(breaking: None, death: str) -> None:
     use, said = DEATHS[death]
-    with FORK.Pool(2) as pool, pytest.raises(multiprocessing.ProcessError, match=said):
+    with FORK.Pool(2) as pool, pytest.raises(multiprocessing.ProcessError, match=said) as raised:
         use(pool)
+    assert max(map(len, str(raised.value).splitlines())) < LINE_LENGTH  # the failure screen shows all of it
     assert pool._pool and not any(worker.is_alive() for worker in pool._pool)
 
 
