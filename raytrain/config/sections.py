@@ -190,6 +190,8 @@ class Scale(Section):
     #: environment variables of the command that workers get: names, or PREFIX*
     ENV: list[Annotated[str, AfterValidator(checked_pattern)]] = []
     REDUCTION: Literal["auto", "shared_memory", "collective"] = "auto"  #: how gradients are summed over processes
+    #: whether gradients are added in one order, whatever the number of worker processes; auto: where that costs nothing
+    EXACT: Literal["auto"] | Flag = "auto"
     THREADS: Annotated[Count, Field(le=1024)] = 1  #: torch's, in each worker
     #: restarts in a row without a new step; -1: no limit; null: 2 where a process dies, 0 where the task's code raises
     MAX_FAILURES: Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=-1)] | None = None

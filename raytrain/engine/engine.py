@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from raytrain.engine.randomness import torch_random_state
 from raytrain.engine.reduction import Reduction
 from raytrain.engine.schedule import StepSettings
 from raytrain.engine.stepper import Stepper
-from raytrain.engine.tail import Combined
+from raytrain.engine.tail import Combined, LeafLoss
 from raytrain.engine.terms import Key, Sum, Value, means_of, refuse_mixture
 from raytrain.engine.world import World
 from raytrain.errors import TaskError
@@ -69,10 +69,14 @@ class Engine:
         optim_cfg: Any,
         world: World,
         reduction: str = "auto",
+        is_exact: bool = True,
         segment_bytes: int = SEGMENT_BYTES,
     ) -> None:
-        """Collective. `reduction` is SCALE.REDUCTION; larger gradients than segment_bytes are summed in parts."""
-        self.model, self.world = model, world
+        """Collective. `reduction` is SCALE.REDUCTION; larger gradients than segment_bytes are summed in parts.
+
+        is_exact: whether virtual workers are added up in the one order of engine/tree.py
+        """
+        self.model, self.world, self.is_exact = model, world, is_exact
         self.beat: Callable[[str], None] = lambda phase: None
         self.precision = Precision(optim_cfg, world.device)
         groups, options = stepped_groups(model, optim_cfg), optimizer_options(optim_cfg)
@@ -90,8 +94,8 @@ class Engine:
         flat = optim_cfg.ENGINE != "ddp" and self.why_ddp is None
         self.buffers = ModuleBuffers(model)
         self.gradients: Gradients | None = None
-        if flat or world.size > 1:
-            self.gradients = Gradients(model, self.params, self.buffers, world, reduction, segment_bytes)
+        if flat or world.size > 1 or (is_exact and world.virtual_workers > 1):
+            self.gradients = Gradients(model, self.params, self.buffers, world, reduction, is_exact, segment_bytes)
         self.stepper: Stepper
         if flat and self.gradients is not None:
             layout, sums = self.gradients.layout, self.gradients.reduction.sums
@@ -104,8 +108,9 @@ class Engine:
         self.reads_late = world.device.type != "cpu"  # whether reading a verdict at once would wait for the device
         self._late_verdicts = LateVerdicts(self.guard)
         self.readers_done: torch.cuda.Event | None = None  # of what reads the parameters beside the computation
-        self.loss_sum: torch.Tensor | None = None
+        self.loss_sum: torch.Tensor | None = None  # of the virtual worker under way
         self.weight_sum: torch.Tensor | None = None
+        self._losses: list[LeafLoss] = []  # of those that are through
         self.is_weighted: bool | None = None  # whether micro-batches have weights; None: none has come yet
         self._weights_agree = world.size == 1
         self.newly_followed: list[str] = []  # parameters that have just been found to be changed by forward
@@ -125,14 +130,35 @@ class Engine:
 
     def zero_grad(self) -> None:
         """Forget the gradients of every parameter, stepped or not (the heritage forgets only those it steps)."""
+        self._forget_gradients()
+        self._losses = []
+        self.buffers.begin_step()
+        if self.gradients is not None:
+            self.gradients.begin_step()
+
+    @contextmanager
+    def virtual_worker(self) -> Iterator[None]:
+        """The passes of one hosted virtual worker, with buffers (BatchNorm statistics) of its own."""
+        with self.buffers.virtual_worker():
+            yield
+        if self.is_exact:
+            self._end_leaf()
+
+    def _forget_gradients(self) -> None:
         for param in self.trainable:
             param.grad = None
         self.loss_sum = self.weight_sum = None
-        self.buffers.begin_step()
 
-    def virtual_worker(self) -> AbstractContextManager[None]:
-        """The forward passes of one hosted virtual worker, with buffers (BatchNorm statistics) of its own."""
-        return self.buffers.virtual_worker()
+    def _end_leaf(self) -> None:
+        """What stands in `.grad` is a leaf of the tree; the last one's stays there."""
+        if self.loss_sum is None:  # without a backward pass, as where forward is only tried
+            return
+        self._losses.append(LeafLoss(self.loss_sum, self.weight_sum))
+        if self.gradients is not None:
+            self.gradients.take_leaf()
+        if len(self._losses) < len(self.world.block):
+            self._forget_gradients()
+        self.loss_sum = self.weight_sum = None
 
     def backward(self, loss: torch.Tensor, share: float | torch.Tensor, is_last: bool = False) -> None:
         """Add `share` of this loss's gradient (and of the loss, for the journal) to the step.
@@ -161,15 +187,21 @@ class Engine:
             self.backward_draws = torch_random_state(self.world.device) != state
 
     @torch.no_grad()
-    def step(self, settings: StepSettings, wishes: Sequence[bool], terms: Mapping[Key, Sum] | None = None) -> Stepped:
-        """Collective. Combine, clip and step; `wishes` are this rank's, and `terms` what is to be recorded, if any."""
-        assert self.loss_sum is not None, "backward() comes first"
+    def step(
+        self, settings: StepSettings, wishes: Sequence[bool], terms: Sequence[Mapping[Key, Sum]] | None = None
+    ) -> Stepped:
+        """Collective. Combine, clip and step.
+
+        wishes: this rank's;  terms: what is to be recorded of each virtual worker here, if a record is due
+        """
+        self._end_leaf()  # if one is open
+        assert self._losses, "backward() comes first"
         self.beat("reduce")
-        if self.gradients is None:  # one process alone, whose gradients stay where they are
+        if self.gradients is None:  # one process with one virtual worker, whose gradients stay where they are
             means = None if terms is None else means_of(terms)
-            combined = Combined([True] * len(self.params), tuple(wishes), self.loss_sum, self.weight_sum, means)
+            combined = Combined([True] * len(self.params), tuple(wishes), *self._losses[0], terms=means)
         else:
-            combined = self.gradients.combine(self.loss_sum, tuple(wishes), self.weight_sum, terms)
+            combined = self.gradients.combine(self._losses, tuple(wishes), terms)
         if not self._weights_agree:  # asked once; after the reduction, since parts of it may be under way before
             refuse_mixture(self.world.all_objects(self.is_weighted))
             self._weights_agree = True
@@ -211,24 +243,23 @@ class Engine:
 
     def _step_if_good(self, settings: StepSettings, loss: torch.Tensor, norm: torch.Tensor) -> BadStep | None:
         """Where the verdict can be read at once."""
-        assert self.loss_sum is not None
         verdict = self.guard.read(loss, norm)
         if not verdict:
             self.stepper.step(settings, norm)
             return None
         self.buffers.put_back()
-        bad = [p for p, g in zip(self.params, self.stepper.gradients_here(), strict=True) if not is_finite(g)]
-        numbers = int(self.guard.in_a_row), loss.item(), norm.item(), self.loss_sum.item()
+        here = self.gradients.here() if self.gradients else [[p.grad] for p in self.params]
+        bad = [p for p, parts in zip(self.params, here, strict=True) if not all(map(is_finite, parts))]
+        numbers = int(self.guard.in_a_row), loss.item(), norm.item(), self._loss_here().item()
         return BadStep(KINDS[verdict], 0, *numbers, self._names_of(bad))
 
     def _step_if_good_late(self, settings: StepSettings, loss: torch.Tensor, norm: torch.Tensor) -> BadStep | None:
         """Where reading would wait for the device: that acts on the verdict, the host hears of it LATE_STEPS later."""
-        assert self.loss_sum is not None
         verdict = self.guard.judge(loss, norm)
         bad = (verdict > 0).float()
         self.stepper.step(settings, norm, bad)
         self.buffers.put_back_if(bad)
-        numbers = torch.stack([x.float() for x in (verdict, self.guard.in_a_row, loss, norm, self.loss_sum)])
+        numbers = torch.stack([x.float() for x in (verdict, self.guard.in_a_row, loss, norm, self._loss_here())])
         late = self._late_verdicts.swap(numbers, self.stepper.row_norms)
         if late is None:
             return None
@@ -238,16 +269,23 @@ class Engine:
             KINDS[int(kind)], LATE_STEPS, int(in_a_row), loss_then, norm_then, loss_here, self._names_of(suspects)
         )
 
+    def _loss_here(self) -> torch.Tensor:
+        """This process's part of the loss."""
+        return sum((each.loss for each in self._losses[1:]), self._losses[0].loss)
+
     def _names_of(self, params: Sequence[torch.nn.Parameter]) -> list[str]:
         """In the order of the model."""
         wanted = set(params)
         return [name for p, name in self._names.items() if p in wanted]
 
     @property
-    def arithmetic(self) -> dict[str, str]:
-        """What decides the rounding of a step besides config and hardware, for the checkpoint's fingerprint."""
+    def arithmetic(self) -> dict[str, str | bool]:
+        """What decides the rounding of a step besides config and hardware, for the checkpoint's fingerprint.
+
+        reduction counts only where the step is not exact.
+        """
         reduction = self.gradients.reduction.kind if self.gradients else Reduction.kind
-        return {"engine": self.stepper.kind, "reduction": reduction}
+        return {"engine": self.stepper.kind, "exact": self.is_exact, "reduction": reduction}
 
     def optimizer_state(self, live: bool = False) -> dict[str, Any]:
         """In torch's form, parameter by parameter, whatever steps them; order and structure do not depend on `live`.

@@ -101,9 +101,6 @@ class FlatStepper:
         places = zip(self.params, self.layout.places, strict=True)
         return [p for p, place in places if any(bad[place.dtype][place.start // ROW : -(-place.stop // ROW)])]
 
-    def gradients_here(self) -> list[torch.Tensor | None]:
-        return [p.grad for p in self.params]
-
     def state_dict(self, live: bool = False) -> dict[str, Any]:
         moments = {n: self.layout.views(flat) for n, flat in zip(self._moment_names(), self._moments, strict=True)}
         counts = self._counts if live else self._counts.cpu()

@@ -52,10 +52,13 @@ class Layout:
 
 def copy_all(views: Sequence[torch.Tensor], grads: Sequence[Any]) -> None:
     """Each of `grads` into its view; a sparse one becomes dense there."""
-    if any(grad.layout is not torch.strided for grad in grads):
-        grads = [grad.to_dense() for grad in grads]
     if views:
-        torch._foreach_copy_(list(views), list(grads))
+        torch._foreach_copy_(list(views), [dense(grad) for grad in grads])
+
+
+def dense(gradient: torch.Tensor) -> torch.Tensor:
+    """A sparse one as what it stands for."""
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()
 
 
 def collect(views: Sequence[torch.Tensor], params: Sequence[nn.Parameter]) -> list[bool]:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from raytrain.engine.layout import Layout, collect, copy_all
-from raytrain.engine.reduction import CollectiveReduction
+from raytrain.engine.collectives import CollectiveReduction, whole
+from raytrain.engine.layout import Layout
+from raytrain.engine.leaves import Leaves
+from raytrain.engine.reduction import rounded
 from raytrain.errors import TaskError
 
 SEGMENT_BYTES = 25 * 2**20  # as DistributedDataParallel's buckets
@@ -23,7 +25,7 @@ SEGMENT_BYTES = 25 * 2**20  # as DistributedDataParallel's buckets
 
 @dataclasses.dataclass
 class Segment:
-    """Neighbouring parameters of one buffer; `missing` have no gradient yet in this backward pass."""
+    """A part of one buffer; of the parameters that lie in it `missing` have no gradient yet in this backward pass."""
 
     dtype: torch.dtype
     start: int
@@ -44,17 +46,21 @@ class Overlap:
         model: nn.Module,
         params: Sequence[nn.Parameter],
         layout: Layout,
-        views: Sequence[torch.Tensor],
+        leaves: Leaves,
         reduction: CollectiveReduction,
         segment_bytes: int,
     ) -> None:
-        self._params, self._views, self._reduction = params, views, reduction
+        self._params, self._leaves, self._reduction = params, leaves, reduction
         self._names = {p: name for name, p in model.named_parameters()}
         order = {p: index for index, p in enumerate(model.parameters())}
         self._segments = sorted(
-            segments_of(layout, segment_bytes), key=lambda s: -min(order[params[position]] for position in s.members)
+            segments_of(layout, segment_bytes, whole(reduction.world)),
+            key=lambda s: -min(order[params[position]] for position in s.members),
         )
-        self._segment_of = {position: s for s in self._segments for position in s.members}
+        self._segments_of: list[list[Segment]] = [[] for _ in params]
+        for segment in self._segments:
+            for position in segment.members:
+                self._segments_of[position].append(segment)
         self.armed = False
         self._arrived = [False] * len(params)
         self._started = 0
@@ -63,21 +69,20 @@ class Overlap:
 
     def arm(self) -> None:
         """The backward pass that comes is the last of this step."""
-        self._reduction.open()
         self.armed, self._started = True, 0
         self._arrived = [False] * len(self._params)
         for segment in self._segments:
             segment.missing = len(segment.members)
 
-    def finish(self) -> list[bool]:
-        """Collective. Which parameters have a gradient here; every segment is on its way now."""
+    def finish(self) -> None:
+        """Collective. The last virtual worker is taken, and every segment on its way."""
         self.armed = False
-        # Not used in the last backward pass; an earlier one may have left a gradient.
-        late = [position for position, arrived in enumerate(self._arrived) if not arrived]
-        collect([self._views[position] for position in late], [self._params[position] for position in late])
+        for position, arrived in enumerate(self._arrived):
+            if not arrived:  # not used in the last backward pass; an earlier one may have left a gradient
+                self._leaves.take_of_last(position)
+        self._leaves.last_taken()
         for segment in self._segments[self._started :]:
             self._reduction.start(segment.dtype, segment.start, segment.stop)
-        return [param.grad is not None for param in self._params]
 
     def _hook(self, position: int) -> Any:
         def arrived(param: torch.Tensor) -> None:
@@ -90,9 +95,9 @@ class Overlap:
                 )
             assert param.grad is not None, "torch calls this hook after it has set .grad"
             self._arrived[position] = True
-            with torch.no_grad():
-                copy_all([self._views[position]], [param.grad])
-            self._segment_of[position].missing -= 1
+            self._leaves.take_of_last(position)
+            for segment in self._segments_of[position]:
+                segment.missing -= 1
             while self._started < len(self._segments) and self._segments[self._started].missing == 0:
                 segment = self._segments[self._started]
                 self._reduction.start(segment.dtype, segment.start, segment.stop)
@@ -101,16 +106,18 @@ class Overlap:
         return arrived
 
 
-def segments_of(layout: Layout, segment_bytes: int) -> list[Segment]:
-    """The buffers of `layout` cut between parameters into segments of at least `segment_bytes`, but for the last."""
+def segments_of(layout: Layout, segment_bytes: int, whole: int) -> list[Segment]:
+    """The buffers of `layout` cut into segments of about `segment_bytes`, multiples of `whole` elements."""
     segments: list[Segment] = []
-    for dtype in layout.sizes:
-        positions = [index for index, place in enumerate(layout.places) if place.dtype is dtype]
-        cut: list[int] = []
-        for position in positions:
-            cut.append(position)
-            start, stop = layout.places[cut[0]].start, layout.places[position].stop
-            if (stop - start) * dtype.itemsize >= segment_bytes or position == positions[-1]:
-                segments.append(Segment(dtype, start, stop, cut))
-                cut = []
+    for dtype, size in layout.sizes.items():
+        length = rounded(max(1, segment_bytes // dtype.itemsize), whole)
+        for start in range(0, size // whole * whole, length):
+            stop = min(start + length, size // whole * whole)
+            members = [
+                position
+                for position, place in enumerate(layout.places)
+                if place.dtype is dtype and place.start < stop and place.stop > start
+            ]
+            if members:
+                segments.append(Segment(dtype, start, stop, members))
     return segments

@@ -34,12 +34,10 @@ class TorchStepper:
         self.optimizer = torch_optimizer(groups, options, fused)
         self.params = [p for group in groups for p in group]
         self._scaler, self._gradients, self._fused = scaler, gradients, fused
-        self._here: list[torch.Tensor | None] = []
         self.row_norms: list[torch.Tensor] = []
         self._start_momentum()
 
     def norm(self, used: Sequence[bool], divisor: torch.Tensor | None = None) -> torch.Tensor:
-        self._here = [p.grad for p in self.params]
         if self._gradients is not None:
             for param, gradient, is_used in zip(self.params, self._gradients, used, strict=True):
                 param.grad = gradient if is_used else None
@@ -72,9 +70,6 @@ class TorchStepper:
     def in_bad_rows(self, row_norms: Sequence[torch.Tensor]) -> list[nn.Parameter]:
         """Nothing is known of rows here."""
         return []
-
-    def gradients_here(self) -> list[torch.Tensor | None]:
-        return self._here
 
     def state_dict(self, live: bool = False) -> dict[str, Any]:
         """Torch's own: the tensors are those that steps change, `live` or not."""

@@ -81,7 +81,7 @@ def build_run(cfg: Any, task: Task, train_set: Any, plan: Plan, world: World) ->
     if cfg.OPTIMIZATION.CHANNELS_LAST:  # before the engine, whose buffers keep the strides
         for param in model.parameters():  # not model.to(memory_format=...), which refuses models with a Conv3d
             param.data = channels_last(param.data)
-    engine = Engine(model, cfg.OPTIMIZATION, world, cfg.SCALE.REDUCTION)
+    engine = Engine(model, cfg.OPTIMIZATION, world, cfg.SCALE.REDUCTION, is_exact=cfg.SCALE.EXACT is not False)
     engine.guard.limit = min(engine.guard.limit, plan.total_steps)  # a run without one good step has failed
     schedule = build_schedule(cfg.OPTIMIZATION, plan.steps_per_epoch, plan.num_epochs)
     mode, randomness = TrainingMode(model), Randomness(task=task, model=model)

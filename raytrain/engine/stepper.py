@@ -39,10 +39,6 @@ class Stepper(Protocol):
         """Whether all values that are stepped are finite: a scalar on the device."""
         ...
 
-    def gradients_here(self) -> list[torch.Tensor | None]:
-        """Of each parameter, what this process computed, before it was summed and clipped."""
-        ...
-
     def in_bad_rows(self, row_norms: Sequence[torch.Tensor]) -> list[nn.Parameter]:
         """Those of which a part lies in a row of the gradient whose norm is not finite. Waits for the device."""
         ...

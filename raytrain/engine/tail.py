@@ -2,7 +2,7 @@
 
 The last numbers of a flat buffer: for each parameter whether a process used it, for each wish whether one has it,
 the loss, the sum of the weights, and what is recorded beside the loss. They are summed as the gradients are, in the
-same order: what is above 0 then, some process had.
+same order, which for losses is that of the virtual workers; what of the flags is above 0 then, some process had.
 """
 
 from __future__ import annotations
@@ -15,17 +15,26 @@ from torch import nn
 
 from raytrain.engine.late import LateReader
 from raytrain.engine.reduction import Reduction
-from raytrain.engine.terms import MAX_TERMS, Key, Value
+from raytrain.engine.terms import MAX_TERMS, Key, Value, row_of
+from raytrain.engine.tree import Schedule, merged
 
 MAX_WISHES = 4  # of the loop two; two are the engine's own
 NUM_NUMBERS = 2 + 2 * MAX_TERMS  # behind flags and wishes
+
+
+class LeafLoss(NamedTuple):
+    """What the micro-batches of one leaf lost, each by its share or weight, and the sum of the weights if they have
+    some: scalars on the device."""
+
+    loss: torch.Tensor
+    weight: torch.Tensor | None = None
 
 
 class Combined(NamedTuple):
     """What all processes together used, wished and lost.
 
     used:   for each parameter, whether it has a gradient
-    loss:   the sum over all micro-batches of all virtual workers: a scalar on the device
+    loss:   the sum over all virtual workers, in the tree's order: a scalar on the device
     weight: the sum of their weights, by which gradients and loss are still to be divided; None: they are shares of 1
     terms:  the means of what is recorded beside the loss; None in a step that is not recorded
     """
@@ -55,33 +64,50 @@ class Tail:
     wishes are those of LATE_STEPS ago.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter], reduction: Reduction) -> None:
-        """reduction: of buffers as large as with_tail() says"""
-        self._params = params
-        dtype, parts = tail_dtype(reduction.sums), [len(params) + MAX_WISHES, 1, 1, 2 * MAX_TERMS]
-        addends, sums = (flat[dtype][-sum(parts) :].split(parts) for flat in (reduction.addends, reduction.sums))
-        self._flags_addend, self._loss_addend, self._weight_addend, self.terms_addend = addends
-        self._flags_sum, self._loss_sum, self._weight_sum, self.terms_sum = sums
+    def __init__(self, params: Sequence[nn.Parameter], reduction: Reduction, here: Schedule) -> None:
+        """reduction: of buffers as large as with_tail() says;  here: how its nodes come of this process's leaves"""
+        self._params, self._here = params, here
+        dtype, parts = tail_dtype(reduction.sums), [len(params) + MAX_WISHES, 2, 2 * MAX_TERMS]
+        of_nodes = [node[dtype][-sum(parts) :].split(parts) for node in reduction.nodes]
+        self._flags_addend = of_nodes[0][0]
+        self._losses_addends = [losses for _, losses, _ in of_nodes]
+        self._terms_addends = [terms for _, _, terms in of_nodes]
+        self._flags_sum, self._losses_sum, self.terms_sum = reduction.sums[dtype][-sum(parts) :].split(parts)
         self._written: tuple[list[bool], tuple[bool, ...]] | None = None
         self._flags = torch.empty(0)
         self._late_wishes = LateReader()
 
-    def write(
-        self, used: list[bool], wishes: tuple[bool, ...], loss: torch.Tensor, weight: torch.Tensor | None
-    ) -> None:
-        """What this process used, wishes and lost; and the sum of the weights, in a run that has some."""
+    def write(self, used: list[bool], wishes: tuple[bool, ...], losses: Sequence[LeafLoss]) -> None:
+        """What this process used and wishes, and what each of its leaves lost."""
         if self._written != (used, wishes):  # seldom; else what stands on the device is copied, without the host
             self._written = (used, wishes)
             flags = [*used, *wishes, *[False] * (MAX_WISHES - len(wishes))]
             self._flags = torch.tensor(flags, dtype=self._flags_sum.dtype).to(self._flags_sum.device)
         self._flags_addend.copy_(self._flags)
-        self._loss_addend.copy_(loss)
-        if weight is not None:
-            self._weight_addend.copy_(weight)
+        if len(losses) == 1:  # without an operation more than two copies
+            nodes = [[each for each in losses[0] if each is not None]]
+        else:
+            rows = [row_of([each for each in leaf if each is not None], self._flags_sum) for leaf in losses]
+            nodes = [list(node) for node in merged(rows, self._here.arrivals)]
+        for addend, node in zip(self._losses_addends, nodes, strict=True):
+            for place, value in zip(addend, node, strict=False):
+                place.copy_(value)
+
+    def write_terms(self, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The numbers of each leaf here; of each node, those that have no room in the tail."""
+        nodes = merged(rows, self._here.arrivals)
+        for addend, node in zip(self._terms_addends, nodes, strict=True):
+            addend[: len(node)].copy_(node[: len(addend)])
+        return [node[2 * MAX_TERMS :] for node in nodes]
+
+    def clear_terms(self) -> None:
+        """No numbers are there."""
+        for addend in self._terms_addends:
+            addend.zero_()
 
     def read(self, num_wishes: int) -> Combined:
         """What all processes together wrote."""
-        num_used, (loss, weight) = len(self._params), torch.cat([self._loss_sum, self._weight_sum]).unbind()
+        num_used, (loss, weight) = len(self._params), self._losses_sum.clone().unbind()
         if self._flags_sum.device.type == "cpu":
             flags = [value > 0 for value in self._flags_sum.tolist()]
             return Combined(flags[:num_used], tuple(flags[num_used : num_used + num_wishes]), loss, weight)

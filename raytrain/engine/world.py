@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from raytrain.engine.tree import block
 from raytrain.errors import ConfigError
 
 
@@ -41,7 +42,7 @@ class World:
     @property
     def block(self) -> range:
         """The virtual workers that this process hosts."""
-        return range(self.rank * self.virtual_workers // self.size, (self.rank + 1) * self.virtual_workers // self.size)
+        return block(self.rank, self.size, self.virtual_workers)
 
     @property
     def is_first(self) -> bool:
@@ -56,6 +57,25 @@ class World:
     def begin_sum(self, tensor: torch.Tensor) -> Any:
         """Collective. As sum_, without waiting: `wait()` on what is returned comes before the sum is read."""
         return dist.all_reduce(tensor, async_op=True)
+
+    def begin_exchange(self, received: torch.Tensor, sent: torch.Tensor, counts: list[int]) -> Any:
+        """Collective. Each process gets its share of what every other sends; `wait()` as above.
+
+        sent:     (n,), in as many equal shares as there are processes
+        received: what comes from each, one after the other: by rank so many numbers as `counts` says
+        """
+        return dist.all_to_all_single(received, sent, counts, [len(sent) // self.size] * self.size, async_op=True)
+
+    def begin_gather(self, received: torch.Tensor, sent: torch.Tensor) -> Any:
+        """Collective. Everyone gets what every process sends, in the order of ranks; `wait()` as above."""
+        return dist.all_gather_single(received, sent, async_op=True)
+
+    def gather_(self, received: torch.Tensor, sent: torch.Tensor) -> None:
+        """Collective. The same, waited for."""
+        if self.size > 1:
+            dist.all_gather_single(received, sent)
+        else:
+            received.copy_(sent)
 
     def broadcast_(self, tensor: torch.Tensor) -> None:
         """Collective. `tensor` becomes rank 0's."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from raytrain.data.feed import Step
 from raytrain.engine.guard import BadStep, is_finite
@@ -16,17 +17,18 @@ SHOWN = 5  # parameters of an event
 SAMPLES_SHOWN = 24
 
 
-def suspects(bad_step: BadStep, taken: Sequence[Step], parts: Sequence[Part]) -> list[int]:
+def suspects(bad_step: BadStep, taken: Sequence[Step], parts: Mapping[int, Sequence[Part]]) -> list[int]:
     """Ids of this rank's samples of a bad step: of its micro-batches whose loss is not finite, else of all.
 
-    taken: the steps up to now;  parts: of the last one
+    taken: the steps up to now;  parts: of the last one, by virtual worker
     """
     if bad_step.ago >= len(taken):  # it was taken in another epoch, or before the run was resumed
         return []
     keys = [key for of_worker in taken[-1 - bad_step.ago].micro_batches.values() for key in of_worker]
     bad = []
     if bad_step.ago == 0:
-        bad = [key for key, each in zip(keys, parts, strict=True) if not is_finite(each.loss.detach())]
+        taken_parts = itertools.chain(*parts.values())
+        bad = [key for key, each in zip(keys, taken_parts, strict=True) if not is_finite(each.loss.detach())]
     return [sample for key in bad or keys for sample in key.ids]
 
 

@@ -50,14 +50,14 @@ def train_step(
     feed: Feed,
     step: Step,
     wishes: Callable[[], Sequence[bool]],
-    terms: Callable[[Sequence[Part]], Mapping[Key, Sum] | None],
+    terms: Callable[[Mapping[int, Sequence[Part]]], Sequence[Mapping[Key, Sum]] | None],
 ) -> Taken:
     """Collective. One optimizer step on the micro-batches of every virtual worker.
 
     wishes: asked as late as can be, so that a signal in mid-step stops the run after that very step
     terms:  what is to be recorded of the micro-batches beside the loss; None where no record is due
     """
-    at, parts = run.progress.step, []
+    at, parts = run.progress.step, dict[int, list[Part]]()
     run.engine.begin_step(at)
     for v, micro_batches in step.micro_batches.items():
         with run.engine.virtual_worker():
@@ -70,5 +70,5 @@ def train_step(
                     returned = task.model_func(run.model, batch)
                 part = part_of(returned, len(key.ids) / step.consumed, task)  # the mean, as of one large batch
                 run.engine.backward(part.loss, part.share, is_last=(v, i) == step.last)
-                parts.append(part)
+                parts.setdefault(v, []).append(part)
     return Taken(run.engine.step(run.schedule.at(at), wishes(), terms(parts)), parts)

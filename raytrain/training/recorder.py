@@ -30,10 +30,10 @@ from raytrain.training.validate import Validation
 
 
 class Taken(NamedTuple):
-    """A step that was taken. parts: this process's micro-batches, in order."""
+    """A step that was taken. parts: the micro-batches here, by virtual worker."""
 
     stepped: Stepped
-    parts: list[Part]
+    parts: dict[int, list[Part]]
 
 
 class Recorder:
@@ -88,11 +88,11 @@ class Recorder:
         """What this rank wants after the step under way: that the run stops, that it is saved."""
         return self.control.stop_wished(), self.run.world.is_first and self.checkpointer.time_due(self.control.now())
 
-    def terms(self, parts: Sequence[Part]) -> Mapping[Key, Sum] | None:
-        """What is recorded of the step under way beside its loss, on every rank; None if no record of it is due."""
+    def terms(self, parts: Mapping[int, Sequence[Part]]) -> list[Mapping[Key, Sum]] | None:
+        """What is recorded of the step under way beside its loss, of each virtual worker; None if no record is due."""
         per_epoch = self.run.plan.steps_per_epoch
         due = self.journal.wants(self._began.step + 1, self._began.step % per_epoch, per_epoch)
-        return sums_of(parts, self.task) if due else None
+        return [sums_of(of_worker, self.task) for of_worker in parts.values()] if due else None
 
     def stepped(self, step: Step, taken: Taken) -> bool:
         """Collective. All that follows a step; False if the run is to stop here."""
@@ -269,7 +269,7 @@ class Recorder:
                 save_s=save.save_s,
             )
 
-    def _handle_bad_step(self, bad_step: BadStep, parts: Sequence[Part]) -> None:
+    def _handle_bad_step(self, bad_step: BadStep, parts: Mapping[int, Sequence[Part]]) -> None:
         """Collective. Tell of a bad step, which has changed nothing, and end the run where that is asked for."""
         why_end = answer(self.run, self.journal, bad_step, suspects(bad_step, self._steps, parts))
         if why_end is not None:

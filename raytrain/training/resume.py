@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from raytrain.config.load import ABSENT, config_diff
@@ -215,11 +216,7 @@ def bring(run: RunState, origin: Origin, allow_config_change: bool) -> list[str]
             check_place(run.progress, run.plan, origin.path)
             return [*notes, "it has no manifest: its config and data could not be compared"]
         return restore_heritage(run, payload, origin.path)
-    notes = [
-        f"{name} was {origin.manifest.world[name]}, now {now}: sums are rounded in another order from here on"
-        for name, now in run.engine.arithmetic.items()
-        if run.world.size == origin.manifest.world["num_workers"] and origin.manifest.world.get(name, now) != now
-    ]
+    notes = other_bits(origin.manifest.world, {"num_workers": run.world.size, **run.engine.arithmetic})
     same = check_plan(origin.manifest, run.plan, allow_config_change, origin.path)
     notes += restore(run, payload, origin.path)
     if same:
@@ -231,6 +228,28 @@ def bring(run: RunState, origin: Origin, allow_config_change: bool) -> list[str]
         *notes,
         f"another batch or data set: step {before.step} counts as step {run.progress.step} of the new schedule",
     ]
+
+
+def other_bits(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for each thing by which the run goes on to other bits than it would have. As `Manifest.world` has them."""
+    notes = []
+    if was.get("engine", now["engine"]) != now["engine"]:
+        notes.append(f"engine was {was['engine']}, now {now['engine']}: sums are rounded in another order from here on")
+    leaves = was.get("virtual_workers", 1)
+    was_exact = was.get("exact", leaves <= 2 and was["num_workers"] == leaves)  # as an older release added
+    if was_exact and not now["exact"]:
+        notes.append(
+            "this run was exact, and is not any more: from here on its bits depend on the number of worker processes. "
+            "SCALE.EXACT: true keeps it exact"
+        )
+    elif now["exact"] and not was_exact and leaves > 1:
+        notes.append("this run was not exact up to here; from here on its bits are those of any number of workers")
+    elif not now["exact"]:
+        for name in ("num_workers", "reduction"):
+            if was.get(name, now[name]) != now[name]:
+                why = "SCALE.EXACT is false, so sums are rounded in another order from here on"
+                notes.append(f"{name} was {was[name]}, now {now[name]}: {why}")
+    return notes
 
 
 def load_origin(origin: Origin) -> dict[str, Any]:

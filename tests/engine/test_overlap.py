@@ -44,7 +44,7 @@ def engine_of(rank: int, reduction: str, segment_bytes: int, **changes: Any) -> 
     torch.manual_seed(0)
     model = Net()
     optim_cfg = SimpleNamespace(**{**OPTIM, **changes})
-    return model, Engine(model, optim_cfg, World(rank, 2, 4), reduction, segment_bytes)
+    return model, Engine(model, optim_cfg, World(rank, 2, 4), reduction, segment_bytes=segment_bytes)
 
 
 def trained(rank: int, reduction: str, segment_bytes: int, engine_kind: str) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def test_segments_that_travel_early_give_the_bits_of_one_sum_at_the_end(
 
 def test_segments_are_under_way_before_backward_ends(pair: Pair) -> None:
     for found in pair.run(trained, "collective", 1, "flat"):
-        assert found["segments"] == 12  # a parameter each
+        assert found["segments"] == 13  # of 32 numbers
         # Nothing overtakes `never`, which has no gradient; `precise` alone lies before it.
         assert max(found["started"]) == 2
 
@@ -120,12 +120,11 @@ def test_a_gradient_that_comes_in_parts_is_an_error_with_the_way_out(pair: Pair)
         assert told.startswith("twice.") and told.endswith("use_reentrant=False gives it whole")
 
 
-def test_segments_hold_each_parameter_once_and_are_cut_between_parameters() -> None:
+def test_segments_cover_all_parameters_and_are_as_large_for_each_process() -> None:
     layout = Layout([torch.zeros(100), torch.zeros(300), torch.zeros(7, dtype=torch.float64), torch.zeros(50)])
-    segments = segments_of(layout, 1000)
-    assert [(s.dtype, s.members) for s in segments] == [
-        (torch.float32, [0, 1]),
-        (torch.float32, [3]),
-        (torch.float64, [2]),
+    segments = segments_of(layout, 1000, 48)
+    assert [(s.dtype, s.start, s.stop, s.members) for s in segments] == [
+        (torch.float32, 0, 288, [0, 1]),
+        (torch.float32, 288, 576, [1, 3]),
+        (torch.float64, 0, 144, [2]),
     ]
-    assert (segments[0].start, segments[0].stop, segments[1].start) == (0, 412, 416)

@@ -19,18 +19,30 @@ from torch import nn
 
 from raytrain.engine import mapped_memory
 from raytrain.engine.engine import Engine
-from raytrain.engine.reduction import Reduction, SharedMemoryReduction, open_reduction
+from raytrain.engine.gradients import open_reduction
+from raytrain.engine.reduction import Reduction
+from raytrain.engine.shared_memory import SharedMemoryReduction
+from raytrain.engine.tree import additions
 from raytrain.engine.world import World
 from raytrain.errors import PreflightError, TrainingError
 from raytrain.storage.processes import started_at
 
-SIZES = {torch.float32: 5000, torch.float64: 3, torch.bfloat16: 7}
+SMALL = {torch.float32: 48}
+SIZES = {torch.float32: 30_000, torch.float64: 48, torch.bfloat16: 96}
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     with contextlib.closing(Pair(tmp_path_factory.mktemp("three") / "meeting", 3)) as processes:
         yield processes
+
+
+def opened_for(
+    world: World, buffers: dict[str, torch.Tensor], reduction: str, sizes: dict[torch.dtype, int] = SMALL
+) -> Reduction:
+    """Of processes that host a virtual worker each."""
+    adds = additions(world.rank, world.size, world.virtual_workers)
+    return open_reduction(sizes, buffers, world, reduction, adds, is_exact=True)
 
 
 def addend(rank: int, turn: int, dtype: torch.dtype) -> torch.Tensor:
@@ -49,11 +61,11 @@ def shared_turns(
     """What each turn left in the sums and in the tensors that shall be rank 0's."""
     torch.set_num_threads(1)
     world = World(rank, size, size)
-    opened = open_reduction(SIZES, buffers_of(rank, 0), world, reduction)
+    opened = opened_for(world, buffers_of(rank, 0), reduction, SIZES)
     sums, buffers = [], []
     for turn in range(turns):
         opened.open()
-        for dtype, buffer in opened.addends.items():
+        for dtype, buffer in opened.nodes[0].items():
             buffer.copy_(addend(rank, turn, dtype))
         mine = buffers_of(rank, turn)
         opened.reduce(mine)
@@ -65,13 +77,12 @@ def shared_turns(
 @pytest.mark.parametrize("reduction", ["auto", "collective"])
 def test_every_process_gets_the_same_sums_in_the_order_of_ranks(three: Pair, reduction: str) -> None:
     answers = three.run(shared_turns, 3, reduction, 4)
-    assert {kind for kind, _, _ in answers} == {"shared memory" if reduction == "auto" else "collective"}
+    assert {kind for kind, _, _ in answers} == {"shared memory" if reduction == "auto" else "ordered collective"}
     for _, sums, buffers in answers:
         for turn, found in enumerate(sums):
             for dtype, total in found.items():
                 expected = addend(0, turn, dtype) + addend(1, turn, dtype) + addend(2, turn, dtype)
-                if reduction == "auto":
-                    assert torch.equal(total, expected)
+                assert torch.equal(total, expected)
                 assert torch.equal(total, answers[0][1][turn][dtype])
             assert all(torch.equal(buffers[turn][name], buffer) for name, buffer in buffers_of(0, turn).items())
 
@@ -84,19 +95,19 @@ def test_two_processes_get_the_bits_that_a_collective_gives(pair: Pair) -> None:
 
 
 def test_one_process_needs_no_one() -> None:
-    alone = open_reduction(SIZES, {}, World(), "shared_memory")
-    assert type(alone) is Reduction and alone.sums is alone.addends
+    alone = opened_for(World(), {}, "shared_memory")
+    assert type(alone) is Reduction and alone.sums is alone.nodes[0]
 
 
 def out_of_step(rank: int) -> list[float]:
     """Ranks that come late in turn, one of them by more than the naps are long."""
-    opened = open_reduction({torch.float32: 8}, {}, World(rank, 3, 3), "auto")
+    opened = opened_for(World(rank, 3, 3), {}, "auto")
     found = []
     for turn in range(30):
         if turn % 3 == rank:
             time.sleep(0.002 if turn < 29 else 0.7)  # 0.7 s: longer than PEER_CHECK_S
         opened.open()
-        opened.addends[torch.float32].fill_(float(turn + rank))
+        opened.nodes[0][torch.float32].fill_(float(turn + rank))
         opened.reduce({})
         found.append(float(opened.sums[torch.float32][3]))
     return found
@@ -109,7 +120,7 @@ def test_processes_that_come_late_are_waited_for(three: Pair) -> None:
 def growing(rank: int, reduction: str) -> list[list[float]]:
     """A cache that rank 0 makes longer in the second turn, beside statistics that every rank has."""
     buffers = {"cache": torch.zeros(2), "mean": torch.zeros(3)}
-    opened = open_reduction({torch.float32: 8}, buffers, World(rank, 2, 2), reduction)
+    opened = opened_for(World(rank, 2, 2), buffers, reduction)
     seen = []
     for length in (2, 5 - 3 * rank, 2):
         mine = {"cache": torch.full((length,), float(rank + 1)), "mean": torch.full((3,), float(rank + 1))}
@@ -132,7 +143,7 @@ def seen_fence(rank: int) -> str:
     world = World(rank, 2, 2)
     mapped_memory.platform = SimpleNamespace(machine=lambda: "aarch64")  # type: ignore[assignment]
     try:
-        return open_reduction({torch.float32: 8}, {}, world, "auto").kind + str(shared_turns(rank, 2, "auto", 2)[1])
+        return opened_for(world, {}, "auto").kind + str(shared_turns(rank, 2, "auto", 2)[1])
     finally:
         mapped_memory.platform = platform
 
@@ -149,7 +160,7 @@ def without_memfd(rank: int, reduction: str) -> str:
     if rank == 1:
         del os.memfd_create
     try:
-        return open_reduction({torch.float32: 8}, {}, World(rank, 2, 2), reduction).kind
+        return opened_for(World(rank, 2, 2), {}, reduction).kind
     except PreflightError as error:
         return str(error)
     finally:
@@ -157,7 +168,7 @@ def without_memfd(rank: int, reduction: str) -> str:
 
 
 def test_where_one_process_cannot_share_memory_all_use_collectives(pair: Pair) -> None:
-    assert pair.run(without_memfd, "auto") == ["collective"] * 2
+    assert pair.run(without_memfd, "auto") == ["ordered collective"] * 2
     for told in pair.run(without_memfd, "shared_memory"):
         assert told.startswith("SCALE.REDUCTION is shared_memory, but ") and told.endswith("; set it to auto")
 
@@ -168,7 +179,7 @@ def test_more_processes_than_cores_never_spin(three: Pair) -> None:
 
 
 def spins(rank: int) -> bool:
-    opened = open_reduction({torch.float32: 8}, {}, World(rank, 3, 3), "auto")
+    opened = opened_for(World(rank, 3, 3), {}, "auto")
     assert isinstance(opened, SharedMemoryReduction)
     return opened._spins
 
@@ -231,7 +242,7 @@ def maps_of(rank: int) -> tuple[int, int]:
     def mapped() -> int:
         return Path("/proc/self/maps").read_text().count("raytrain-reduction")
 
-    opened = open_reduction({torch.float32: 8}, {}, World(rank, 2, 2), "shared_memory")
+    opened = opened_for(World(rank, 2, 2), {}, "shared_memory")
     opened.open()
     opened.reduce({})
     during = mapped()

@@ -202,7 +202,8 @@ def test_a_manifest_says_how_the_data_was_cut() -> None:
         "accumulate": 1,
         "last": "keep",
         "engine": "flat",
-        "reduction": "collective",
+        "exact": True,
+        "reduction": "ordered collective",
     }
     assert (manifest.seed, manifest.metrics, manifest.config["OPTIMIZATION"]["NUM_EPOCHS"]) == (3, {"a": 1.0}, 5)
 

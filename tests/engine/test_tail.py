@@ -7,10 +7,12 @@ import torch
 from processes import Pair
 from torch import nn
 
+from raytrain.engine.gradients import open_reduction
 from raytrain.engine.late import LATE_STEPS
-from raytrain.engine.reduction import open_reduction
-from raytrain.engine.tail import Combined, Tail, with_tail
+from raytrain.engine.reduction import Reduction
+from raytrain.engine.tail import Combined, LeafLoss, Tail, with_tail
 from raytrain.engine.terms import MAX_TERMS
+from raytrain.engine.tree import additions
 from raytrain.engine.world import World
 
 PARAMS = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
@@ -18,12 +20,13 @@ PARAMS = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
 
 def ridden(rank: int, size: int, dtype: torch.dtype) -> list[Combined]:
     """What two steps read; virtual workers use a parameter each, and the last one has a wish in the second step."""
-    reduction = open_reduction(with_tail({dtype: 8}, len(PARAMS)), {}, World(rank, size, size), "auto")
-    tail, combined = Tail(PARAMS, reduction), []
+    adds, world = additions(rank, size, size), World(rank, size, size)
+    reduction = open_reduction(with_tail({dtype: 8}, len(PARAMS)), {}, world, "auto", adds, is_exact=True)
+    tail, combined = Tail(PARAMS, reduction, adds.here), []
     for step in range(2):
         reduction.open()
         tail.write(
-            [i == rank for i in range(3)], (False, step == 1 and rank == size - 1), torch.tensor(0.5 + rank), None
+            [i == rank for i in range(3)], (False, step == 1 and rank == size - 1), [LeafLoss(torch.tensor(0.5 + rank))]
         )
         reduction.reduce({})
         combined.append(tail.read(2))
@@ -40,20 +43,20 @@ def test_what_one_process_used_wished_or_lost_all_know_after_the_reduction(pair:
 
 
 def test_a_tail_is_behind_the_gradients_and_leaves_them_alone() -> None:
-    reduction = open_reduction(with_tail({torch.float32: 8}, len(PARAMS)), {}, World(), "auto")
-    reduction.addends[torch.float32][:8] = 7.0
-    tail = Tail(PARAMS, reduction)
-    tail.write([True] * 3, (True,), torch.tensor(3.0), torch.tensor(5.0))
+    reduction = Reduction(with_tail({torch.float32: 8}, len(PARAMS)), World())
+    reduction.nodes[0][torch.float32][:8] = 7.0
+    tail = Tail(PARAMS, reduction, additions(0, 1, 1).here)
+    tail.write([True] * 3, (True,), [LeafLoss(torch.tensor(3.0), torch.tensor(5.0))])
     flags = [1.0, 1.0, 1.0, *[1.0, 0.0, 0.0, 0.0]]
-    assert reduction.addends[torch.float32].tolist() == [7.0] * 8 + flags + [3.0, 5.0] + [0.0] * 2 * MAX_TERMS
+    assert reduction.nodes[0][torch.float32].tolist() == [7.0] * 8 + flags + [3.0, 5.0] + [0.0] * 2 * MAX_TERMS
     assert tail.read(1) == ([True] * 3, (True,), torch.tensor(3.0), torch.tensor(5.0), None)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_wishes_are_those_of_two_steps_ago() -> None:
-    reduction = open_reduction(with_tail({torch.float32: 8}, 3), {}, World(device=torch.device("cuda")), "auto")
-    tail, wishes = Tail(PARAMS, reduction), []
+    reduction = Reduction(with_tail({torch.float32: 8}, 3), World(device=torch.device("cuda")))
+    tail, wishes = Tail(PARAMS, reduction, additions(0, 1, 1).here), []
     for step in range(4):
-        tail.write([True] * 3, (step == 1,), torch.tensor(1.0, device="cuda"), None)
+        tail.write([True] * 3, (step == 1,), [LeafLoss(torch.tensor(1.0, device="cuda"))])
         wishes.append(tail.read(1).wishes)
     assert wishes == [(step == 1 + LATE_STEPS,) for step in range(4)]

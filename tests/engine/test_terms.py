@@ -66,7 +66,7 @@ def recorded(rank: int, kind: str, reduction: str) -> tuple[list[dict[Key, float
     for given, _ in STEPS[kind]:
         engine.zero_grad()
         engine.backward(engine.model(torch.ones(1, 2)).sum(), 0.5)
-        terms = None if given is None else {("tb_dict", n): Sum(*pair) for n, pair in given[rank].items()}
+        terms = None if given is None else [{("tb_dict", n): Sum(*pair) for n, pair in given[rank].items()}]
         found = engine.step(settings(0.0), (), terms).terms
         means.append(None if found is None else {key: float(mean) for key, mean in found.items()})
     return means, engine.notes
@@ -93,5 +93,5 @@ def test_one_process_needs_nobody() -> None:
         )
         engine.zero_grad()
         engine.backward(engine.model(torch.ones(1, 2)).sum(), 1.0)
-        terms = {("tb_dict", "a"): Sum(torch.tensor(3.0), 2.0), ("disp_dict", "b"): Sum(4.0, 1.0)}
+        terms = [{("tb_dict", "a"): Sum(torch.tensor(3.0), 2.0), ("disp_dict", "b"): Sum(4.0, 1.0)}]
         assert engine.step(settings(0.0), (), terms).terms == {("tb_dict", "a"): 1.5, ("disp_dict", "b"): 4.0}
