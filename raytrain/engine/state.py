@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from raytrain import __version__
 from raytrain.batch import channels_last, tensors_of
 from raytrain.engine.compilation import Compilation, open_compilation
 from raytrain.engine.engine import Engine
+from raytrain.engine.hardware import hardware_here
 from raytrain.engine.modes import TrainingMode
 from raytrain.engine.own_state import OwnState
 from raytrain.engine.randomness import Randomness, seed_all
@@ -55,6 +57,11 @@ class RunState:
     own: OwnState = dataclasses.field(default_factory=lambda: OwnState({}))
     randomness: Randomness = dataclasses.field(default_factory=Randomness)
     source: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def hardware(self) -> dict[str, str]:
+        """What rounds in this process."""
+        return hardware_here(self.world.device)
 
     @property
     def seed(self) -> int:
@@ -122,6 +129,7 @@ def manifest_of(run: RunState, metrics: dict[str, float | None] | None) -> Manif
         "accumulate": plan.accumulate,
         "last": plan.last,
         **run.engine.arithmetic,
+        "hardware": run.hardware,
         **({"built": run.built} if run.built else {}),
     }
     return Manifest(run.progress, run.config, world, run.seed, metrics, source=run.source)

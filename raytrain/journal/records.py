@@ -5,7 +5,7 @@ A record is a dict with `kind` and `time` (seconds since 1970) and the fields of
 
 run         a launch starts or resumes after `step`: epoch, steps_per_epoch, num_epochs, line_every, tag;
             shown where given: num_samples, batch_size, accumulate, virtual_workers, num_workers, device,
-            resumed_from, launch, param_count
+            resumed_from, launch, param_count; exact: whether its bits are those of any number of workers
 step        step (iterations done), epoch, iteration (of the epoch, from 0), loss, grad_norm, lr, momentum,
             samples, data_s, step_s, samples_per_s, terms {}, disp {}
 eval        step, epoch, metrics {}; shown where given: samples, seconds, best (true: the best so far)

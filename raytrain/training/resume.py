@@ -9,6 +9,7 @@ from typing import Any
 from raytrain.config.load import ABSENT, config_diff
 from raytrain.config.schema import is_default
 from raytrain.config.sections import Config
+from raytrain.engine.hardware import other_hardware
 from raytrain.engine.pretrained import load_pretrained
 from raytrain.engine.state import RunState, restore, restore_heritage
 from raytrain.errors import CheckpointError, ResumeError
@@ -217,6 +218,7 @@ def bring(run: RunState, origin: Origin, allow_config_change: bool) -> list[str]
             return [*notes, "it has no manifest: its config and data could not be compared"]
         return restore_heritage(run, payload, origin.path)
     notes = other_bits(origin.manifest.world, {"num_workers": run.world.size, **run.engine.arithmetic})
+    notes += other_hardware(origin.manifest.world.get("hardware", {}), run.hardware)
     same = check_plan(origin.manifest, run.plan, allow_config_change, origin.path)
     notes += restore(run, payload, origin.path)
     if same:
@@ -250,6 +252,16 @@ def other_bits(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
                 why = "SCALE.EXACT is false, so sums are rounded in another order from here on"
                 notes.append(f"{name} was {was[name]}, now {now[name]}: {why}")
     return notes
+
+
+def why_not_exact(run: RunState) -> list[str]:
+    """A line if the run's bits depend on the number of worker processes."""
+    if run.engine.is_exact or run.world.virtual_workers == 1:
+        return []
+    return [
+        f"SCALE.EXACT is false: the bits of this run are those of {run.world.size} worker "
+        f"process{'es' if run.world.size > 1 else ''}, and differ in the last places on another number"
+    ]
 
 
 def load_origin(origin: Origin) -> dict[str, Any]:

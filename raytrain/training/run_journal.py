@@ -47,6 +47,7 @@ def open_journal(
         batch_size=run.plan.batch_size,
         accumulate=run.plan.accumulate,
         virtual_workers=run.plan.virtual_workers,
+        exact=run.engine.is_exact or run.plan.virtual_workers == 1,
         num_workers=run.world.size if run.world.size > 1 or control.in_a_worker else 0,
         device=run.world.device.type,
         param_count=sum(p.numel() for p in run.model.parameters()),

@@ -20,6 +20,7 @@ from raytrain.data.feed import Feed
 from raytrain.data.loader import fork_server
 from raytrain.engine.broadcast import take_from_rank_0
 from raytrain.engine.determinism import prepare_torch
+from raytrain.engine.hardware import hardware_notes
 from raytrain.engine.optim import unused_options
 from raytrain.engine.own_state import OwnState
 from raytrain.engine.randomness import seed_all
@@ -42,7 +43,7 @@ from raytrain.training.last_batch import last_batch_notes, refuse_lone_sample
 from raytrain.training.loop import train_model
 from raytrain.training.pictures import draw_pictures
 from raytrain.training.recorder import Recorder
-from raytrain.training.resume import Origin, bring_to_start
+from raytrain.training.resume import Origin, bring_to_start, why_not_exact
 from raytrain.training.run_journal import open_journal, write_end
 from raytrain.training.sameness import (
     arrays_of,
@@ -127,7 +128,13 @@ def build(
     run.built = {**built, "names": names_of(task, datasets), "arrays": arrays_of(task, run.model, datasets)}
     run.own, run.source = OwnState.of(task, datasets), source_of(cfg.TASK)
     notes += take_from_rank_0(run.model, world)
-    notes += [*ranks_of_other_source(world, run.source), *run.mode.notes, *last_batch_notes(run.plan)]
+    notes += [
+        *hardware_notes(world, run.hardware),
+        *why_not_exact(run),
+        *ranks_of_other_source(world, run.source),
+        *run.mode.notes,
+        *last_batch_notes(run.plan),
+    ]
     notes += [*unused_options(cfg.OPTIMIZATION), *compile_model(run, cfg.OPTIMIZATION)]
     evaluates_after, channels_last = evaluation_epochs(cfg, datasets), cfg.OPTIMIZATION.CHANNELS_LAST
     feed = Feed(task, datasets, run.plan, world, cfg.LOADER, cfg.SEED, evaluates_after, channels_last)

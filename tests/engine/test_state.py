@@ -193,8 +193,10 @@ def test_a_payload_has_openpcdets_keys_and_reads_as_one_of_its_files() -> None:
 
 def test_a_manifest_says_how_the_data_was_cut() -> None:
     cfg = with_overrides(config(), ["SCALE.REDUCTION", "collective"])
-    manifest = manifest_of(run_of(cfg, World(1, 2, 4)), {"a": 1.0})
+    run = run_of(cfg, World(1, 2, 4))
+    manifest = manifest_of(run, {"a": 1.0})
     assert manifest.world == {
+        "hardware": run.hardware,
         "num_workers": 2,
         "virtual_workers": 1,
         "num_samples": 22,

@@ -33,6 +33,7 @@ from raytrain.training.resume import (
     is_complete,
     newest_to_trust,
     origin_at,
+    other_bits,
 )
 
 TREE = {
@@ -354,3 +355,33 @@ def test_a_failed_run_says_that_the_same_command_goes_on_where_there_is_a_checkp
     assert str(raised.value).endswith(way_on) == goes_on
     [failure] = [r for r in read_journal(next(tmp_path.rglob("journal.jsonl"))) if r.get("event") == "failure"]
     assert failure["message"].endswith(way_on) == goes_on
+
+
+# What a run goes on to other bits by
+
+EXACT = {"num_workers": 4, "virtual_workers": 8, "engine": "flat", "exact": True, "reduction": "shared memory"}
+PLAIN = {**EXACT, "exact": False}
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "told"),
+    [
+        (EXACT, EXACT, []),
+        (EXACT, {**EXACT, "num_workers": 1, "reduction": "none"}, []),
+        (EXACT, {**EXACT, "engine": "ddp"}, ["engine was flat, now ddp: "]),
+        (EXACT, PLAIN, ["this run was exact, and is not any more: "]),
+        (PLAIN, EXACT, ["this run was not exact up to here; "]),
+        (PLAIN, PLAIN, []),
+        (PLAIN, {**PLAIN, "num_workers": 2}, ["num_workers was 4, now 2: "]),
+        (PLAIN, {**PLAIN, "reduction": "collective"}, ["reduction was shared memory, now collective: "]),
+        # older releases added in the order of ranks, which is the tree's for two
+        ({"num_workers": 2, "virtual_workers": 2, "engine": "flat", "reduction": "shared memory"}, EXACT, []),
+        ({"num_workers": 4, "virtual_workers": 4, "engine": "flat"}, EXACT, ["this run was not exact up to here; "]),
+        ({"num_workers": 1, "virtual_workers": 1, "engine": "flat"}, EXACT, []),
+    ],
+)
+def test_what_makes_a_run_go_on_to_other_bits_is_told(
+    was: dict[str, Any], now: dict[str, Any], told: list[str]
+) -> None:
+    notes = other_bits(was, now)
+    assert len(notes) == len(told) and all(map(str.startswith, notes, told))

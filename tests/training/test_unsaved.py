@@ -106,7 +106,9 @@ def test_progress_is_that_of_the_step_whoever_makes_the_batch(
     whole = train(small(tmp_path / "whole", "ByProgress"))
     result = train(small(tmp_path / "other", "ByProgress", workers, **optim))
     weights = [[s["terms"]["weight"] for s in journal(r.run_dir, "step")] for r in (whole, result)]
-    assert weights[0] == weights[1] == [0.1 + step / 24 for step in range(24)]
+    assert weights[0] == [0.1 + step / 24 for step in range(24)]
+    assert weights[1] == pytest.approx(weights[0], rel=1e-6)  # of several virtual workers they are f32
+
     assert (result.metrics["step"], result.metrics["share"]) == (24, 1.0)
 
 
