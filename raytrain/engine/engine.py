@@ -137,28 +137,30 @@ class Engine:
             self.gradients.begin_step()
 
     @contextmanager
-    def virtual_worker(self) -> Iterator[None]:
-        """The passes of one hosted virtual worker, with buffers (BatchNorm statistics) of its own."""
+    def virtual_worker(self, num_backwards: int = 0) -> Iterator[None]:
+        """The passes of one hosted virtual worker, with buffers (BatchNorm statistics) of its own.
+
+        num_backwards: backward passes of each virtual worker of this step; 0: unknown
+        """
         with self.buffers.virtual_worker():
             yield
         if self.is_exact:
-            self._end_leaf()
+            self._end_leaf(next_is_single=num_backwards == 1)
 
     def _forget_gradients(self) -> None:
         for param in self.trainable:
             param.grad = None
         self.loss_sum = self.weight_sum = None
 
-    def _end_leaf(self) -> None:
+    def _end_leaf(self, next_is_single: bool = False) -> None:
         """What stands in `.grad` is a leaf of the tree; the last one's stays there."""
         if self.loss_sum is None:  # without a backward pass, as where forward is only tried
             return
         self._losses.append(LeafLoss(self.loss_sum, self.weight_sum))
-        if self.gradients is not None:
-            self.gradients.take_leaf()
-        if len(self._losses) < len(self.world.block):
-            self._forget_gradients()
         self.loss_sum = self.weight_sum = None
+        was_taken = self.gradients is None or self.gradients.leaf_done(next_is_single)
+        if was_taken and len(self._losses) < len(self.world.block):
+            self._forget_gradients()
 
     def backward(self, loss: torch.Tensor, share: float | torch.Tensor, is_last: bool = False) -> None:
         """Add `share` of this loss's gradient (and of the loss, for the journal) to the step.

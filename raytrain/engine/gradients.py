@@ -15,7 +15,7 @@ from raytrain.engine.leaves import Leaves
 from raytrain.engine.mapped_memory import memory_fence, why_not_mapped
 from raytrain.engine.overlap import Overlap
 from raytrain.engine.recorded import Terms
-from raytrain.engine.reduction import Reduction, zeros
+from raytrain.engine.reduction import Reduction
 from raytrain.engine.shared_memory import SharedMemoryReduction
 from raytrain.engine.tail import Combined, LeafLoss, Tail, with_tail
 from raytrain.engine.terms import Key, Sum, means_of, together
@@ -47,12 +47,15 @@ class Gradients:
         self.params, self.buffers, self.world, self.is_exact = params, buffers, world, is_exact
         self.layout = Layout(params)
         sizes = padded(with_tail(self.layout.sizes, len(params)), world)
-        adds = additions(world.rank, world.size, world.virtual_workers) if is_exact else of_processes(world.size)
+        adds = (
+            additions(world.rank, world.size, world.virtual_workers)
+            if is_exact
+            else of_processes(world.rank, world.size)
+        )
         self.reduction = open_reduction(sizes, buffers.tensors(), world, reduction, adds, is_exact)
         self.tail = Tail(params, self.reduction, adds.here)
         self.terms = Terms(self.tail, world, adds)
-        spare = [zeros(self.layout.sizes, world.device) for _ in range(adds.here.depth - len(self.reduction.nodes))]
-        self._leaves = Leaves(params, self.layout, adds.here, [*self.reduction.nodes, *spare])
+        self._leaves = Leaves(params, self.layout, adds.here, self.reduction.nodes)
         self._in_grad: list[torch.Tensor | None] = []
         self.overlap: Overlap | None = None
         size_bytes = sum(size * dtype.itemsize for dtype, size in self.layout.sizes.items())
@@ -79,13 +82,17 @@ class Gradients:
             self.reduction.open()
             self.overlap.arm()
 
-    def take_leaf(self) -> None:
-        """A virtual worker (of one that is not exact: this process) is through; its gradients stand in `.grad`."""
+    def leaf_done(self, next_is_single: bool) -> bool:
+        """A virtual worker (of one that is not exact: this process) is through; its gradient stands in `.grad`.
+
+        next_is_single: the one that follows has one backward pass, so that autograd may add it where the tree would
+        Returns whether what stands in `.grad` was taken, and the next one begins without.
+        """
         if self.overlap is not None and self.overlap.armed:
             self.overlap.finish()
-            return
+            return True
         self.reduction.open()
-        self._leaves.take()
+        return self._leaves.leaf_done(next_is_single)
 
     def combine(
         self, losses: Sequence[LeafLoss], wishes: tuple[bool, ...], terms: Sequence[Mapping[Key, Sum]] | None
@@ -95,10 +102,9 @@ class Gradients:
         losses, terms: of each virtual worker here
         """
         self._in_grad = [] if self.is_exact else [param.grad for param in self.params]
-        if self.world.size == 1 and len(losses) == 1:
-            means = None if terms is None else means_of(terms)
-            return Combined(self._leaves.used, wishes, *losses[0], terms=means)
-        buffers = self.buffers.tensors() if self.world.size > 1 else {}
+        if self.world.size == 1:
+            return self._combined_alone(losses, wishes, terms)
+        buffers = self.buffers.tensors()
         unstaged = self.reduction.unstaged(buffers) if self.world.is_first else {}
         if terms is not None and not self.is_exact:
             terms = [together(terms)]
@@ -113,6 +119,19 @@ class Gradients:
         means = None if terms is None else self.terms.read()
         weight = None if losses[0].weight is None else summed.weight
         return summed._replace(wishes=summed.wishes[:-2], weight=weight, terms=means)
+
+    def _combined_alone(
+        self, losses: Sequence[LeafLoss], wishes: tuple[bool, ...], terms: Sequence[Mapping[Key, Sum]] | None
+    ) -> Combined:
+        """Of one process: to the bits that several would come to."""
+        (whole,) = self.tail.of_nodes(losses)
+        means = None
+        if terms is not None and len(losses) == 1:
+            means = means_of(terms)
+        elif terms is not None:
+            self.terms.write(terms)
+            means = self.terms.read()
+        return Combined(self._leaves.used, wishes, *whole, terms=means)
 
 
 def open_reduction(

@@ -62,7 +62,7 @@ def dense(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def collect(views: Sequence[torch.Tensor], params: Sequence[nn.Parameter]) -> list[bool]:
-    """Copies each parameter's gradient into its view, zeros where there is none; which parameters have one."""
+    """Copies each parameter's gradient into its view, -0.0 where there is none; which parameters have one."""
     grads = [p.grad for p in params]
     used = [grad is not None for grad in grads]
     if all(used):
@@ -70,7 +70,7 @@ def collect(views: Sequence[torch.Tensor], params: Sequence[nn.Parameter]) -> li
         return used
     copy_all([v for v, u in zip(views, used, strict=True) if u], [g for g in grads if g is not None])
     for view in (v for v, u in zip(views, used, strict=True) if not u):
-        view.zero_()
+        view.fill_(-0.0)
     return used
 
 

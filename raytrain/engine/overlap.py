@@ -70,6 +70,7 @@ class Overlap:
     def arm(self) -> None:
         """The backward pass that comes is the last of this step."""
         self.armed, self._started = True, 0
+        self._leaves.last_begins()
         self._arrived = [False] * len(self._params)
         for segment in self._segments:
             segment.missing = len(segment.members)

@@ -15,7 +15,7 @@ from torch import nn
 
 from raytrain.engine.late import LateReader
 from raytrain.engine.reduction import Reduction
-from raytrain.engine.terms import MAX_TERMS, Key, Value, row_of
+from raytrain.engine.terms import MAX_TERMS, Key, Value
 from raytrain.engine.tree import Schedule, merged
 
 MAX_WISHES = 4  # of the loop two; two are the engine's own
@@ -84,14 +84,20 @@ class Tail:
             flags = [*used, *wishes, *[False] * (MAX_WISHES - len(wishes))]
             self._flags = torch.tensor(flags, dtype=self._flags_sum.dtype).to(self._flags_sum.device)
         self._flags_addend.copy_(self._flags)
-        if len(losses) == 1:  # without an operation more than two copies
-            nodes = [[each for each in losses[0] if each is not None]]
-        else:
-            rows = [row_of([each for each in leaf if each is not None], self._flags_sum) for leaf in losses]
-            nodes = [list(node) for node in merged(rows, self._here.arrivals)]
-        for addend, node in zip(self._losses_addends, nodes, strict=True):
-            for place, value in zip(addend, node, strict=False):
-                place.copy_(value)
+        for addend, node in zip(self._losses_addends, self.of_nodes(losses), strict=True):
+            for place, value in enumerate(each for each in node if each is not None):
+                addend[place].copy_(value)
+
+    def of_nodes(self, losses: Sequence[LeafLoss]) -> list[LeafLoss]:
+        """The sums of `losses` in each node of this process; of several leaves in the tail's dtype."""
+        if len(losses) == 1:
+            return list(losses)
+        dtype, arrivals = self._losses_sum.dtype, self._here.arrivals
+        sums = merged([leaf.loss.to(dtype) for leaf in losses], arrivals)
+        weights = [leaf.weight.to(dtype) for leaf in losses if leaf.weight is not None]
+        if not weights:
+            return [LeafLoss(each) for each in sums]
+        return list(map(LeafLoss, sums, merged(weights, arrivals)))
 
     def write_terms(self, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The numbers of each leaf here; of each node, those that have no room in the tail."""

@@ -37,14 +37,40 @@ class Arrival(NamedTuple):
 class Schedule(NamedTuple):
     """How neighbouring parts are added in the tree's order.
 
+    leaves:   of the whole tree
     arrivals: one a part, in order
-    depth:    buffers that are needed on the way
     nodes:    what is left at the end, in buffers 0, 1, ...: no two of them are siblings
     """
 
+    leaves: int
     arrivals: tuple[Arrival, ...]
-    depth: int
     nodes: tuple[Node, ...]
+
+
+class Stack:
+    """What has arrived of a sum over the tree of so many leaves, merged as far as it can be, from left to right."""
+
+    def __init__(self, leaves: int) -> None:
+        self._siblings = siblings(leaves)
+        self.nodes: list[Node] = []
+
+    def clear(self) -> None:
+        self.nodes.clear()
+
+    def joins(self, node: Node, stop: int) -> bool:
+        """Whether what comes behind `node`, up to leaf `stop`, is its sibling."""
+        return (*node, stop) in self._siblings
+
+    def push(self, node: Node) -> Arrival:
+        """The next part has arrived."""
+        nodes = self.nodes
+        adds = bool(nodes) and self.joins(nodes[-1], node[1])
+        place, merges = len(nodes) - adds, 0
+        nodes[place:] = [(nodes[-1][0], node[1])] if adds else [node]
+        while len(nodes) > 1 and self.joins(nodes[-2], nodes[-1][1]):
+            nodes[-2:] = [(nodes[-2][0], nodes[-1][1])]
+            merges += 1
+        return Arrival(place, adds, merges)
 
 
 def siblings(leaves: int) -> set[tuple[int, int, int]]:
@@ -61,18 +87,9 @@ def siblings(leaves: int) -> set[tuple[int, int, int]]:
 
 def schedule(parts: Sequence[Node], leaves: int) -> Schedule:
     """How `parts`, neighbouring nodes of the tree of so many leaves, are merged as far as they can be."""
-    pairs, stack, arrivals, depth = siblings(leaves), list[Node](), [], 0
-    for part in parts:
-        adds = bool(stack) and (*stack[-1], part[1]) in pairs
-        place = len(stack) - adds
-        stack[place:] = [(stack[-1][0], part[1]) if adds else part]
-        merges = 0
-        while len(stack) > 1 and (*stack[-2], stack[-1][1]) in pairs:
-            stack[-2:] = [(stack[-2][0], stack[-1][1])]
-            merges += 1
-        arrivals.append(Arrival(place, adds, merges))
-        depth = max(depth, place + 1)
-    return Schedule(tuple(arrivals), depth, tuple(stack))
+    stack = Stack(leaves)
+    arrivals = tuple(stack.push(part) for part in parts)
+    return Schedule(leaves, arrivals, tuple(stack.nodes))
 
 
 def block(rank: int, processes: int, leaves: int) -> range:
@@ -102,10 +119,10 @@ def additions(rank: int, processes: int, leaves: int) -> Additions:
     return Additions(schedules[rank], schedule(nodes, leaves), tuple(len(each.nodes) for each in schedules))
 
 
-def of_processes(processes: int) -> Additions:
+def of_processes(rank: int, processes: int) -> Additions:
     """Where each process has one node, whatever it hosts: its leaf of a tree of the processes."""
     leaves = [(r, r + 1) for r in range(processes)]
-    return Additions(schedule(leaves[:1], processes), schedule(leaves, processes), (1,) * processes)
+    return Additions(schedule([leaves[rank]], processes), schedule(leaves, processes), (1,) * processes)
 
 
 def merged(parts: Sequence[torch.Tensor], arrivals: Sequence[Arrival]) -> list[torch.Tensor]:

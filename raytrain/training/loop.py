@@ -60,7 +60,7 @@ def train_step(
     at, parts = run.progress.step, dict[int, list[Part]]()
     run.engine.begin_step(at)
     for v, micro_batches in step.micro_batches.items():
-        with run.engine.virtual_worker():
+        with run.engine.virtual_worker(len(micro_batches)):
             for i, key in enumerate(micro_batches):
                 batch = feed.fetch(key)
                 if run.compilation is not None:

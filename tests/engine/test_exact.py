@@ -11,10 +11,12 @@ import torch
 from optimization import optim_cfg, settings
 from processes import Pair
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from raytrain.engine.engine import Engine
 from raytrain.engine.terms import Sum
 from raytrain.engine.world import World
+from raytrain.errors import TaskError
 
 SIZES = (2, 3, 5)
 VIRTUAL_WORKERS = 7  # 3 + 4, 3 + 2 + 2, 2 + 2 + 1 + 1 + 1
@@ -52,6 +54,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {"USE_AMP": True, "AMP_DTYPE": "bf16"},
     "fp16": {"USE_AMP": True, "LOSS_SCALE_FP16": 2.0**8},
     "weights": {"weighted": True},
+    "one micro-batch": {"accumulate": 1},
+    "one micro-batch, ddp": {"accumulate": 1, "ENGINE": "ddp"},
     "a bad step": {"bad": True},
     "a rollback": {"bad": True, "NONFINITE": "rollback", "ROLLBACK_EVERY": 2},
 }
@@ -64,6 +68,7 @@ def trained(
     torch.set_num_threads(1)
     changes = dict(VARIANTS[kind])
     weighted, bad = changes.pop("weighted", False), changes.pop("bad", False)
+    accumulate = changes.pop("accumulate", 2)
     torch.manual_seed(0)
     cfg = optim_cfg(OPTIMIZER="adam_onecycle", LR=0.02, **changes)
     world = World(rank, size, VIRTUAL_WORKERS)
@@ -73,15 +78,15 @@ def trained(
         engine.begin_step(step)
         terms: list[dict[tuple[str, str], Sum]] = []
         for v in world.block:
-            with engine.virtual_worker():
-                for i in range(2):
+            with engine.virtual_worker(accumulate):
+                for i in range(accumulate):
                     torch.manual_seed(1000 * step + 10 * v + i)
                     with engine.precision.autocast():
                         loss = engine.model(torch.randint(6, (4,)), branch=(step + v) % 3 == 0)
                     if bad and (step, v) == (2, 3):
                         loss = loss * torch.inf
-                    share = torch.tensor(float(1 + v + i)) if weighted else 1 / (2 * VIRTUAL_WORKERS)
-                    engine.backward(loss, share, is_last=(v, i) == (world.block[-1], 1))
+                    share = torch.tensor(float(1 + v + i)) if weighted else 1 / (accumulate * VIRTUAL_WORKERS)
+                    engine.backward(loss, share, is_last=(v, i) == (world.block[-1], accumulate - 1))
                 terms.append({("tb_dict", "v"): Sum(0.1 * v, 1 / VIRTUAL_WORKERS)})
         stepped = engine.step(settings(0.01, 0.9, clip=0.5), (v == 6,), terms)
         means = {key: float(mean) for key, mean in (stepped.terms or {}).items()}
@@ -104,7 +109,7 @@ WAYS = {
     "segments": ("collective", 100_000),
 }
 CASES = [("shared memory", kind) for kind in VARIANTS]
-CASES += [(way, kind) for way in ("collectives", "segments") for kind in ("flat", "ddp", "weights")]
+CASES += [(way, kind) for way in ("collectives", "segments") for kind in ("flat", "ddp", "weights", "one micro-batch")]
 
 
 @pytest.mark.parametrize(("way", "kind"), CASES)
@@ -123,3 +128,39 @@ def test_where_exactness_is_given_up_they_are_not(worlds: dict[int, Pair]) -> No
     found = worlds[3].run(trained, 3, *WAYS["segments"], "flat", False)[0]
     assert found["told"] != alone["told"]
     assert found["told"][0][0] == pytest.approx(alone["told"][0][0], rel=1e-6)
+
+
+class Checkpointed(nn.Module):
+    """Gradients in parts, for every virtual worker or only for odd ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(40, 40)
+
+    def forward(self, x: torch.Tensor, in_parts: bool) -> torch.Tensor:
+        for _ in range(3 if in_parts else 1):
+            x = checkpoint(self.layer, x, use_reentrant=True) if in_parts else self.layer(x)
+        return x.square().mean()
+
+
+def checkpointed(rank: int, size: int, sometimes: bool) -> list[torch.Tensor] | str:
+    torch.manual_seed(0)
+    engine = Engine(Checkpointed(), optim_cfg(OPTIMIZER="sgd", LR=0.1), World(rank, size, 4), "shared_memory")
+    engine.begin_step(0)
+    for v in engine.world.block:
+        with engine.virtual_worker(1):
+            x = torch.randn(8, 40, generator=torch.Generator().manual_seed(v)).requires_grad_()
+            engine.backward(engine.model(x, not sometimes or v % 2 == 1), 0.25)
+    engine.step(settings(0.1), ())
+    return [p.detach() for p in engine.model.parameters()]
+
+
+def test_gradients_that_come_in_parts_are_exact_too(worlds: dict[int, Pair]) -> None:
+    expected = checkpointed(0, 1, False)
+    for found in worlds[3].run(checkpointed, 3, False):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_gradients_that_come_in_parts_for_one_of_two_are_refused() -> None:
+    with pytest.raises(TaskError, match="use_reentrant=False gives it whole"):
+        checkpointed(0, 1, True)

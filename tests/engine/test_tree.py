@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raytrain.engine.tree import CHUNK, add_up, additions, block, merged, of_processes, schedule, siblings
+from raytrain.engine.tree import CHUNK, Schedule, add_up, additions, block, merged, of_processes, schedule, siblings
 
 
 def formula(leaves: int, processes: int) -> str:
@@ -56,19 +56,24 @@ def test_blocks_are_neighbours_and_differ_by_one_at_most() -> None:
 def test_a_process_needs_few_buffers_and_hands_over_few_nodes() -> None:
     for leaves in (1, 2, 4, 8, 64, 1024):
         alone = additions(0, 1, leaves).here
-        assert alone.nodes == ((0, leaves),) and alone.depth == max(1, leaves.bit_length() - 1)
+        assert alone.nodes == ((0, leaves),) and depth(alone) == max(1, leaves.bit_length() - 1)
         each = additions(leaves - 1, leaves, leaves)
-        assert each.here.depth == 1 and each.counts == (1,) * leaves
+        assert depth(each.here) == 1 and each.counts == (1,) * leaves
     for leaves in range(2, 65):
         for processes in range(2, leaves):
             adds = additions(processes // 2, processes, leaves)
             most = max(len(block(0, processes, leaves)), 2).bit_length()
-            assert max(adds.counts) <= 2 * most and adds.here.depth <= 2 * most
+            assert max(adds.counts) <= 2 * most and depth(adds.here) <= 2 * most
+
+
+def depth(made: Schedule) -> int:
+    """Buffers that are needed on the way."""
+    return 1 + max(arrival.place for arrival in made.arrivals)
 
 
 def test_where_sums_need_not_be_exact_each_process_is_a_leaf() -> None:
-    adds = of_processes(3)
-    assert adds.counts == (1, 1, 1) and adds.here.depth == 1
+    adds = of_processes(0, 3)
+    assert adds.counts == (1, 1, 1)
     assert written(["p0", "p1", "p2"], adds.across.arrivals) == ["((p0 + p1) + p2)"]
 
 
