@@ -191,3 +191,25 @@ def test_a_recovery_is_to_the_first_step_that_no_worker_had_begun():
     after = [Begun(at=20.0 + step, step=step, pid=pid) for step in range(5, 10) for pid in (3, 4)]
     found = recovery({1, 2}, 17.5, [*before, *late, *after])
     assert (found.new_step_s, found.restart_s, found.repeated) == (11.5, 7.5, 3)
+
+
+def test_exactness_is_measured_against_the_plain_order(tmp_path):
+    out = tmp_path / "out.json"
+    done = run_module("benchmarks.exact", "--workload", "overhead", "--rounds", "1", "--quick", "--json", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(out.read_text())["speed"]
+    assert [row["setting"] for row in rows] == ["V 2 on W 2", "V 4 on W 1", "V 4 on W 2, by gloo"]
+    for row in rows:
+        assert row["ratio"] == [pytest.approx(row["exact"][0] / row["plain"][0])]
+        assert f"| {row['setting']}" in done.stdout
+
+
+def test_the_simulated_network_takes_what_one_reckons():
+    from benchmarks.wire import Network, exchange, ring
+
+    network = Network("plain", latency_s=1.0, bandwidth=8.0, overhead_s=0.0)
+    assert ring(4, 32, network).seconds == pytest.approx(6 * (1.0 + 1.0))  # six messages of 8 bytes, one by one
+    assert exchange(4, 32, network, 4).seconds == pytest.approx(1.0 + 3 * 1.0 + 3 * 2.0)  # three at once, then a ring
+    for workers, virtual_workers, sent in ((4, 4, 48), (4, 8, 48), (4, 12, 72)):  # with 12 each has two nodes
+        assert exchange(workers, 32, network, virtual_workers).sent == sent
+    assert ring(4, 32, network).sent == 48
