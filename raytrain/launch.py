@@ -36,7 +36,7 @@ from raytrain.errors import (
     masked,
 )
 from raytrain.hash_seed import FIXED, RANDOM, VARIABLE, hash_seed
-from raytrain.journal.display import Display
+from raytrain.journal.display import Display, weights_line
 from raytrain.journal.records import Record
 from raytrain.keeper import client
 from raytrain.keeper.watchdog import failure_by, hangs_here
@@ -69,6 +69,8 @@ class Result:
     changes:         of a run that was complete: how config and code differ from those it was trained with, a line
                      each; where there is one, metrics and checkpoints are not what this config would give
     notes:           what else a user should know then
+    weights:         the fingerprint of the newest checkpoint's tensors, "" if there is none: the same of two runs, they
+                     have the same bits
     """
 
     status: str
@@ -79,6 +81,7 @@ class Result:
     epochs: int = 0
     changes: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    weights: str = ""
 
     def lines(self) -> list[str]:
         """Of a run that was complete, for a terminal: what differs, before what it came to."""
@@ -88,6 +91,7 @@ class Result:
         lines.append(f"already complete{before}: all {self.epochs} epochs are trained  {metrics}")
         if self.changes:
             lines.append("  to train anew  --extra_tag NAME (beside it), or --resume never --overwrite (in its place)")
+        lines += [weights_line(self.weights)] if self.weights else []
         return [*lines, f"  run folder   {self.run_dir}"]
 
 
@@ -208,6 +212,7 @@ def result_of(start: Start, status: str) -> Result:
         newest.manifest.progress.epoch if newest else 0,
         start.changes,
         start.notes,
+        newest.manifest.weights if newest else "",
     )
 
 

@@ -85,6 +85,7 @@ class Engine:
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self._known = set(self.trainable)
         self._names = {p: name for name, p in model.named_parameters()}
+        self.stepped_names = [self._names[p] for p in self.params]
         scaler = self.precision.scaler
         self.why_ddp = None
         if optim_cfg.ENGINE != "ddp":

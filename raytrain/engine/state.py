@@ -147,6 +147,7 @@ def payload_of(run: RunState) -> dict[str, Any]:
             "progress": dataclasses.asdict(run.progress),
             "scaler": run.engine.precision.state_dict(),
             "guard": run.engine.guard.state(),
+            "parameters": run.engine.stepped_names,  # of the numbers in optimizer_state
             "best": run.best,
             "own": run.own.save(),
             "changed_by_forward": {"names": run.engine.buffers.parameters, "looks_left": run.engine.buffers.looks_left},

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from raytrain.journal.records import Record, eta, line_due, number, total_steps
+from raytrain.storage.fingerprint import DIGITS
 from raytrain.storage.paths import joined
 
 if TYPE_CHECKING:
@@ -186,6 +187,8 @@ def end_text(end: Record) -> str:
     if end.get("best"):
         best = ", ".join(f"{name} {number(value)}" for name, value in end["best"].items())
         lines.append(f"  {'best':<12} {best}")
+    if end.get("weights"):
+        lines.append(weights_line(end["weights"]))
     for name, title in LOCATIONS.items():
         if end.get(name):
             lines.append(f"  {title:<12} {end[name]}")
@@ -197,6 +200,11 @@ def end_text(end: Record) -> str:
 def curves_text(folder: str) -> str:
     """How to see the curves in this folder; TensorBoard reads none behind a URI without packages of its own for it."""
     return f"copy {folder} to a disk, for tensorboard" if "://" in folder else f"tensorboard --logdir {folder}"
+
+
+def weights_line(weights: str) -> str:
+    """As many digits of a fingerprint as people compare by eye."""
+    return f"  {'weights':<12} {weights[:DIGITS]}"
 
 
 def _absent(record: Record, name: str) -> bool:

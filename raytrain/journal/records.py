@@ -10,14 +10,14 @@ step        step (iterations done), epoch, iteration (of the epoch, from 0), los
             samples, data_s, step_s, samples_per_s, terms {}, disp {}
 eval        step, epoch, metrics {}; shown where given: samples, seconds, best (true: the best so far)
 pictures    step, epoch, folder (below the run folder), names (of the files NAME.png in it)
-checkpoint  step, epoch, name
+checkpoint  step, epoch, name, stall_s, save_s; weights (the fingerprint of its tensors, storage/fingerprint.py)
 event       event (what happened: straggler, note ...), message;
             failure: a launch that trained has failed: the screen that its user saw;
             restart: the workers were started again within a launch: why, and where they go on;
             nonfinite, spike: a step without effect: step, ranks, parameters, samples (ids), action, in_a_row, loss,
             grad_norm;   hang: a worker that was killed for it: rank, step, phase, calls
 end         status (finished, stopped), step, epoch; shown where given: metrics {},
-            best {}, checkpoint, best_checkpoint, pictures, run_dir, seconds, message
+            best {}, checkpoint, weights (its fingerprint), best_checkpoint, pictures, run_dir, seconds, message
 """
 
 from __future__ import annotations

@@ -34,11 +34,13 @@ class PendingSave:
 
     name:    of its checkpoint
     stall_s: seconds that the loop waited for it;  save_s: those until it was on the storage
+    weights: the fingerprint of its tensors, once it is there
     """
 
     def __init__(self, progress: Progress, may_be_replaced: bool) -> None:
         self.name, self.progress, self.may_be_replaced = checkpoint_name(progress), progress, may_be_replaced
         self.stall_s = self.save_s = 0.0
+        self.weights = ""
         self._over, self._exists = threading.Event(), False
 
     @classmethod
@@ -159,9 +161,9 @@ class Checkpointer:
         manifest = manifest_of(run, metrics)
         slot = self._filled(run) if self._snapshots is not None else None
         if slot is None:
-            self.store.save(dumps(payload_of(run)), manifest, now)
+            saved = self.store.save(dumps(payload_of(run)), manifest, now)
             save.stall_s = time.perf_counter() - began
-            self._record(save, save.stall_s, 0.0)
+            self._record(save, save.stall_s, 0.0, saved.manifest.weights)
         else:
             self._request(save, slot, op="save", manifest=fields_of(manifest), may_be_replaced=may_be_replaced)
             save.stall_s = time.perf_counter() - began
@@ -269,8 +271,8 @@ class Checkpointer:
             elif request.slot is not None:
                 began = time.perf_counter()
                 manifest = Manifest(request.save.progress, **request.message["manifest"])
-                self.store.save(keeper.state(request.slot), manifest, time.time())
-                self._record(request.save, time.perf_counter() - began, 0.0)
+                saved = self.store.save(keeper.state(request.slot), manifest, time.time())
+                self._record(request.save, time.perf_counter() - began, 0.0, saved.manifest.weights)
         keeper.close()
         keeper.join()
         self._snapshots, self._answers = Snapshots(keeper), keeper.status.answers
@@ -289,9 +291,9 @@ class Checkpointer:
         elif save is not None:
             self._record(save, **answer)
 
-    def _record(self, save: PendingSave, seconds: float, cpu_s: float) -> None:
+    def _record(self, save: PendingSave, seconds: float, cpu_s: float, weights: str = "") -> None:
         """It is saved, which took so long, and so much of a core."""
-        save.save_s = seconds
+        save.save_s, save.weights = seconds, weights
         save.over(exists=True)
         self._done.append(save)
         least_s = max((save.stall_s + cpu_s) / self.policy.OVERHEAD, 2 * seconds, LEAST_S)

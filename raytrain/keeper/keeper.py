@@ -228,8 +228,8 @@ class Keeper:
         assert self.slots is not None, "something was written there"
         return self.slots.view(slot, self.status.size_bytes(slot))
 
-    def save(self, store: Store, data: memoryview, progress: Progress, manifest: dict[str, Any]) -> None:
-        store.save(data, Manifest(progress, **manifest), time.time())
+    def save(self, store: Store, data: memoryview, progress: Progress, manifest: dict[str, Any]) -> Manifest:
+        return store.save(data, Manifest(progress, **manifest), time.time()).manifest
 
 
 def main(run_uri: str, launch: str) -> None:

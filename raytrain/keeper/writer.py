@@ -90,21 +90,22 @@ class Writer:
     def _outcome(self, request: WriteRequest) -> dict[str, Any]:
         began, began_cpu = time.monotonic(), time.thread_time()
         try:
-            self._write(request)
+            weights = self._write(request)
         except Exception as error:
             text = str(error) if isinstance(error, RaytrainError) else traceback.format_exc()
             return {"error": text, "kind": type(error).__name__}
-        return {"seconds": time.monotonic() - began, "cpu_s": time.thread_time() - began_cpu}
+        return {"seconds": time.monotonic() - began, "cpu_s": time.thread_time() - began_cpu, "weights": weights}
 
-    def _write(self, request: WriteRequest) -> None:
+    def _write(self, request: WriteRequest) -> str:
+        """The fingerprint of the state that was written; "" if none was."""
         store = self._keeper.store()
         if request.data is None:
             if store.storage.exists(f"{FOLDER}/{request.name}"):
                 store.add_metrics(request.name, request.metrics)
             else:
                 self._save_again(store, request)
-            return
-        self._keeper.save(store, request.data, request.progress, request.manifest)
+            return ""
+        return self._keeper.save(store, request.data, request.progress, request.manifest).weights
 
     def _save_again(self, store: Store, request: WriteRequest) -> None:
         """Somebody has removed the checkpoint that these metrics are of: it is saved with them, if it is the newest."""

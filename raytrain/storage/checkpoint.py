@@ -18,6 +18,7 @@ from typing import IO, Any
 import raytrain
 from raytrain.errors import CheckpointError, StorageError
 from raytrain.progress import Progress
+from raytrain.storage.fingerprint import fingerprint_of
 from raytrain.storage.paths import CHUNK_BYTES, temporary_name
 from raytrain.storage.storage import Storage
 
@@ -37,6 +38,7 @@ class Manifest:
     world:   num_workers, virtual_workers, num_samples, batch_size, accumulate; `built`: see training/sameness.py
     launch:  which launch of the run saved it;  created: UTC, ISO 8601.  Store.save fills both
     source:  digits of the sha256 of each file of the task's code, by its path; see training/source.py
+    weights: the fingerprint of the tensors (storage/fingerprint.py), "" where there is none; write_checkpoint fills it
     """
 
     progress: Progress
@@ -49,6 +51,7 @@ class Manifest:
     version: str = raytrain.__version__
     files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     source: dict[str, str] = dataclasses.field(default_factory=dict)
+    weights: str = ""
 
     @property
     def metrics_with_nan(self) -> dict[str, float]:
@@ -68,7 +71,7 @@ class Manifest:
             tree = json.loads(text, parse_constant=_refused)
             if tree.pop("sha256") != _tree_sha256(tree):
                 raise CheckpointError("its content does not match its own sha256")
-            tree.setdefault("source", {})  # none of the checkpoints of earlier versions has it
+            tree = {"source": {}, "weights": "", **tree}  # none of the checkpoints of earlier versions has these
             fields = {field.name: tree[field.name] for field in dataclasses.fields(Manifest)}
             fields["progress"] = Progress(**tree["progress"])
             fields["files"] = {
@@ -111,8 +114,10 @@ def _typed(manifest: Manifest) -> Manifest:
         raise CheckpointError("its config's OPTIMIZATION and PHASES should be those of a config")
     if not (isinstance(manifest.source, dict) and all(isinstance(hash_, str) for hash_ in manifest.source.values())):
         raise CheckpointError("its source should be a mapping of files to texts")
-    if not all(isinstance(text, str) for text in (manifest.launch, manifest.created, manifest.version)):
-        raise CheckpointError("its launch, created and version should be texts")
+    if not all(
+        isinstance(text, str) for text in (manifest.launch, manifest.created, manifest.version, manifest.weights)
+    ):
+        raise CheckpointError("its launch, created, version and weights should be texts")
     return manifest
 
 
@@ -227,7 +232,7 @@ def _write_files(storage: Storage, folder: str, data: bytes | memoryview, manife
             "Choose another OUTPUT, then run the same command again"
         )
     facts = {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    manifest = dataclasses.replace(manifest, files={PAYLOAD: facts})
+    manifest = dataclasses.replace(manifest, files={PAYLOAD: facts}, weights=fingerprint_of(memoryview(data)))
     storage.write_bytes(f"{folder}/{MANIFEST}", manifest.to_json().encode())
     return manifest
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import warnings
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from raytrain.errors import CheckpointError
+from raytrain.storage.archive import MemoryFile
 from raytrain.storage.checkpoint import MANIFEST, PAYLOAD, check_sha256, damage_named, read_manifest
 from raytrain.storage.file_layout import leaves_of, put_together, save
 from raytrain.storage.paths import expanded
@@ -83,32 +83,6 @@ def load_file(path: str | Path, map_location: Any = "cpu") -> Any:
             return _load(file, str(path), map_location)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-class MemoryFile(io.RawIOBase):
-    """Memory, to be read as a file."""
-
-    def __init__(self, memory: memoryview) -> None:
-        self._memory, self._at = memory, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, len(self._memory))[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        part = self._memory[self._at : self._at + len(buffer)]
-        memoryview(buffer).cast("B")[: len(part)] = part
-        self._at += len(part)
-        return len(part)
 
 
 def _load(file: IO[bytes], path: str, map_location: Any) -> Any:

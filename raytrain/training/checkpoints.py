@@ -13,6 +13,7 @@ from raytrain.errors import CheckpointError, PreflightError, ResumeError, Storag
 from raytrain.journal.records import clean, number
 from raytrain.keeper import client
 from raytrain.storage.checkpoint import Manifest, is_verified, verify_checkpoint
+from raytrain.storage.fingerprint import DIGITS
 from raytrain.storage.lock import JOURNAL
 from raytrain.storage.paths import parse_temporary
 from raytrain.storage.storage import Storage
@@ -252,7 +253,19 @@ def report(shown: Survey, now: float) -> list[RenderableType]:
     if not shown.rows:
         return sentences
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("checkpoint", "epoch", "step", "samples", "saved", "size", "metrics", "launch", "state", ""):
+    for title in (
+        "checkpoint",
+        "epoch",
+        "step",
+        "samples",
+        "saved",
+        "size",
+        "metrics",
+        "weights",
+        "launch",
+        "state",
+        "",
+    ):
         right = title in ("epoch", "step", "samples", "size")
         table.add_column(title, justify="right" if right else "left", overflow="fold", no_wrap=title == "checkpoint")
     for row in shown.rows:
@@ -265,7 +278,7 @@ def cells(row: Row, metric: str | None, now: float) -> list[str]:
     """What the table says of one checkpoint."""
     marks = ", ".join(row.marks)
     if row.manifest is None:
-        return [row.name, *[""] * 7, row.state, marks]
+        return [row.name, *[""] * 8, row.state, marks]
     manifest, progress = row.manifest, row.manifest.progress
     metrics = manifest.metrics_with_nan
     shown = {metric: metrics[metric]} if metric in metrics else dict(list(metrics.items())[:1])
@@ -277,6 +290,7 @@ def cells(row: Row, metric: str | None, now: float) -> list[str]:
         saved_at(manifest.created, now),
         size(sum(facts["size_bytes"] for facts in manifest.files.values())),
         "  ".join(f"{name} {number(value)}" for name, value in shown.items()),
+        manifest.weights[:DIGITS],
         manifest.launch,
         row.state,
         marks,

@@ -265,6 +265,7 @@ class Recorder:
                 name=save.name,
                 epoch=save.progress.epoch,
                 step=save.progress.step,
+                weights=save.weights or None,
                 stall_s=save.stall_s,
                 save_s=save.save_s,
             )

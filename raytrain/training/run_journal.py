@@ -86,6 +86,7 @@ def write_end(journal: Journal, run: RunState, store: Store, status: str, second
         metrics=run.metrics,
         best=run.best["metrics"] if run.best else None,
         checkpoint=newest[0].name if newest else None,
+        weights=newest[0].manifest.weights or None if newest and newest[0].manifest else None,
         best_checkpoint=best.name if best else None,
         pictures=pictures,
         run_dir=store.storage.path_of(""),

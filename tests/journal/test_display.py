@@ -136,6 +136,7 @@ def test_the_end_says_how_good_and_where_to_look() -> None:
         "seconds": 41.0,
         "metrics": {"accuracy": 0.9861},
         "best": {"accuracy": 0.9889},
+        "weights": "3f9c12ab04d7" + "0" * 52,
         "checkpoint": "output/digits/default/ckpt/checkpoint_epoch_20",
         "run_dir": "output/digits/default",
     }
@@ -143,6 +144,7 @@ def test_the_end_says_how_good_and_where_to_look() -> None:
         "finished after epoch 20, step 2800 in 0:41",
         "  accuracy     0.9861",
         "  best         accuracy 0.9889",
+        "  weights      3f9c12ab04d7",
         "  checkpoint   output/digits/default/ckpt/checkpoint_epoch_20",
         "  run folder   output/digits/default",
         "  curves       tensorboard --logdir output/digits/default/tensorboard",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -18,7 +19,16 @@ import raytrain
 from raytrain.errors import CheckpointError, StorageError
 from raytrain.progress import Progress
 from raytrain.storage.arrow import ArrowStorage
-from raytrain.storage.checkpoint import WORLD, Manifest, is_verified, read_manifest, verify_checkpoint, write_checkpoint
+from raytrain.storage.checkpoint import (
+    WORLD,
+    Manifest,
+    is_verified,
+    read_manifest,
+    verify_checkpoint,
+    write_checkpoint,
+    write_metrics,
+)
+from raytrain.storage.fingerprint import fingerprint_of
 from raytrain.storage.local import LocalStorage
 from raytrain.storage.state_file import dumps, load_payload, load_weights_file
 from raytrain.storage.storage import Storage, open_storage
@@ -82,6 +92,21 @@ def test_a_checkpoint_of_the_same_name_takes_the_place_of_the_old_one(storage: S
     assert verify_checkpoint(storage, "ckpt/one").progress.step == 8
     assert load_payload(storage, "ckpt/one")["it"] == 8
     assert storage.list("ckpt") == ["one"]
+
+
+def test_a_manifest_holds_the_fingerprint_of_the_tensors_and_an_older_one_none(tmp_path: Path) -> None:
+    storage, data = LocalStorage(tmp_path), dumps(payload())
+    written = write_checkpoint(storage, "one", data, manifest())
+    assert written.weights == read_manifest(storage, "one").weights == fingerprint_of(memoryview(data)) != ""
+    write_metrics(storage, "one", {"accuracy": 0.5})
+    assert read_manifest(storage, "one").weights == written.weights
+    path = tmp_path / "one" / "manifest.json"
+    tree = json.loads(path.read_text())
+    del tree["sha256"], tree["weights"], tree["source"]
+    tree["sha256"] = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(tree))
+    older = verify_checkpoint(storage, "one")
+    assert (older.weights, older.source, older.metrics) == ("", {}, {"accuracy": 0.5})
 
 
 def test_plain_torch_loads_it_with_weights_only(tmp_path: Path) -> None:

@@ -117,7 +117,8 @@ def test_a_finished_run_tells_how_it_was_trained_otherwise_before_what_it_came_t
     with pytest.warns(UserWarning, match=re.escape(TOLD[words])):
         result = raytrain.train(project.config(*words.split()), quiet=True)
     assert result.changes == [f"config differs from the checkpoint's: {TOLD[words]}"]
-    told, headline, remedy, _ = result.lines()
+    told, headline, remedy, weights, _ = result.lines()
+    assert weights == f"  weights      {result.weights[:12]}"
     assert TOLD[words] in told and "--extra_tag NAME" in remedy and "--overwrite" in remedy
     assert headline.startswith("already complete, before these changes: all 2 epochs are trained  loss")
 
