@@ -275,14 +275,19 @@ def add_view(commands: Any) -> None:
 def add_checkpoints(commands: Any) -> None:
     checkpoints = commands.add_parser(
         "checkpoints",
-        help="list a run's checkpoints, and say what a resume would take and why",
+        help="list a run's checkpoints, and say what a resume would take and why; or compare two runs or checkpoints",
         description="Lists the checkpoints of a run, and says what a resume would take and why. Nothing is written; "
         "the run may be training. Exit status: 0; 1 if nothing in it can be trusted, with --verify also if any "
-        "checkpoint is damaged; 2 if this is no run folder.",
+        "checkpoint is damaged; 2 if this is no run folder. With two runs or checkpoints (A B): says whether they are "
+        "the same bits, else which tensors differ, from which step on and by how much. Exit status: 0 if they are the "
+        "same; 1 if not; 2 if that cannot be told.",
         allow_abbrev=False,
     )
     checkpoints.add_argument(
         "run_dir", nargs="?", metavar="RUN", help="the run folder, a path or URI; or give --cfg_file"
+    )
+    checkpoints.add_argument(
+        "other", nargs="?", metavar="B", help="compare RUN with this; each a run folder, YAML, checkpoint or .pth"
     )
     checkpoints.add_argument(
         "--verify", action="store_true", help="read every byte of every checkpoint, not of one only"
@@ -531,6 +536,8 @@ def run_simulate(args: argparse.Namespace) -> int:
 
 
 def run_checkpoints(args: argparse.Namespace) -> int:
+    if args.other is not None:
+        return run_comparison(args)
     if (args.run_dir is None) == (args.cfg_file is None):
         raise ConfigError("give either the run folder or the config of the run (--cfg_file YAML)")
     cfg = load(args) if args.cfg_file is not None else None
@@ -548,6 +555,24 @@ def run_checkpoints(args: argparse.Namespace) -> int:
     surveyed = survey(storage, cfg, args.verify, shown_on(console))
     say(rendered(surveyed, console, time.time()))
     return EXIT_FINISHED if surveyed.usable and not (args.verify and surveyed.damaged) else EXIT_FAILED
+
+
+def run_comparison(args: argparse.Namespace) -> int:
+    """A and B compared. As of `diff`, 1 says that they differ, so what is wrong with one of them has another status."""
+    of_one = ["--cfg_file", "--verify", *CONFIG_FLAGS, *SWITCHES]
+    given = [flag for flag in of_one if vars(args)[flag[2:]]] + ["--set"] * bool(args.set_words)
+    if given:
+        raise ConfigError(f"{given[0]} is about one run, and here two are compared; name them: checkpoints A B")
+    from raytrain.training.comparison import compared
+
+    try:
+        comparison = compared([args.run_dir, args.other])
+    except RaytrainError as error:
+        error.exit_status = EXIT_USAGE
+        raise
+    for line in comparison.lines:
+        say(line)
+    return EXIT_FINISHED if comparison.is_same else EXIT_FAILED
 
 
 def run_show_config(args: argparse.Namespace) -> int:
