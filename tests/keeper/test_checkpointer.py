@@ -101,6 +101,7 @@ def test_a_saved_state_is_on_the_storage_bit_for_bit_while_the_run_has_gone_on(s
     assert scene.names == ["checkpoint_step_3"] == [done.name for done in scene.saves.finished()] == [save.wait()]
     saved = torch.load(Path(scene.uri) / "ckpt/checkpoint_step_3/checkpoint.pth", weights_only=True)
     assert weights(saved) == {3.0} and saved["it"] == 3
+    assert save.weights == scene.store.verified("checkpoint_step_3").manifest.weights != ""
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -203,7 +204,8 @@ def test_what_a_keeper_that_died_had_to_write_is_written_and_another_keeps(scene
     scene.saves.add_metrics(save.name, {"accuracy": 0.5})
     os.kill(scene.keeper, signal.SIGKILL)
     scene.saves.settle()
-    assert scene.store.verified("checkpoint_step_1").manifest.metrics == {"accuracy": 0.5}
+    manifest = scene.store.verified("checkpoint_step_1").manifest
+    assert manifest.metrics == {"accuracy": 0.5} and manifest.weights == save.weights != ""
     scene.save(2)
     scene.saves.settle()
     scene.stand_at(3)
