@@ -28,7 +28,7 @@ from raytrain.errors import PreflightError, TrainingError
 from raytrain.storage.processes import started_at
 
 SMALL = {torch.float32: 48}
-SIZES = {torch.float32: 30_000, torch.float64: 48, torch.bfloat16: 96}
+SIZES = {torch.float32: 72_000, torch.float64: 48, torch.bfloat16: 96}
 
 
 @pytest.fixture(scope="module")
