@@ -27,6 +27,7 @@ from raytrain.errors import (
     StorageError,
     masked,
 )
+from raytrain.proof.ways import KINDS
 
 # Flags that set a config key: name -> (what its value is, key, help). The schema checks the value.
 CONFIG_FLAGS: dict[str, tuple[str, str, str]] = {
@@ -56,7 +57,7 @@ SWITCHES: dict[str, tuple[str, str, str]] = {
     "--no_gpu": ("SCALE.USE_GPU", "false", "train on the CPU"),
 }
 LOOK_S = 3.0  # so long a disk may take to answer before anything starts
-WITH_A_TASK = ("train", "tune", "eval", "view")  # commands that run the user's code
+WITH_A_TASK = ("train", "tune", "eval", "view", "prove")  # commands that run the user's code
 LISTING_COLUMNS = 240  # of a table that goes to a file or a pipe: one line a checkpoint
 # Flags of the heritage that have nothing left to do: name -> (takes a value, what is so instead).
 LAUNCHERS_FLAGS: dict[str, tuple[bool, str]] = {
@@ -177,6 +178,7 @@ def build_parser() -> Parser:
     add_eval(commands)
     add_simulate(commands)
     add_view(commands)
+    add_prove(commands)
     add_checkpoints(commands)
     add_show_config(commands)
     return parser
@@ -270,6 +272,25 @@ def add_view(commands: Any) -> None:
     view.add_argument("--count", type=count, metavar="N", help="how many pictures (EVAL.PICTURES)")
     add_set_argument(view)
     view.set_defaults(run=run_view)
+
+
+def add_prove(commands: Any) -> None:
+    prove = commands.add_parser(
+        "prove",
+        help="try whether your task trains to the same bits however it is run",
+        description="Takes a few steps straight, once more, killed half-way and resumed, with other loader workers, on "
+        "other numbers of worker processes, and under another hash seed; says whether all agree, else what is first "
+        "not the same, and what to write instead. The run's own folder is not touched. Exit status: 0 if all agree, 1 "
+        "if not, 2 for a config that cannot train.",
+        allow_abbrev=False,
+    )
+    add_config_arguments(prove)
+    prove.add_argument("--steps", type=count, default=30, metavar="N", help="steps to take in each way (30)")
+    prove.add_argument(
+        "--only", choices=KINDS, nargs="+", default=[], metavar="WAY", help=f"try only {', '.join(KINDS)}"
+    )
+    add_set_argument(prove)
+    prove.set_defaults(run=run_prove)
 
 
 def add_checkpoints(commands: Any) -> None:
@@ -514,6 +535,17 @@ def run_view(args: argparse.Namespace) -> int:
     for note in seen.notes:
         say(f"  note: {note}")
     return EXIT_FINISHED
+
+
+def run_prove(args: argparse.Namespace) -> int:
+    cfg = load(args)
+    from raytrain.proof.proof import prove
+
+    try:
+        return EXIT_FINISHED if prove(cfg, args.steps, args.only, say) else EXIT_FAILED
+    except KeyboardInterrupt:
+        print("raytrain: stopped; of what was tried nothing is left", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def run_simulate(args: argparse.Namespace) -> int:

@@ -57,6 +57,7 @@ def test_a_process_begins_again_as_it_was_started():
         ("tune --cfg_file x.yaml", True),
         ("eval --cfg_file x.yaml", True),
         ("view --cfg_file x.yaml", True),
+        ("prove --cfg_file x.yaml", True),
         ("checkpoints run", False),
         ("show-config --reference", False),
         ("simulate out", False),

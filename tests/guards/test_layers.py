@@ -35,10 +35,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "data": ("engine", *ENGINE),
     "keeper": ("engine", *ENGINE),
     "training": TRAINING,
+    "proof": ("training", *TRAINING),
     "cluster": ("training", *TRAINING),
     "launch": ("cluster", "training", *TRAINING),
     "sweep": ("launch", "cluster", "training", *TRAINING),
-    "cli": ("sweep", "launch", "cluster", "training", *TRAINING),
+    "cli": ("sweep", "launch", "cluster", "proof", "training", *TRAINING),
     "__main__": ("cli",),
 }
 RAY_AT = ("cluster", "sweep")
