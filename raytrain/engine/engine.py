@@ -112,6 +112,7 @@ class Engine:
         self.loss_sum: torch.Tensor | None = None  # of the virtual worker under way
         self.weight_sum: torch.Tensor | None = None
         self._losses: list[LeafLoss] = []  # of those that are through
+        self.may_join = True  # whether two may be added in `.grad`, which one who looks at each there would not want
         self.is_weighted: bool | None = None  # whether micro-batches have weights; None: none has come yet
         self._weights_agree = world.size == 1
         self.newly_followed: list[str] = []  # parameters that have just been found to be changed by forward
@@ -146,7 +147,7 @@ class Engine:
         with self.buffers.virtual_worker():
             yield
         if self.is_exact:
-            self._end_leaf(next_is_single=num_backwards == 1)
+            self._end_leaf(next_is_single=num_backwards == 1 and self.may_join)
 
     def _forget_gradients(self) -> None:
         for param in self.trainable:

@@ -57,6 +57,7 @@ class Observer:
         self._places: Iterator[int] = iter(())
         self._virtual_worker = 0
         self._bad_steps = 0
+        run.engine.may_join = False  # each virtual worker's gradient is looked at
         for name, param in run.model.named_parameters():
             if param.requires_grad:
                 param.register_post_accumulate_grad_hook(functools.partial(self._gradient_came, name))
