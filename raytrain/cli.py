@@ -38,7 +38,7 @@ CONFIG_FLAGS: dict[str, tuple[str, str, str]] = {
     "--max_ckpt_save_num": ("N", "CHECKPOINT.KEEP_LAST", "checkpoints to keep"),
     "--ckpt_save_time_interval": ("SECONDS", "CHECKPOINT.EVERY_SECONDS", "seconds between checkpoints within an epoch"),
     "--logger_iter_interval": ("N", "LOG.LINE_EVERY", "steps between log lines"),
-    "--num_workers": ("N", "SCALE.NUM_WORKERS", "worker processes; 0 trains in this process, without Ray"),
+    "--num_workers": ("N", "SCALE.NUM_WORKERS", "worker processes; 2-8: as there is room; 0: this one, without Ray"),
     "--output": ("PATH", "OUTPUT", "root of the run folders: a folder, or a URI such as s3://bucket/path"),
     "--seed": ("N", "SEED", "seed of all that is random"),
 }
@@ -383,12 +383,16 @@ class _IgnoredFlag(argparse.Action):
 def load(args: argparse.Namespace) -> Any:
     """The config of a command line: the file, the flags, --set."""
     from raytrain.config.load import load_config
+    from raytrain.config.overrides import workers_words
 
     if args.use_gpu and args.no_gpu:
         raise ConfigError("--use_gpu and --no_gpu are both given; give one of them")
     given = vars(args)
     known = {**CONFIG_FLAGS, **TUNE_FLAGS}
-    flags = [(flag, key, given[flag[2:]]) for flag, (_, key, _) in known.items() if given.get(flag[2:]) is not None]
+    words = {flag: [key, given[flag[2:]]] for flag, (_, key, _) in known.items() if given.get(flag[2:]) is not None}
+    if "--num_workers" in words:
+        words["--num_workers"] = workers_words(args.num_workers)
+    flags = [(flag, *each[i : i + 2]) for flag, each in words.items() for i in range(0, len(each), 2)]
     flags += [(flag, key, word) for flag, (key, word, _) in SWITCHES.items() if given[flag[2:]]]
     return load_config(args.cfg_file, args.set_words, flags)
 
@@ -467,6 +471,11 @@ def train_with_torchrun(cfg: Any, args: argparse.Namespace, options: dict[str, A
     if args.num_workers not in (None, size):
         raise ConfigError(
             f"--num_workers {args.num_workers}, but torchrun has started {size} processes; leave the flag out"
+        )
+    if cfg.SCALE.MIN_WORKERS is not None:
+        raise ConfigError(
+            f"SCALE.MIN_WORKERS is {cfg.SCALE.MIN_WORKERS}, but torchrun has started {size} processes, and so many "
+            "stay; set it to null (--set SCALE.MIN_WORKERS null), or train on Ray, without torchrun"
         )
     from raytrain.launch import launch_under_torchrun
     from raytrain.training.preflight import LaunchOptions

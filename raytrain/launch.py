@@ -18,6 +18,7 @@ import torch.distributed as dist
 from raytrain.cluster.cluster import Cluster
 from raytrain.cluster.driver import Show, say
 from raytrain.config.load import load_config, with_overrides
+from raytrain.config.overrides import workers_words
 from raytrain.config.sections import Config
 from raytrain.engine.determinism import device_here, torch_put_back
 from raytrain.engine.world import World
@@ -98,7 +99,7 @@ class Result:
 def train(
     cfg: Config | str | os.PathLike[str],
     *,
-    num_workers: int | None = None,
+    num_workers: int | str | None = None,
     address: str | None = None,
     resume: str | os.PathLike[str] = "auto",
     ckpt: str | os.PathLike[str] | None = None,
@@ -110,7 +111,7 @@ def train(
 ) -> Result:
     """Train as `raytrain train` does: on Ray, or in this process with num_workers 0.
 
-    cfg: a Config, or the path of its YAML file.   num_workers: in place of SCALE.NUM_WORKERS
+    cfg: a Config, or the path of its YAML file.   num_workers: in place of SCALE.NUM_WORKERS; "2-8": elastic
     address: of a Ray cluster to join, "local" for one of its own; None: the one that RAY_ADDRESS names, or its own
     resume: "auto", "never" or the path of a checkpoint; ckpt: as resume with a path.   quiet: nothing is printed,
     but a warning where the run was complete under another config or code: its metrics are not what was asked for.
@@ -119,7 +120,7 @@ def train(
     if not isinstance(cfg, Config):
         cfg = load_config(cfg)
     if num_workers is not None:
-        cfg = with_overrides(cfg, ["SCALE.NUM_WORKERS", str(num_workers)])
+        cfg = with_overrides(cfg, workers_words(str(num_workers)))
     if ckpt is not None and resume != "auto":
         raise ConfigError("ckpt and resume both say where to go on; give one of them")
     weights = None if pretrained_model is None else os.fspath(pretrained_model)

@@ -158,6 +158,8 @@ def prestart_for(scale: Any, num_cpus: int | None) -> Prestart:
     """
     if scale is None:
         return Prestart()
-    num_workers, cpus = scale.NUM_WORKERS or 1, float(scale.CPUS_PER_WORKER)
-    fit = num_workers * cpus <= (num_cpus or os.cpu_count() or 1)
-    return Prestart(min(num_workers, len(os.sched_getaffinity(0))) if fit else 0, cpus)
+    num_workers, cpus = scale.NUM_WORKERS or scale.MIN_WORKERS or 1, float(scale.CPUS_PER_WORKER)
+    fitting = int((num_cpus or os.cpu_count() or 1) / cpus + 1e-9)
+    if scale.is_elastic and fitting >= scale.MIN_WORKERS:  # it begins with those that fit
+        num_workers = min(scale.NUM_WORKERS or fitting, fitting)
+    return Prestart(min(num_workers, len(os.sched_getaffinity(0))) if num_workers <= fitting else 0, cpus)

@@ -24,7 +24,12 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.scaling_policy import (
+    FixedScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+)
 from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_actor
 from ray.train.v2._internal.util import ObjectRefWrapper
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
@@ -33,7 +38,10 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from raytrain.cluster.controller_status import ControllerStatus
 from raytrain.cluster.mailbox import Mailbox
 from raytrain.cluster.restarts import RestartBudget
+from raytrain.cluster.seats import Seats
 from raytrain.cluster.worker_group import bound_group_class, group_class
+
+LOOK_S = 1.0  # how often an elastic run that has too little room looks for more
 
 
 class InDriverTrainer(TorchTrainer):
@@ -41,12 +49,21 @@ class InDriverTrainer(TorchTrainer):
 
     own_cluster: whether it is on a cluster of the run's own, whose processes have the driver's environment
     mailbox:     where its workers tell of their steps and failures
+    seats:       of an elastic run
     """
 
-    def __init__(self, *args: Any, own_cluster: bool, budget: RestartBudget, mailbox: Mailbox, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        own_cluster: bool,
+        budget: RestartBudget,
+        mailbox: Mailbox,
+        seats: Seats | None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._group_class = group_class(own_cluster)
-        self._budget, self._mailbox = budget, mailbox
+        self._group_class = group_class(own_cluster, seats is not None)
+        self._budget, self._mailbox, self._seats = budget, mailbox, seats
         self.controller_status = ControllerStatus()
 
     def fit(self) -> Any:
@@ -62,20 +79,21 @@ class InDriverTrainer(TorchTrainer):
     def _fit(self) -> Any:
         scaling: Any = self.scaling_config  # the classes that ray.train shows are others to a type checker
         run: Any = self.run_config
+        status, seats = self.controller_status, self._seats
         controller = InDriverController(
             train_fn_ref=ObjectRefWrapper(self._get_train_func()),
             train_run_context=self.train_run_context,
-            scaling_policy=PlacementGroupScalingPolicy(scaling),
-            failure_policy=RestartPolicy(run.failure_config, self._budget, self._mailbox, self.controller_status),
+            scaling_policy=ElasticPolicy(scaling, seats, status) if seats else PlacementGroupScalingPolicy(scaling),
+            failure_policy=RestartPolicy(run.failure_config, self._budget, self._mailbox, status, seats),
             callbacks=[
                 AcceleratorSetupCallback(self.backend_config, scaling),
                 BackendWithoutTeardown(self.backend_config),
                 *(run.callbacks or []),
             ],
         )
-        controller.worker_group_cls = bound_group_class(self._group_class, self.controller_status, self._mailbox)
-        asyncio.run(controller.run_until(self.controller_status.abandoned))
-        if self.controller_status.abandoned.is_set():
+        controller.worker_group_cls = bound_group_class(self._group_class, status, self._mailbox, seats)
+        asyncio.run(controller.run_until(status.abandoned))
+        if status.abandoned.is_set():
             return None
         result = controller.get_result()
         if result.error:
@@ -90,9 +108,11 @@ class RestartPolicy(FailurePolicy):
     away, and a wait for room, count for nothing.
     """
 
-    def __init__(self, config: Any, budget: RestartBudget, mailbox: Mailbox, status: ControllerStatus) -> None:
+    def __init__(
+        self, config: Any, budget: RestartBudget, mailbox: Mailbox, status: ControllerStatus, seats: Seats | None = None
+    ) -> None:
         super().__init__(config)
-        self._budget, self._mailbox, self._status = budget, mailbox, status
+        self._budget, self._mailbox, self._status, self._seats = budget, mailbox, status, seats
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
         error = training_failed_error
@@ -108,6 +128,12 @@ class RestartPolicy(FailurePolicy):
         failures = self._failures()
         dead = sorted(rank for rank, worker_error in errors.items() if is_death(worker_error) and rank not in failures)
         own = [failure for failure in failures.values() if not failure["lost_another"]]
+        if own and not dead and own[0].get("step") is None and self._status.num_kept and self._seats:
+            # The user's modules, imported a second time in one process, may have failed for that alone.
+            self._status.num_kept = 0
+            self._seats.can_keep = False
+            self._status.restart_reasons.put("a process that trained before could not again; now all are new")
+            return FailureDecision.RETRY
         if own and not dead and own[0]["expected"]:
             return FailureDecision.RAISE
         raised = bool(own) and not dead and not own[0]["lost_loader"]
@@ -150,6 +176,21 @@ class PlacementGroupScalingPolicy(FixedScalingPolicy):
     def after_controller_start(self, train_run_context: Any) -> None: ...
 
     def _maybe_send_resource_request(self) -> None: ...
+
+
+class ElasticPolicy(PlacementGroupScalingPolicy):
+    """As many workers as there are seats for; while those are too few it looks again and again."""
+
+    def __init__(self, config: Any, seats: Seats, status: ControllerStatus) -> None:
+        super().__init__(config)
+        self._seats, self._status = seats, status
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        self._status.waits_for_resources = not self._seats.take()
+        if self._status.waits_for_resources:
+            self._status.abandoned.wait(LOOK_S)
+            return NoopDecision()
+        return ResizeDecision(num_workers=len(self._seats.taken), resources_per_worker=self._seats.per_worker)
 
 
 class InDriverController(TrainController):

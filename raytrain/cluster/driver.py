@@ -10,6 +10,7 @@ from typing import Any
 from raytrain.cluster.cluster import Cluster
 from raytrain.cluster.controller_status import ControllerStatus
 from raytrain.cluster.mailbox import Mailbox
+from raytrain.cluster.ray_worker import import_all
 from raytrain.cluster.resources import free_workers, node_address, wait_reason
 from raytrain.journal.records import Record
 from raytrain.keeper.watchdog import failure_by, hangs_here
@@ -54,11 +55,12 @@ class Inbox:
         self.attempt, self.begun = "", False
         self._last_number = 0
 
-    def expect_restart(self) -> None:
-        """Others are started from here on, since a node is taken away."""
+    def expect_restart(self, why: str) -> None:
+        """Others are started from here on, since these were asked to stop for it."""
         self._mailbox.remove("records")
         self.begun = False
-        self.add_reason("a node that they were on is taken away")
+        self._mailbox.put("planned", True)
+        self.add_reason(why)
 
     def add_reason(self, why: str) -> None:
         """The workers are to be started again; rank 0 says so in the journal, from which it is shown here."""
@@ -90,29 +92,66 @@ class Inbox:
         say(self.show, event, message)
 
 
+class Growth:
+    """Looks for room for more workers every so many seconds, in a thread of its own: it takes some."""
+
+    def __init__(self, seats: Any, every_s: float) -> None:
+        self._seats, self._every_s = seats, every_s
+        self._next_at = time.monotonic() + every_s
+        self._thread: threading.Thread | None = None
+        self._has_grown = False
+
+    def is_ready(self, num_workers: int, now: float) -> bool:
+        """Whether more than these could train at once; to be called until it says so."""
+        if self._thread is None:
+            if now > self._next_at:
+                self._thread = threading.Thread(
+                    target=self._look, args=[num_workers], name="raytrain-growth", daemon=True
+                )
+                self._thread.start()
+            return False
+        if self._thread.is_alive():
+            return False
+        self._thread, self._next_at = None, now + self._every_s
+        return self._has_grown
+
+    def _look(self, num_workers: int) -> None:
+        self._has_grown = False
+        self._has_grown = self._seats.grow(num_workers, import_all)
+
+
 class Fit:
     """Ray Train's fit in a thread, which the one that calls `follow` attends to.
 
     failure: what there is to tell a user if it failed, else None;   raised: what it raised, if it did
     """
 
-    def __init__(self, job: Job, trainer: Any, cluster: Cluster, per_worker: dict[str, float], inbox: Inbox) -> None:
-        assert job.cfg.SCALE.NUM_WORKERS is not None  # Start.job has settled it
+    def __init__(
+        self,
+        job: Job,
+        trainer: Any,
+        cluster: Cluster,
+        per_worker: dict[str, float],
+        inbox: Inbox,
+        growth: Growth | None = None,
+    ) -> None:
+        scale = job.cfg.SCALE
+        assert scale.NUM_WORKERS is not None  # Start.job has settled it
         self._job, self._trainer, self._inbox = job, trainer, inbox
-        self._cluster, self._per_worker = cluster, per_worker
-        self._num_workers, self._mailbox = job.cfg.SCALE.NUM_WORKERS, Mailbox(job.launch)
+        self._cluster, self._per_worker, self._growth = cluster, per_worker, growth
+        self._num_workers, self._mailbox = scale.MIN_WORKERS or scale.NUM_WORKERS, Mailbox(job.launch)
         # Of an InDriverTrainer: Ray's own controller is an actor.
         self._controller: ControllerStatus | None = getattr(trainer, "controller_status", None)
         self._crowded = free_workers(per_worker) < self._num_workers
         self._notice_at, self._nodes_at, self._spares_at = time.monotonic() + WAIT_NOTICE_S, 0.0, 0.0
-        # Attempts: the one that trains, the last one that was asked to leave its nodes.
-        self._training_attempt, self._leaving_attempt = "", ""
+        # Attempts: the one that trains, the last one that was asked to stop for another, and why.
+        self._training_attempt, self._leaving_attempt, self.move_reason = "", "", ""
         self.failure: dict[str, Any] | None = None
         self.raised: BaseException | None = None
 
     @property
     def was_moved(self) -> bool:
-        """Whether the workers stopped because a node of theirs is taken away."""
+        """Whether the workers stopped because others are to go on: `move_reason`."""
         return self._controller is not None and self._leaving_attempt == self._controller.attempt != ""
 
     def follow(self, stop: threading.Event) -> str:
@@ -179,12 +218,26 @@ class Fit:
         due = self._spares_at and now > self._spares_at and self._job.cfg.SCALE.MAX_FAILURES != 0
         if due and self._cluster.make_spares():
             self._spares_at = 0.0
-        if not self._cluster.is_ours and now > self._nodes_at and self._leaving_attempt != controller.attempt:
+        if self._leaving_attempt != controller.attempt:
+            self._look_for_another_place(controller, now)
+
+    def _look_for_another_place(self, controller: ControllerStatus, now: float) -> None:
+        """The workers are asked to stop where a node of theirs goes, or more of them have room."""
+        if not self._cluster.is_ours and now > self._nodes_at:
             self._nodes_at = now + NODE_POLL_S
             if leaving := controller.leaving_nodes():
-                self._leaving_attempt = controller.attempt
-                self._mailbox.put(f"stop-{self._leaving_attempt}", "preemption")
+                self._move(controller, "a node that they were on is taken away")
                 self._inbox.say("preemption", leaving_message(leaving, time.time()))
+                return
+        trains = self._inbox.begun and self._inbox.attempt == controller.attempt
+        if self._growth is not None and trains and self._growth.is_ready(controller.num_workers, now):
+            self._move(controller, "there is room for more")
+            self._inbox.say("growth", "there is room for more workers; they join after the step under way")
+
+    def _move(self, controller: ControllerStatus, why: str) -> None:
+        """The workers of now end with the step under way."""
+        self._leaving_attempt, self.move_reason = controller.attempt, why
+        self._mailbox.put(f"stop-{controller.attempt}", why)
 
     def _tell_of_waiting(self, waits: bool, now: float) -> None:
         if not waits:

@@ -10,7 +10,8 @@ from typing import Any
 def current_attempt(launch: str) -> str:
     """Which start of a run's workers this worker belongs to: Ray makes a placement group for each.
 
-    Except for the workers of a sweep's trial, who all have the trial's: `starts` counts those.
+    Except for the workers of a sweep's trial, who all have the trial's, and of an elastic run, who have one each:
+    `starts` counts those.
     """
     import ray
 
@@ -19,7 +20,7 @@ def current_attempt(launch: str) -> str:
 
 
 def attempt_name(group: str, starts: int | None) -> str:
-    return group if starts is None else f"{group}.{starts}"
+    return group if starts is None else f"start-{starts}"
 
 
 def report_prestarted() -> None:

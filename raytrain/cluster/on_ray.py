@@ -9,13 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 from raytrain.cluster.cluster import Cluster, starting
-from raytrain.cluster.driver import NOTHING_TO_SAVE, Fit, Inbox, Show, say
-from raytrain.cluster.local_cluster import is_tested
+from raytrain.cluster.driver import NOTHING_TO_SAVE, Fit, Growth, Inbox, Show, say
+from raytrain.cluster.local_cluster import TESTED, is_tested
 from raytrain.cluster.mailbox import Mailbox
 from raytrain.cluster.ray_worker import train_loop_per_worker, worker_callbacks
 from raytrain.cluster.resources import check_reachable, check_resources, resolve_workers, resources_per_worker
 from raytrain.cluster.restarts import RestartBudget
-from raytrain.errors import as_seen
+from raytrain.errors import PreflightError, as_seen
 from raytrain.hash_seed import VARIABLE, hash_seed_to_hand_on
 from raytrain.storage.lock import locked
 from raytrain.storage.paths import parent_and_name
@@ -44,10 +44,10 @@ def run_on_ray(start: Start, stop: threading.Event, show: Show, started: Cluster
             say(show, "note", cluster.note)
         if cluster.dashboard_url:
             say(show, "dashboard", f"http://{cluster.dashboard_url}")
-        num_workers, use_gpu = resolve_workers(start.cfg.SCALE)
+        num_workers, use_gpu = resolve_workers(start.cfg.SCALE, start.virtual_workers)
         job = start.job(num_workers, use_gpu)
         per_worker = resources_per_worker(job.cfg.SCALE, use_gpu)
-        check_resources(num_workers, per_worker)
+        check_resources(job.cfg.SCALE.MIN_WORKERS or num_workers, per_worker)
         check_reachable(start.run_dir)
         cluster.wait_for_workers()
         if stop.is_set():
@@ -61,31 +61,50 @@ def train_on_ray(
 ) -> str:
     """The run in worker processes of a cluster, on others when their nodes are taken away; how it ended."""
     mailbox, budget = Mailbox(job.launch), RestartBudget(job.cfg.SCALE.MAX_FAILURES)
-    inbox = Inbox(mailbox, show, judge)
+    inbox, scale = Inbox(mailbox, show, judge), job.cfg.SCALE
+    seats = seats_for(job, per_worker) if scale.is_elastic else None
+    growth = Growth(seats, scale.GROW_EVERY) if seats is not None else None
     try:
         while True:
             # Ray would take up from its own list, and start no run where that names a checkpoint that is removed.
             open_storage(job.run_uri).remove_tree("checkpoint_manager_snapshot.json")
-            trainer = ray_trainer(job, per_worker, cluster.is_ours, budget, mailbox)
-            fit = Fit(job, trainer, cluster, per_worker, inbox)
+            trainer = ray_trainer(job, per_worker, cluster.is_ours, budget, mailbox, seats)
+            fit = Fit(job, trainer, cluster, per_worker, inbox, growth)
             status = fit.follow(stop)
             if fit.failure is not None:
                 raise as_seen(fit.failure) from fit.raised
             if status != "stopped" or stop.is_set() or not fit.was_moved:
                 return status
             mailbox.remove("outcome")
-            inbox.expect_restart()
+            inbox.expect_restart(fit.move_reason)
     finally:
+        if seats is not None:
+            seats.release()
         mailbox.clear()
 
 
+def seats_for(job: Job, per_worker: dict[str, float]) -> Any:
+    """The seats of an elastic run; PreflightError where Ray is one whose private parts are not known."""
+    scale = job.cfg.SCALE
+    if not is_tested():
+        raise PreflightError(
+            f"SCALE.MIN_WORKERS is {scale.MIN_WORKERS}, but runs are elastic with Ray {', '.join(TESTED)} only; "
+            "install that, or give one number of workers (--num_workers)"
+        )
+    from raytrain.cluster.seats import Seats
+
+    assert scale.MIN_WORKERS is not None and scale.NUM_WORKERS is not None  # by which it is elastic
+    return Seats(per_worker, scale.MIN_WORKERS, scale.NUM_WORKERS, job.virtual_workers)
+
+
 def ray_trainer(
-    job: Job, per_worker: dict[str, float], own_cluster: bool, budget: RestartBudget, mailbox: Mailbox
+    job: Job, per_worker: dict[str, float], own_cluster: bool, budget: RestartBudget, mailbox: Mailbox, seats: Any
 ) -> Any:
     """Ray Train's TorchTrainer for `job`; its results lie in the run folder, under the run's own name.
 
     own_cluster: whether no one else uses the cluster
-    budget, mailbox: see controller.InDriverTrainer; where Ray's own trainer has to do, it counts all failures alike
+    budget, mailbox, seats: see controller.InDriverTrainer; where Ray's own trainer has to do, it counts all failures
+    alike
     """
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -95,7 +114,8 @@ def ray_trainer(
     if is_tested():
         from raytrain.cluster.controller import InDriverTrainer
 
-        trainer_class = functools.partial(InDriverTrainer, own_cluster=own_cluster, budget=budget, mailbox=mailbox)
+        ours = {"own_cluster": own_cluster, "budget": budget, "mailbox": mailbox, "seats": seats}
+        trainer_class = functools.partial(InDriverTrainer, **ours)
         if own_cluster:
             from raytrain.cluster.rendezvous import FileRendezvous
 

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import gc
 import logging
 import math
 import multiprocessing.util
 import os
 import queue
 import signal
+import site
+import sys
+import sysconfig
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import raytrain
 from raytrain.cluster.mailbox import Mailbox, current_attempt
+from raytrain.engine.determinism import torch_put_back
 from raytrain.engine.world import World
 from raytrain.errors import failure_of
 from raytrain.journal.records import Record
@@ -24,7 +32,7 @@ from raytrain.progress import Progress
 from raytrain.storage.forks import at_exit, end_children, handle_signals
 from raytrain.storage.paths import joined
 from raytrain.storage.pools import when_pools_are_broken
-from raytrain.training.control import Control
+from raytrain.training.control import Control, Restart
 from raytrain.training.job import Job, redirect_output, stand_where_the_driver_stands
 from raytrain.training.worker import run_job
 
@@ -73,12 +81,15 @@ class RayControl(Control):
                 return bool(answer["goes_on"])
         return False
 
-    def take_restart(self) -> str | None:
-        before = self._mailbox.get("attempt")
-        self._mailbox.put("attempt", self._attempt)
-        reasons = self._mailbox.get("restart_reasons") or []
-        self._mailbox.remove("restart_reasons")
-        return "; ".join(reasons) if reasons or before not in (None, self._attempt) else None
+    def take_restart(self, num_workers: int) -> Restart | None:
+        before, reasons = self._mailbox.get("began") or {}, self._mailbox.get("restart_reasons") or []
+        stepped_at, is_planned = self._mailbox.get("stepped_at"), self._mailbox.get("planned") is not None
+        self._mailbox.put("began", {"attempt": self._attempt, "num_workers": num_workers})
+        for key in ("restart_reasons", "planned"):
+            self._mailbox.remove(key)
+        if not reasons and before.get("attempt") in (None, self._attempt):
+            return None
+        return Restart("; ".join(reasons), before.get("num_workers"), stepped_at, is_planned)
 
     def write(self, record: Record) -> None:
         with self._lock:
@@ -124,6 +135,8 @@ class RayControl(Control):
         step = self.place().get("step")
         if step != self._step_sent:  # records of steps are few; whether a run gets on is not to depend on LOG.EVERY
             self._mailbox.put("step", step)
+            if self.stepped_at is not None:  # else what those before have left is still to be read
+                self._mailbox.put("stepped_at", self.stepped_at)
             self._step_sent = step
 
     def _report(self) -> None:
@@ -175,6 +188,7 @@ def worker_callbacks(job: Job) -> list[Any]:
 
     class AsItBegins(WorkerCallback):
         def after_init_train_context(self) -> None:
+            modules_before()
             stand_where_the_driver_stands(job)
             stop_on_signal(job.launch)
 
@@ -195,7 +209,8 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         stand_where_the_driver_stands(job)
         device = ray.train.torch.get_device() if job.use_gpu else torch.device("cpu")
         world = World.joined(job.virtual_workers, device)
-        outcome = run_job(job, world, control)
+        with torch_put_back():  # for a run that goes on in this process, on another number of them
+            outcome = run_job(job, world, control)
     except BaseException as error:
         control.failed(failure_of(error, rank, control.place(), logs))
         raise
@@ -205,7 +220,41 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         run_exit_functions()
 
 
+def import_all() -> None:
+    """What a run needs is imported, by the time that this module is."""
+    import ray.train.torch  # noqa: F401
+
+
+def forget_run() -> None:
+    """This process, whose part in a run has ended, is as new: for the same run on other workers beside it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    forget_modules()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def forget_modules() -> None:
+    """The user's own modules will be imported anew: what a run has left in their globals is not the next one's."""
+    places = {*sysconfig.get_paths().values(), *site.getsitepackages(), str(Path(raytrain.__file__).parent)}
+    installed = tuple(f"{place}{os.sep}" for place in places)
+    for name in sys.modules.keys() - modules_before():
+        path = getattr(sys.modules[name], "__file__", None) or ""
+        if path.endswith(".py") and not path.startswith(installed):
+            del sys.modules[name]
+
+
+@functools.cache
+def modules_before() -> frozenset[str]:
+    """Those that were there when this was first called, which is before the user's code."""
+    return frozenset(sys.modules)
+
+
 def run_exit_functions() -> None:
-    """Ray kills this process, so nothing else would run what is to run at its exit: /tmp/pymp-* would stay."""
+    """Ray kills this process, so nothing else would run what is to run at its exit: /tmp/pymp-* would stay.
+
+    In one that goes on to train it is run as well: it has begun nothing else by then.
+    """
     at_exit(end_children)
     multiprocessing.util._exit_function()  # type: ignore[attr-defined]

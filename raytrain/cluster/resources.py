@@ -17,13 +17,20 @@ def resources_per_worker(scale: Any, use_gpu: bool) -> dict[str, float]:
     return wanted
 
 
-def resolve_workers(scale: Any) -> tuple[int, bool]:
-    """How many workers, and whether they use GPUs: what SCALE leaves open is read off the cluster."""
+def resolve_workers(scale: Any, virtual_workers: int | None = None) -> tuple[int, bool]:
+    """How many workers at most, and whether they use GPUs: what SCALE leaves open is read off the cluster.
+
+    virtual_workers: which an elastic run has already, and so as many workers at most
+    """
     import ray
 
     num_gpus = ray.cluster_resources().get("GPU", 0.0)
     fitting = int(num_gpus // scale.GPUS_PER_WORKER)
-    use_gpu = fitting >= (scale.NUM_WORKERS or 1) if scale.USE_GPU == "auto" else bool(scale.USE_GPU)
+    needed = scale.MIN_WORKERS or scale.NUM_WORKERS or 1
+    use_gpu = fitting >= needed if scale.USE_GPU == "auto" else bool(scale.USE_GPU)
+    if scale.NUM_WORKERS is None and scale.MIN_WORKERS is not None:
+        fit = virtual_workers or fitting_workers(resources_per_worker(scale, use_gpu))
+        return max(scale.MIN_WORKERS, fit), use_gpu
     return scale.NUM_WORKERS or (fitting if use_gpu and fitting else 1), use_gpu
 
 

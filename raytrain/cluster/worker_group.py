@@ -5,19 +5,24 @@ Private parts of Ray: only for the versions in local_cluster.TESTED.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
 from ray.train.v2._internal.execution.worker_group.state import WorkerGroupState
-from ray.train.v2._internal.util import time_monotonic
+from ray.train.v2._internal.util import bundle_to_remote_args, time_monotonic
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytrain.cluster.controller_status import ControllerStatus
 from raytrain.cluster.mailbox import Mailbox, attempt_name
+from raytrain.cluster.ray_worker import forget_run
+from raytrain.cluster.seats import Seat, Seats
 
+FORGET_S = 10.0  # a process that takes longer to forget a run is not used again
 SETTLE_S = 0.1  # until what killed workers had is free; Ray, asked before, looks again only after 0.3 to 0.5 s
 
 
@@ -38,10 +43,15 @@ class PrestartedWorkerGroup(WorkerGroup):
             handle.shutdown()
             raise WorkerGroupStartupTimeoutError(num_workers=context.num_workers)
         builder.with_placement_group_handle(handle)
-        self.controller_status.attempt = attempt_name(handle.placement_group.id.hex(), self.mailbox.get("starts"))
-        workers = self._create_workers(context.num_workers, handle.placement_group, context.resources_per_worker)
+        group, starts = handle.placement_group, self.mailbox.get("starts")
+        self.controller_status.attempt = attempt_name(group.id.hex() if starts is None else "", starts)
+        try:
+            workers = self._create_workers(context.num_workers, group, context.resources_per_worker)
+        except RayActorError as error:
+            raise WorkerGroupStartupFailedError("a worker died before it was set up") from error
         builder.with_workers(workers)
         self.controller_status.nodes = frozenset(worker.metadata.node_id for worker in workers)
+        self.controller_status.num_workers = len(workers)
         self._worker_rank_to_replica_group_rank = {rank: rank for rank in range(len(workers))}
         try:
             self._init_train_context(workers, SynchronizationWithoutActor())  # type: ignore[arg-type]
@@ -82,18 +92,20 @@ class PrestartedWorkerGroup(WorkerGroup):
 
 
 def bound_group_class(
-    group_class: type[PrestartedWorkerGroup], status: ControllerStatus, its_mailbox: Mailbox
+    group_class: type[PrestartedWorkerGroup], status: ControllerStatus, its_mailbox: Mailbox, its_seats: Seats | None
 ) -> type[PrestartedWorkerGroup]:
     """The class whose groups write to `status`; Ray makes them, with arguments of its own."""
 
     class Group(group_class):  # type: ignore[misc, valid-type]
-        controller_status, mailbox = status, its_mailbox
+        controller_status, mailbox, seats = status, its_mailbox, its_seats
 
     return Group
 
 
-def group_class(own_cluster: bool) -> type[PrestartedWorkerGroup]:
+def group_class(own_cluster: bool, is_elastic: bool) -> type[PrestartedWorkerGroup]:
     """own_cluster: on a cluster of the run's own. Else it is one that others use too, or the run is a sweep's trial."""
+    if is_elastic:
+        return ElasticWorkerGroup if own_cluster else SharedClusterElasticGroup
     if own_cluster:
         return PrestartedWorkerGroup
     return SharedClusterWorkerGroup if ray.util.get_current_placement_group() is None else TrialWorkerGroup
@@ -135,9 +147,82 @@ class ActorlessWorkerGroupState(WorkerGroupState):
     """Of a group without a synchronization actor to end, and without hooks to wait for."""
 
     def shutdown(self) -> None:
-        for worker in self.workers:
-            ray.kill(worker.actor)
+        if not isinstance(self.placement_group_handle, SeatsOfGroup):  # which ends those that are to end
+            for worker in self.workers:
+                ray.kill(worker.actor)
         self.placement_group_handle.shutdown()
+
+
+class ElasticWorkerGroup(PrestartedWorkerGroup):
+    """In the seats of an elastic run, whose processes go on from one group to the next where nothing has failed."""
+
+    seats: Seats
+
+    def _create_placement_group(self, *unused: Any) -> Any:
+        self.mailbox.put("starts", (self.mailbox.get("starts") or 0) + 1)
+        return SeatsOfGroup(self.seats.taken[: self._worker_group_context.num_workers])
+
+    def _create_workers(
+        self, num_workers: int, placement_group: Any, resources_per_worker: Any, *unused: Any, **also_unused: Any
+    ) -> list[Worker]:
+        seats: list[Seat] = placement_group.seats
+        self.controller_status.num_kept = sum(seat.actor is not None for seat in seats)
+        actors = self.seats.occupy(seats, self._started_in)
+        metadata = ray.get([actor.get_metadata.remote() for actor in actors])
+        workers = [
+            Worker(actor, of_actor, resources_per_worker, placement_group_bundle_index=0)
+            for actor, of_actor in zip(actors, metadata, strict=True)
+        ]
+        return WorkerGroup._assign_worker_ranks(workers)
+
+    def _started_in(self, seat: Seat) -> Any:
+        """A process for a worker, which has only begun to start."""
+        runtime_env = self._get_worker_runtime_env(self._train_run_context.run_config.worker_runtime_env)
+        options = bundle_to_remote_args(self._worker_group_context.resources_per_worker)
+        strategy = PlacementGroupSchedulingStrategy(seat.group, placement_group_bundle_index=0)
+        worker_class: Any = ray.remote(runtime_env=runtime_env, **options)(self._worker_cls)
+        return worker_class.options(scheduling_strategy=strategy).remote()
+
+    def shutdown(self) -> None:
+        """The processes of workers that have stopped to go on elsewhere, or with others, stay; all others end."""
+        status, state = self._latest_poll_status, self._worker_group_state
+        seats: Any = state.placement_group_handle if state is not None else None
+        has_stopped = status is not None and status.finished and not status.errors
+        is_wished = self.mailbox.get(f"stop-{self.controller_status.attempt}") is not None
+        if has_stopped and is_wished and self.seats.can_keep:
+            seats.keep()
+        super().shutdown()
+
+
+class SharedClusterElasticGroup(ElasticWorkerGroup):
+    """As SharedClusterWorkerGroup."""
+
+    _get_worker_runtime_env = staticmethod(WorkerGroup._get_worker_runtime_env)
+
+
+class SeatsOfGroup:
+    """In place of a placement group: the seats of one group, which outlast it."""
+
+    def __init__(self, seats: list[Seat]) -> None:
+        self.placement_group, self.seats = self, seats
+        self._kept: set[int] = set()
+
+    def wait(self, timeout_s: float) -> bool:
+        return True
+
+    def keep(self) -> None:
+        """The processes in them forget the run, so that they can begin as new ones do. All of them are alive."""
+        forgetting = {seat.actor.execute.remote(forget_run): id(seat) for seat in self.seats}
+        done, _ = ray.wait(list(forgetting), num_returns=len(forgetting), timeout=FORGET_S)
+        for each in done:
+            with contextlib.suppress(RayActorError, RayTaskError):  # that one ends, then
+                ray.get(each)
+                self._kept.add(forgetting[each])
+
+    def shutdown(self) -> None:
+        for seat in self.seats:
+            if id(seat) not in self._kept:
+                seat.vacate()
 
 
 class SynchronizationWithoutActor:

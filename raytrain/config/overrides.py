@@ -83,6 +83,14 @@ def _put(parent: Node, key: str, node: Node) -> None:
         parent.value[key] = node
 
 
+def workers_words(word: str) -> list[str]:
+    """What `--num_workers` says as words for apply_overrides: `4`, always; `2-8`, as there is room; `2-`, at least."""
+    least, dash, most = word.partition("-")
+    if not (least.isdigit() and dash):
+        return ["SCALE.MIN_WORKERS", "null", "SCALE.NUM_WORKERS", word]
+    return ["SCALE.MIN_WORKERS", least, "SCALE.NUM_WORKERS", most or "null"]
+
+
 def parse_word(word: str) -> Any:
     """A word as a Python literal, else as YAML, else as the text it is."""
     try:

@@ -181,6 +181,9 @@ class Scale(Section):
     """What the run takes of the cluster."""
 
     NUM_WORKERS: Natural | None = None  #: worker processes; 0: this one, without Ray; null: what fits
+    #: of an elastic run the fewest worker processes, NUM_WORKERS being the most; null: always NUM_WORKERS
+    MIN_WORKERS: Count | None = None
+    GROW_EVERY: Positive = 60.0  #: seconds between two looks for room for more workers
     #: shares of a batch, fixed for a run's life; null: as many as it first has workers
     VIRTUAL_WORKERS: Annotated[Count, Field(le=65536)] | None = None
     USE_GPU: Literal["auto"] | Flag = "auto"  #: one GPU for each worker; auto: where there are enough
@@ -196,6 +199,21 @@ class Scale(Section):
     #: restarts in a row without a new step; -1: no limit; null: 2 where a process dies, 0 where the task's code raises
     MAX_FAILURES: Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=-1)] | None = None
     HANG_TIMEOUT: Positive | None = 1200.0  #: seconds without progress until a worker is killed; null: never
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of worker processes may change while the run trains."""
+        return self.MIN_WORKERS is not None and self.MIN_WORKERS != self.NUM_WORKERS
+
+    @field_validator("MIN_WORKERS")
+    @classmethod
+    def _fewest(cls, value: int | None, info: ValidationInfo) -> int | None:
+        most = info.data.get("NUM_WORKERS")
+        if value is not None and most == 0:
+            raise ValueError("NUM_WORKERS is 0, so the run stays in this process; leave it out, or set it to null")
+        if value is not None and most is not None and value > most:
+            raise ValueError(f"NUM_WORKERS is {most}, which is the most; it must be that or less, or null")
+        return value
 
     @field_validator("VIRTUAL_WORKERS")
     @classmethod

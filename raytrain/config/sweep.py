@@ -21,6 +21,7 @@ SIZES = ("NUM_WORKERS", "USE_GPU", "CPUS_PER_WORKER", "GPUS_PER_WORKER", "RESOUR
 OF_THE_SWEEP = {
     "TUNE": "a sweep has one TUNE",
     **dict.fromkeys(FOLDERS, "it names the folder that holds all trials"),
+    **dict.fromkeys(("SCALE.MIN_WORKERS", "SCALE.GROW_EVERY"), "the number of workers of a trial stays"),
 }
 # Those of them that CONSTANTS may set, for all trials.
 OF_EVERY_TRIAL = {

@@ -116,7 +116,7 @@ def run_text(run: Record) -> str:
     """What starts: where, on how much, how a step is made up."""
     tag = run.get("tag") or "training"
     workers = run.get("num_workers")
-    where = "in this process" if workers == 0 else "" if workers is None else _counted(workers, "worker")
+    where = "in this process" if workers == 0 else "" if workers is None else workers_text(run)
     device = f"({run['device']})" if run.get("device") else ""
     samples = _counted(run["num_samples"], "sample") if "num_samples" in run else ""
     work = f"{_counted(run['num_epochs'], 'epoch')} of {_counted(run['steps_per_epoch'], 'step')}"
@@ -132,10 +132,18 @@ def run_text(run: Record) -> str:
     return "\n".join(lines)
 
 
+def workers_text(run: Record) -> str:
+    """`4 workers`, or of an elastic run `3 of 2-4 workers`."""
+    if "max_workers" in run:
+        return f"{run['num_workers']} of {run['min_workers']}-{run['max_workers']} workers"
+    return _counted(run["num_workers"], "worker")
+
+
 def step_text(record: Record, run: Record, left_s: float, width: int | None = None) -> str:
     """`epoch 3/20  step 420/2800  loss 0.1234  lr 1.2e-03  grad 3.21  512 samples/s  ETA 1:23`.
 
-    A `width` that is too small costs first the task's own numbers, then lr and grad.
+    Of an elastic run also how many workers there are. A `width` that is too small costs first the task's own numbers,
+    then lr and grad.
     """
     rate, absent = record["samples_per_s"], _absent(record, "grad_norm")
     own = {name: f"{name} {number(value)}" for name, value in record["disp"].items() if name not in ("loss", "lr")}
@@ -146,6 +154,7 @@ def step_text(record: Record, run: Record, left_s: float, width: int | None = No
         "grad": "" if absent else f"grad {_three(record['grad_norm'])}",
         **own,
         " rate": "" if rate is None else f"{rate:.0f} samples/s" if rate >= 10 else f"{rate:.2f} samples/s",
+        " workers": workers_text(run) if "max_workers" in run else "",
         " eta": f"ETA {eta(left_s)}",
     }
     for name in (*reversed(own), "lr", "grad"):

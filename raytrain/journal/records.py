@@ -5,7 +5,8 @@ A record is a dict with `kind` and `time` (seconds since 1970) and the fields of
 
 run         a launch starts or resumes after `step`: epoch, steps_per_epoch, num_epochs, line_every, tag;
             shown where given: num_samples, batch_size, accumulate, virtual_workers, num_workers, device,
-            resumed_from, launch, param_count; exact: whether its bits are those of any number of workers
+            resumed_from, launch, param_count; exact: whether its bits are those of any number of workers;
+            min_workers, max_workers (of an elastic run)
 step        step (iterations done), epoch, iteration (of the epoch, from 0), loss, grad_norm, lr, momentum,
             samples, data_s, step_s, samples_per_s, terms {}, disp {}
 eval        step, epoch, metrics {}; shown where given: samples, seconds, best (true: the best so far)
@@ -14,6 +15,8 @@ checkpoint  step, epoch, name, stall_s, save_s; weights (the fingerprint of its 
 event       event (what happened: straggler, note ...), message;
             failure: a launch that trained has failed: the screen that its user saw;
             restart: the workers were started again within a launch: why, and where they go on;
+            resize: there are other than so many workers: from, to, why, planned (no step is repeated), seconds (from
+            the last step of those to the first of these);
             nonfinite, spike: a step without effect: step, ranks, parameters, samples (ids), action, in_a_row, loss,
             grad_norm;   hang: a worker that was killed for it: rank, step, phase, calls
 end         status (finished, stopped), step, epoch; shown where given: metrics {},

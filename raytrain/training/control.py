@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,22 @@ def never_ends(progress: Progress, metrics: dict[str, float]) -> bool:
     return True
 
 
+@dataclasses.dataclass(frozen=True)
+class Restart:
+    """How it comes that the workers were started again.
+
+    why:         "" where nobody knows
+    num_workers: that there were before, None where that is not known
+    stopped_at:  when their last step ended, in seconds since 1970; None as well
+    is_planned:  whether they ended with a step, so that none is repeated
+    """
+
+    why: str
+    num_workers: int | None = None
+    stopped_at: float | None = None
+    is_planned: bool = False
+
+
 class Control:
     """What the loop asks of the outside; a Journal sink too, since records are what the outside is shown.
 
@@ -36,6 +53,7 @@ class Control:
         self._stage: str | None = ""
         self._run: RunState | None = None
         self._feed: Feed | None = None
+        self.stepped_at: float | None = None
 
     def begin(self, stage: str) -> None:
         """From now on it is `stage` that fails, if something does."""
@@ -55,6 +73,10 @@ class Control:
             return {"what": f"The evaluation after epoch {batch.epoch}", **samples}
         return {"epoch": self._run.progress.epoch, "step": self._run.progress.step + 1, **samples}
 
+    def stepped(self) -> None:
+        """A step has just ended."""
+        self.stepped_at = self.now()
+
     def now(self) -> float:
         return time.time()
 
@@ -68,8 +90,8 @@ class Control:
         """Rank 0 only. Whether the run is to go on after this evaluation; all its state is saved."""
         return True
 
-    def take_restart(self) -> str | None:
-        """Rank 0 only. Why the workers were started again, "" where nobody knows; None if these are the first."""
+    def take_restart(self, num_workers: int) -> Restart | None:
+        """Rank 0 only. How it comes that these `num_workers` were started; None if they are the first."""
         return None
 
     def tell_of_wait(self, message: str) -> None:
@@ -86,7 +108,7 @@ class Control:
 class LocalControl(Control):
     """In-process: records go straight to the display, signals of this process wish a stop.
 
-    restart: see take_restart
+    restart: why the workers were started again; None if they were not
     """
 
     def __init__(
@@ -99,8 +121,8 @@ class LocalControl(Control):
         super().__init__()
         self._show, self._stop, self._judge, self._restart = show, stop, judge, restart
 
-    def take_restart(self) -> str | None:
-        return self._restart
+    def take_restart(self, num_workers: int) -> Restart | None:
+        return None if self._restart is None else Restart(self._restart)
 
     def stop_wished(self) -> bool:
         return self._stop.is_set()

@@ -80,12 +80,17 @@ class Start:
         """Whether the run has finished before, and this launch leaves it at that."""
         return self.options.resume == "auto" and is_complete(self.origin, self.cfg.OPTIMIZATION.NUM_EPOCHS)
 
+    @property
+    def virtual_workers(self) -> int | None:
+        """Of this run, if that is decided."""
+        if self.origin and self.origin.manifest and self.cfg.SCALE.VIRTUAL_WORKERS is None:
+            return int(self.origin.manifest.world["virtual_workers"])
+        return self.cfg.SCALE.VIRTUAL_WORKERS
+
     def settled(self, num_workers: int) -> Config:
-        """The config, with all that it left open."""
+        """The config, with all that it left open. num_workers: the most, of an elastic run"""
         options, cfg = self.options, self.cfg
-        virtual_workers = cfg.SCALE.VIRTUAL_WORKERS or max(1, num_workers)
-        if self.origin and self.origin.manifest and cfg.SCALE.VIRTUAL_WORKERS is None:
-            virtual_workers = self.origin.manifest.world["virtual_workers"]
+        virtual_workers = self.virtual_workers or max(1, num_workers)
         if num_workers > virtual_workers:
             raise ConfigError(
                 f"SCALE.NUM_WORKERS is {num_workers}, but this run has {virtual_workers} virtual worker"
@@ -93,6 +98,8 @@ class Start:
                 f"use --num_workers {virtual_workers} at most, or start a new run (--extra_tag NAME)"
             )
         words = ["SCALE.NUM_WORKERS", str(num_workers), "SCALE.VIRTUAL_WORKERS", str(virtual_workers)]
+        if cfg.SCALE.MIN_WORKERS is not None and num_workers < cfg.SCALE.MIN_WORKERS:  # to compare the rest, say
+            words += ["SCALE.MIN_WORKERS", "null"]
         if options.batch_size is not None:
             if options.batch_size % virtual_workers:
                 raise ConfigError(
@@ -206,6 +213,11 @@ def find_start(cfg: Config, options: LaunchOptions, tell: Callable[[str], None] 
         )
     if options.dashboard and (options.address not in (None, "local") or cfg.SCALE.NUM_WORKERS == 0):
         raise ConfigError("--dashboard is Ray's, of a cluster that is started for the run; this run starts none")
+    if cfg.SCALE.is_elastic and cfg.OPTIMIZATION.SYNC_BN:
+        raise ConfigError(
+            "OPTIMIZATION.SYNC_BN needs one worker process for each virtual worker, so the number of them cannot "
+            "change; leave out SCALE.MIN_WORKERS (or --num_workers MIN-MAX), or SYNC_BN"
+        )
     run_dir = run_dir_of(cfg)
     check_writable(open_storage(run_dir, ANSWER_S))
     client.take_over(run_dir, timeout_s=0)  # what an earlier launch still holds in memory is to be found as well

@@ -23,7 +23,8 @@ from raytrain.progress import Progress
 from raytrain.storage.store import checkpoint_name
 from raytrain.training.bad_steps import answer, suspects
 from raytrain.training.contract import FIELDS, Part, sums_of
-from raytrain.training.control import Control
+from raytrain.training.control import Control, Restart
+from raytrain.training.run_journal import write_resize
 from raytrain.training.step_checks import StepChecks
 from raytrain.training.unsaved import UnsavedChanges
 from raytrain.training.validate import Validation
@@ -41,6 +42,7 @@ class Recorder:
 
     validation: of the last epoch, with rank 0's predictions, of which pictures are drawn; None before
     notes:      lines for the journal, to be taken out
+    resize:     the change of the number of workers by which this began, until it is told
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Recorder:
         self.run, self.feed, self.task = run, feed, feed.task
         self.checkpointer, self.journal, self.control, self.heartbeat = checkpointer, journal, control, heartbeat
         self.validation: Validation | None = None
+        self.resize: Restart | None = None
         self._unsaved = UnsavedChanges(run, feed)
         self._step_checks = StepChecks(run, feed.task)
         self.notes: list[str] = []
@@ -97,6 +100,10 @@ class Recorder:
     def stepped(self, step: Step, taken: Taken) -> bool:
         """Collective. All that follows a step; False if the run is to stop here."""
         self.heartbeat.beat("checkpoint")
+        self.control.stepped()
+        if self.resize is not None:
+            write_resize(self.journal, self.resize, self.run.world.size, self.control.now())
+            self.resize = None
         if not self._steps:  # the first since an epoch began
             self.notes += self._step_checks.first_step_done()
         self._steps.append(step)

@@ -39,7 +39,15 @@ FIXED = {
 # These say where and how fast a run runs, not what it computes.
 FREE = (
     *("OUTPUT", "TAG", "EXTRA_TAG", "EXP_GROUP_PATH", "CFG_FILE", "TUNE."),
-    *("SCALE.NUM_WORKERS", "SCALE.MAX_FAILURES", "SCALE.HANG_TIMEOUT", "EVAL.PICTURES", "LOG."),
+    *(
+        "SCALE.NUM_WORKERS",
+        "SCALE.MIN_WORKERS",
+        "SCALE.GROW_EVERY",
+        "SCALE.MAX_FAILURES",
+        "SCALE.HANG_TIMEOUT",
+        "EVAL.PICTURES",
+        "LOG.",
+    ),
     *("SCALE.CPUS_PER_WORKER", "SCALE.GPUS_PER_WORKER", "SCALE.RESOURCES", "SCALE.ENV", "LOADER.WORKERS"),
     "LOADER.PREFETCH",
     *("CHECKPOINT.EVERY_SECONDS", "CHECKPOINT.OVERHEAD", "CHECKPOINT.SNAPSHOT_EVERY"),
@@ -254,10 +262,15 @@ def other_bits(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def why_not_exact(run: RunState) -> list[str]:
+def why_not_exact(run: RunState, is_elastic: bool = False) -> list[str]:
     """A line if the run's bits depend on the number of worker processes."""
     if run.engine.is_exact or run.world.virtual_workers == 1:
         return []
+    if is_elastic:
+        return [
+            "SCALE.EXACT is false, and this run is elastic: its bits depend on when the number of worker processes "
+            "changes, and so on chance"
+        ]
     return [
         f"SCALE.EXACT is false: the bits of this run are those of {run.world.size} worker "
         f"process{'es' if run.world.size > 1 else ''}, and differ in the last places on another number"

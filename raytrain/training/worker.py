@@ -44,7 +44,7 @@ from raytrain.training.loop import train_model
 from raytrain.training.pictures import draw_pictures
 from raytrain.training.recorder import Recorder
 from raytrain.training.resume import Origin, bring_to_start, why_not_exact
-from raytrain.training.run_journal import open_journal, write_end
+from raytrain.training.run_journal import is_resize, open_journal, write_end
 from raytrain.training.sameness import (
     arrays_of,
     check_on_all_ranks,
@@ -130,7 +130,7 @@ def build(
     notes += take_from_rank_0(run.model, world)
     notes += [
         *hardware_notes(world, run.hardware),
-        *why_not_exact(run),
+        *why_not_exact(run, cfg.SCALE.is_elastic),
         *ranks_of_other_source(world, run.source),
         *run.mode.notes,
         *last_batch_notes(run.plan),
@@ -183,12 +183,14 @@ def open_recorder(
         notes.append(f"ENGINE ddp, parameter by parameter, instead of flat buffers: {run.engine.why_ddp}")
     evaluates = feed.evaluates_after(run.progress.epoch)
     run.unevaluated = run.unevaluated if evaluates else None
-    journal = open_journal(restored.folder, run, job, control, restored.origin, notes)
+    journal, restart = open_journal(restored.folder, run, job, control, restored.origin, notes)
     for hang in restored.keeper.hangs if restored.keeper else ():
         journal.write("event", event="hang", **hang)
     stack.callback(journal.close)
     stack.callback(feed.close)
     recorder = Recorder(run, feed, checkpointer, journal, control, restored.heartbeat)
+    if restart is not None and is_resize(restart, run.world.size):
+        recorder.resize = restart
     if run.world.broadcast_object(owes_checkpoint(run, checkpointer.store, restored.origin)):
         recorder.save(metrics=None if evaluates else {})
         run.unevaluated = checkpoint_name(run.progress) if evaluates else None

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from tasks_for_tests import Exact, Net, Points
 
 from raytrain import ModelReturn
-from raytrain.engine.reduction import CollectiveReduction, SharedMemoryReduction
+from raytrain.engine.collectives import CollectiveReduction
+from raytrain.engine.shared_memory import SharedMemoryReduction
 from raytrain.storage.file_layout import FileBuffer
 
 MANY = 1 << 20  # weights: a state of 12 MB takes some ms to copy, and some more to write

@@ -1,0 +1,173 @@
+"""The places that an elastic run has on a cluster: one for each worker, kept while workers come and go.
+
+A seat is a placement group of one bundle, on a node chosen here. So the workers on one node can be given up without
+those on another, what the run has stays its own while workers are started again, and a place to grow into is had, with
+a process that stands ready in it, before a step is held up for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ray
+from ray._private.state import available_resources_per_node
+from ray._private.state import state as cluster_state
+from ray.exceptions import RayError
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from raytrain.cluster.resources import count_fitting
+
+NODE_ID = "ray.io/node-id"  # the label by which Ray knows a node
+PLACE_S = 5  # what a node says to have room for is placed by then, or somebody else has it; Ray counts whole seconds
+ANSWER_S = 1.0  # a node whose raylet takes no connection by then is gone; Ray itself says so after 15 s and more
+READY_S = 120.0  # so long a process may take to start and to import what a run needs
+DIALS = 32  # nodes that are asked at a time
+
+
+@dataclasses.dataclass
+class Seat:
+    """Room for one worker. actor: the process that is there, if one is."""
+
+    node: str
+    group: Any
+    actor: Any = None
+
+    def vacate(self) -> None:
+        """The process ends, and the room stays."""
+        if self.actor is not None:
+            with contextlib.suppress(RayError):  # its node is gone, and it with that
+                ray.kill(self.actor)
+        self.actor = None
+
+    def give_up(self) -> None:
+        self.vacate()
+        with contextlib.suppress(RayError):
+            remove_placement_group(self.group)
+
+
+class Seats:
+    """Those of one launch: `least` at least for it to train, and `most` at most.
+
+    per_worker:   what each reserves
+    num_virtual:  virtual workers, which are dealt out to them
+    can_keep:     whether processes that have trained may train again; none that failed to
+    """
+
+    def __init__(self, per_worker: Mapping[str, float], least: int, most: int, num_virtual: int) -> None:
+        self.per_worker = dict(per_worker)
+        self.least, self.most, self.num_virtual = least, most, num_virtual
+        self.taken: list[Seat] = []
+        self.can_keep = True
+        self._lock = threading.RLock()  # the controller's thread takes, one of the driver's grows
+        self._coming: list[Seat] = []
+        self._start: Callable[[Seat], Any] | None = None
+        self._is_over = False
+
+    def take(self) -> bool:
+        """Give up what is on nodes that go, and take what there is room for; whether the run can train on it."""
+        with self._lock:
+            nodes = present_nodes()
+            for seat in [seat for seat in self.taken if seat.node not in nodes]:
+                self.taken.remove(seat)
+                seat.give_up()
+            self.taken += self._placed(nodes, self.most - len(self.taken))
+            return len(self.taken) >= self.least
+
+    def occupy(self, seats: Iterable[Seat], start: Callable[[Seat], Any]) -> list[Any]:
+        """The processes of these seats, started by `start` where there is none yet."""
+        self._start = start
+        for seat in seats:
+            seat.actor = seat.actor or start(seat)
+        return [seat.actor for seat in seats]
+
+    def grow(self, num_workers: int, import_all: Callable[[], None]) -> bool:
+        """Whether there are seats for more than `num_workers`, with processes that have imported all; takes seconds.
+
+        Only for so many that the largest share of virtual workers becomes smaller: else no step would be faster.
+        """
+        with self._lock:
+            if self._start is None or self._is_over:
+                return False
+            nodes = present_nodes()
+            room = sum(self._room(nodes).values()) + len(self.taken)
+            if not is_worth_it(self.num_virtual, num_workers, min(room, self.most)):
+                return False
+            coming = self._coming = self._placed(nodes, self.most - len(self.taken))
+            for seat in coming:
+                seat.actor = self._start(seat)
+        with contextlib.suppress(RayError):  # one has died, or all is over
+            ray.get([seat.actor.execute.remote(import_all) for seat in coming], timeout=READY_S)
+            with self._lock:
+                if not self._is_over:
+                    self.taken += coming
+                    self._coming = []
+        with self._lock:
+            for seat in self._coming:
+                seat.give_up()
+            self._coming = []
+            return is_worth_it(self.num_virtual, num_workers, len(self.taken))
+
+    def release(self) -> None:
+        """The run is over: nothing is left of it on the cluster."""
+        with self._lock:
+            self._is_over = True
+            for seat in [*self.taken, *self._coming]:
+                seat.give_up()
+            self.taken, self._coming = [], []
+
+    def _room(self, nodes: Mapping[str, Any]) -> dict[str, int]:
+        """How many workers more each of these nodes could hold now."""
+        free = available_resources_per_node()
+        return {node: count_fitting(free[node], self.per_worker) for node in nodes if node in free}
+
+    def _placed(self, nodes: Mapping[str, Any], count: int) -> list[Seat]:
+        """Up to `count` seats more on these nodes."""
+        seats = [Seat(node, self._group_on(node)) for node in packed(self._room(nodes), count)]
+        give_up, placed = time.monotonic() + PLACE_S, []
+        for seat in seats:
+            while not (is_placed := seat.group.wait(1)) and time.monotonic() < give_up:
+                pass
+            if is_placed:
+                placed.append(seat)
+            else:  # somebody else was quicker
+                seat.give_up()
+        return placed
+
+    def _group_on(self, node: str) -> Any:
+        return placement_group([self.per_worker], bundle_label_selector=[{NODE_ID: node}])
+
+
+def packed(room: Mapping[str, int], count: int) -> list[str]:
+    """The nodes for up to `count` workers: those with most room first, so that few nodes have to talk."""
+    places = [node for node in sorted(room, key=lambda node: (-room[node], node)) for _ in range(room[node])]
+    return places[: max(0, count)]
+
+
+def is_worth_it(num_virtual: int, before: int, after: int) -> bool:
+    """Whether `after` workers have smaller shares than `before`: by the largest one, for which the others wait."""
+    return after > before and -(-num_virtual // after) < -(-num_virtual // before)
+
+
+def present_nodes() -> dict[str, Any]:
+    """What Ray says of each node, by its id, of those that are there and stay."""
+    leaving = cluster_state.get_draining_nodes()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    with ThreadPoolExecutor(DIALS) as threads:
+        answers = list(threads.map(answers_now, nodes))
+    return {node["NodeID"]: node for node, answered in zip(nodes, answers, strict=True) if answered}
+
+
+def answers_now(node: Mapping[str, Any]) -> bool:
+    """Whether this node's raylet can be reached, by what ray.nodes() says of it."""
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWER_S).close()
+    except OSError:
+        return False
+    return True
