@@ -115,7 +115,11 @@ class RestartPolicy(FailurePolicy):
         self._budget, self._mailbox, self._status, self._seats = budget, mailbox, status, seats
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
-        error = training_failed_error
+        decision = self._decision_on(training_failed_error)
+        self._status.restarts = decision == FailureDecision.RETRY
+        return decision
+
+    def _decision_on(self, error: Any) -> FailureDecision:
         if isinstance(error, ControllerError):
             if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
                 return FailureDecision.RETRY

@@ -18,6 +18,7 @@ class ControllerStatus:
     nodes:           ids of the nodes that the workers are on
     num_workers:     that train, or begin to
     num_kept:        those of them whose processes have trained before
+    restarts:        whether they are to be started again, after they have failed
     restart_reasons: what ended the workers each time that they are started again, for the user
     give_up_reason:  why they were not started again, for the user; "" if there is nothing to be said
     abandoned:       set once the run is not wanted any more
@@ -25,7 +26,7 @@ class ControllerStatus:
 
     def __init__(self) -> None:
         self.waits_for_resources, self.attempt, self.nodes = False, "", frozenset[str]()
-        self.num_workers, self.num_kept = 0, 0
+        self.num_workers, self.num_kept, self.restarts = 0, 0, False
         self.restart_reasons: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.give_up_reason = ""
         self.abandoned = threading.Event()

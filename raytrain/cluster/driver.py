@@ -237,6 +237,7 @@ class Fit:
     def _move(self, controller: ControllerStatus, why: str) -> None:
         """The workers of now end with the step under way."""
         self._leaving_attempt, self.move_reason = controller.attempt, why
+        self._mailbox.put(f"move-{controller.attempt}", why)
         self._mailbox.put(f"stop-{controller.attempt}", why)
 
     def _tell_of_waiting(self, waits: bool, now: float) -> None:

@@ -38,6 +38,7 @@ from raytrain.training.worker import run_job
 
 POST_S = 0.2  # how often rank 0 posts to the driver and asks whether it shall stop
 ASK_S = 0.02  # how often the answer is looked for whether a trial shall go on
+END_S, LOOK_S = 3.0, 0.02  # so long a part in a run may take to end once others are gone; how often that is looked at
 RECENT = 50  # records, of those that are not steps, that wait for the driver
 
 
@@ -189,6 +190,7 @@ def worker_callbacks(job: Job) -> list[Any]:
     class AsItBegins(WorkerCallback):
         def after_init_train_context(self) -> None:
             modules_before()
+            free_memory()
             stand_where_the_driver_stands(job)
             stop_on_signal(job.launch)
 
@@ -225,14 +227,24 @@ def import_all() -> None:
     import ray.train.torch  # noqa: F401
 
 
-def forget_run() -> None:
-    """This process, whose part in a run has ended, is as new: for the same run on other workers beside it."""
+def forget_run(wait_s: float = END_S) -> bool:
+    """Whether this process is as new, for the run to go on in it on other workers beside it.
+
+    No if its part in the run so far does not end in time, as it does when others are gone or have stopped.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    thread, give_up = get_train_context().execution_context.training_thread_runner, time.monotonic() + wait_s
+    while thread.is_running():
+        if time.monotonic() > give_up:
+            return False
+        time.sleep(LOOK_S)
     if torch.distributed.is_initialized():
+        if thread.get_error() is not None and torch.distributed.get_backend() == "nccl":
+            return False  # it would wait for those that are gone
         torch.distributed.destroy_process_group()
     forget_modules()
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    return True
 
 
 def forget_modules() -> None:
@@ -248,7 +260,15 @@ def forget_modules() -> None:
 @functools.cache
 def modules_before() -> frozenset[str]:
     """Those that were there when this was first called, which is before the user's code."""
+    gc.freeze()  # they stay: `free_memory` need not look at them, which takes half a second
     return frozenset(sys.modules)
+
+
+def free_memory() -> None:
+    """What a run that went on elsewhere has left here, a model say, goes before the next one is built."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def run_exit_functions() -> None:

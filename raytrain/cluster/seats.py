@@ -31,7 +31,7 @@ READY_S = 120.0  # so long a process may take to start and to import what a run 
 DIALS = 32  # nodes that are asked at a time
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Seat:
     """Room for one worker. actor: the process that is there, if one is."""
 

@@ -22,7 +22,7 @@ from raytrain.cluster.mailbox import Mailbox, attempt_name
 from raytrain.cluster.ray_worker import forget_run
 from raytrain.cluster.seats import Seat, Seats
 
-FORGET_S = 10.0  # a process that takes longer to forget a run is not used again
+FORGET_S = 5.0  # a process that takes longer to end its part in a run, and to forget it, is not used again
 SETTLE_S = 0.1  # until what killed workers had is free; Ray, asked before, looks again only after 0.3 to 0.5 s
 
 
@@ -34,6 +34,7 @@ class PrestartedWorkerGroup(WorkerGroup):
 
     def _start_impl(self, builder: Any) -> None:
         context = self._worker_group_context
+        self.controller_status.restarts = False
         for callback in self._callbacks:
             callback.before_worker_group_start(context)
         if self.controller_status.attempt:
@@ -184,13 +185,20 @@ class ElasticWorkerGroup(PrestartedWorkerGroup):
         return worker_class.options(scheduling_strategy=strategy).remote()
 
     def shutdown(self) -> None:
-        """The processes of workers that have stopped to go on elsewhere, or with others, stay; all others end."""
-        status, state = self._latest_poll_status, self._worker_group_state
-        seats: Any = state.placement_group_handle if state is not None else None
-        has_stopped = status is not None and status.finished and not status.errors
-        is_wished = self.mailbox.get(f"stop-{self.controller_status.attempt}") is not None
-        if has_stopped and is_wished and self.seats.can_keep:
-            seats.keep()
+        """The processes stay whose workers have stopped for others, or have only lost another; all others end."""
+        status, state = self.controller_status, self._worker_group_state
+        is_moved = self.mailbox.get(f"move-{status.attempt}") is not None
+        if (
+            state is not None
+            and self.seats.can_keep
+            and not status.abandoned.is_set()
+            and (is_moved or status.restarts)
+        ):
+            failures = [self.mailbox.get(key) for key in self.mailbox.keys(f"failure-{status.attempt}-")]
+            to_blame = {failure["rank"] for failure in failures if not failure["lost_another"]}
+            blamed = [worker.actor for rank, worker in enumerate(state.workers) if rank in to_blame]
+            seats: Any = state.placement_group_handle
+            seats.keep([seat for seat in self.seats.taken if seat.actor not in (None, *blamed)])
         super().shutdown()
 
 
@@ -205,23 +213,23 @@ class SeatsOfGroup:
 
     def __init__(self, seats: list[Seat]) -> None:
         self.placement_group, self.seats = self, seats
-        self._kept: set[int] = set()
+        self._kept: list[Seat] = []
 
     def wait(self, timeout_s: float) -> bool:
         return True
 
-    def keep(self) -> None:
-        """The processes in them forget the run, so that they can begin as new ones do. All of them are alive."""
-        forgetting = {seat.actor.execute.remote(forget_run): id(seat) for seat in self.seats}
-        done, _ = ray.wait(list(forgetting), num_returns=len(forgetting), timeout=FORGET_S)
+    def keep(self, seats: list[Seat]) -> None:
+        """The processes in these forget the run, so that they can begin as new ones do; those that cannot will end."""
+        forgetting = {seat.actor.execute.remote(forget_run): seat for seat in seats if seat in self.seats}
+        done, _ = ray.wait(list(forgetting), num_returns=len(forgetting), timeout=FORGET_S) if forgetting else ([], [])
         for each in done:
-            with contextlib.suppress(RayActorError, RayTaskError):  # that one ends, then
-                ray.get(each)
-                self._kept.add(forgetting[each])
+            with contextlib.suppress(RayActorError, RayTaskError):
+                if ray.get(each):
+                    self._kept.append(forgetting[each])
 
     def shutdown(self) -> None:
         for seat in self.seats:
-            if id(seat) not in self._kept:
+            if seat not in self._kept:
                 seat.vacate()
 
 
