@@ -73,7 +73,10 @@ def train_on_ray(
             status = fit.follow(stop)
             if fit.failure is not None:
                 raise as_seen(fit.failure) from fit.raised
-            if status != "stopped" or stop.is_set() or not fit.was_moved:
+            if status != "stopped" or not fit.was_moved:
+                return status
+            if stop.is_set():
+                say(show, "stopped", "the state is saved; the same command goes on")
                 return status
             mailbox.remove("outcome")
             inbox.expect_restart(fit.move_reason)

@@ -92,6 +92,9 @@ class RayControl(Control):
             return None
         return Restart("; ".join(reasons), before.get("num_workers"), stepped_at, is_planned)
 
+    def is_moved(self) -> bool:
+        return self._mailbox.get(f"move-{self._attempt}") is not None and self._mailbox.get("stop") is None
+
     def write(self, record: Record) -> None:
         with self._lock:
             self._number += 1

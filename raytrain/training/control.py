@@ -94,6 +94,10 @@ class Control:
         """Rank 0 only. How it comes that these `num_workers` were started; None if they are the first."""
         return None
 
+    def is_moved(self) -> bool:
+        """Rank 0 only. Whether the workers stop for others alone, who go on at once."""
+        return False
+
     def tell_of_wait(self, message: str) -> None:
         """What keeps the run from beginning."""
         self.write({"kind": "event", "time": self.now(), "event": "waiting", "message": message})

@@ -227,6 +227,8 @@ def train(job: Job, recorder: Recorder, restored: Restored) -> Outcome:
     start_feed(job, recorder, restored)
     is_done = train_model(run, feed.task, feed, recorder)
     status, seconds = "finished" if is_done else "stopped", time.monotonic() - began_s
+    if not is_done and run.world.broadcast_object(run.world.is_first and recorder.control.is_moved()):
+        return Outcome(status, run.progress, run.metrics, run.best)  # nothing ends: the keeper too is there for others
     if run.world.is_first:
         predictions = recorder.validation.predictions if is_done and recorder.validation else []
         draws = predictions and feed.task.has_pictures() and run.config["EVAL"]["PICTURES"] > 0
