@@ -99,6 +99,25 @@ def test_a_flag_sets_its_config_key(folder: Path, words: str) -> None:
     assert (found, type(found)) == (value, type(value))
 
 
+@pytest.mark.parametrize(
+    ("words", "least", "most"),
+    [
+        ("--num_workers 2-8", 2, 8),
+        ("--num_workers 2-", 2, None),
+        ("--num_workers 4", None, 4),
+        ("--num_workers 0", None, 0),
+        ("--set SCALE.MIN_WORKERS 3", 3, 5),
+        ("--num_workers 2-8 --set SCALE.NUM_WORKERS 6", 2, 6),
+    ],
+)
+def test_a_number_of_workers_is_one_or_a_range(folder: Path, words: str, least: int | None, most: int | None) -> None:
+    text = (folder / "run.yaml").read_text()
+    (folder / "run.yaml").write_text(text.replace("NUM_WORKERS: 0", "NUM_WORKERS: 5, MIN_WORKERS: 2"))
+    scale = cli.load(parsed(f"train --cfg_file run.yaml {words}")).SCALE
+    assert (least, most) == (scale.MIN_WORKERS, scale.NUM_WORKERS)
+    assert scale.is_elastic == (least is not None)
+
+
 @pytest.mark.parametrize("words", OPTIONS)
 def test_a_flag_becomes_an_option_of_the_launch(words: str) -> None:
     name, value = OPTIONS[words]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 from raytrain.cluster.cluster import Cluster
 from raytrain.cluster.controller_status import ControllerStatus
 from raytrain.cluster.mailbox import Mailbox
-from raytrain.cluster.ray_worker import import_all
+from raytrain.cluster.ray_worker import is_fit
 from raytrain.cluster.resources import free_workers, node_address, wait_reason
 from raytrain.journal.records import Record
 from raytrain.keeper.watchdog import failure_by, hangs_here
@@ -95,8 +96,8 @@ class Inbox:
 class Growth:
     """Looks for room for more workers every so many seconds, in a thread of its own: it takes some."""
 
-    def __init__(self, seats: Any, every_s: float) -> None:
-        self._seats, self._every_s = seats, every_s
+    def __init__(self, seats: Any, every_s: float, run_uri: str) -> None:
+        self._seats, self._every_s, self._run_uri = seats, every_s, run_uri
         self._next_at = time.monotonic() + every_s
         self._thread: threading.Thread | None = None
         self._has_grown = False
@@ -117,7 +118,12 @@ class Growth:
 
     def _look(self, num_workers: int) -> None:
         self._has_grown = False
-        self._has_grown = self._seats.grow(num_workers, import_all)
+        self._has_grown = self._seats.grow(num_workers, functools.partial(is_fit, self._run_uri))
+
+    def take_notes(self) -> list[str]:
+        """What it has found that a user should know, once."""
+        notes, self._seats.notes = self._seats.notes, []
+        return list(notes)
 
 
 class Fit:
@@ -230,9 +236,13 @@ class Fit:
                 self._inbox.say("preemption", leaving_message(leaving, time.time()))
                 return
         trains = self._inbox.begun and self._inbox.attempt == controller.attempt
-        if self._growth is not None and trains and self._growth.is_ready(controller.num_workers, now):
+        if self._growth is None or not trains:
+            return
+        if self._growth.is_ready(controller.num_workers, now):
             self._move(controller, "there is room for more")
             self._inbox.say("growth", "there is room for more workers; they join after the step under way")
+        for note in self._growth.take_notes():
+            self._inbox.say("note", note)
 
     def _move(self, controller: ControllerStatus, why: str) -> None:
         """The workers of now end with the step under way."""

@@ -63,7 +63,7 @@ def train_on_ray(
     mailbox, budget = Mailbox(job.launch), RestartBudget(job.cfg.SCALE.MAX_FAILURES)
     inbox, scale = Inbox(mailbox, show, judge), job.cfg.SCALE
     seats = seats_for(job, per_worker) if scale.is_elastic else None
-    growth = Growth(seats, scale.GROW_EVERY) if seats is not None else None
+    growth = Growth(seats, scale.GROW_EVERY, job.run_uri) if seats is not None else None
     try:
         while True:
             # Ray would take up from its own list, and start no run where that names a checkpoint that is removed.

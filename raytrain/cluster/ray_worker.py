@@ -225,9 +225,11 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         run_exit_functions()
 
 
-def import_all() -> None:
-    """What a run needs is imported, by the time that this module is."""
+def is_fit(run_uri: str) -> bool:
+    """Whether a worker can train here: it sees the run folder. What it needs is imported, by then."""
     import ray.train.torch  # noqa: F401
+
+    return "://" in run_uri or Path(run_uri).is_dir()
 
 
 def forget_run(wait_s: float = END_S) -> bool:

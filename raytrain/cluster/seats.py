@@ -12,7 +12,7 @@ import dataclasses
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,7 +22,7 @@ from ray._private.state import state as cluster_state
 from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from raytrain.cluster.resources import count_fitting
+from raytrain.cluster.resources import count_fitting, node_address
 
 NODE_ID = "ray.io/node-id"  # the label by which Ray knows a node
 PLACE_S = 5  # what a node says to have room for is placed by then, or somebody else has it; Ray counts whole seconds
@@ -58,26 +58,34 @@ class Seats:
     per_worker:   what each reserves
     num_virtual:  virtual workers, which are dealt out to them
     can_keep:     whether processes that have trained may train again; none that failed to
+    notes:        what a user should know, to be taken out
     """
 
     def __init__(self, per_worker: Mapping[str, float], least: int, most: int, num_virtual: int) -> None:
         self.per_worker = dict(per_worker)
         self.least, self.most, self.num_virtual = least, most, num_virtual
         self.taken: list[Seat] = []
-        self.can_keep = True
+        self.can_keep, self.notes = True, list[str]()
+        self._fit, self._unfit = set[str](), set[str]()  # nodes that were looked at; at the start all are
         self._lock = threading.RLock()  # the controller's thread takes, one of the driver's grows
         self._coming: list[Seat] = []
         self._start: Callable[[Seat], Any] | None = None
         self._is_over = False
 
     def take(self) -> bool:
-        """Give up what is on nodes that go, and take what there is room for; whether the run can train on it."""
+        """Give up what is on nodes that go, and take what there is room for; whether the run can train on it.
+
+        On nodes that have come since the start only where the others are too few: `grow` looks at them first.
+        """
         with self._lock:
             nodes = present_nodes()
+            self._fit = self._fit or set(nodes)
             for seat in [seat for seat in self.taken if seat.node not in nodes]:
                 self.taken.remove(seat)
                 seat.give_up()
-            self.taken += self._placed(nodes, self.most - len(self.taken))
+            self.taken += self._placed(nodes & self._fit, self.most - len(self.taken))
+            if len(self.taken) < self.least:
+                self.taken += self._placed(nodes - self._fit - self._unfit, self.most - len(self.taken))
             return len(self.taken) >= self.least
 
     def occupy(self, seats: Iterable[Seat], start: Callable[[Seat], Any]) -> list[Any]:
@@ -87,30 +95,35 @@ class Seats:
             seat.actor = seat.actor or start(seat)
         return [seat.actor for seat in seats]
 
-    def grow(self, num_workers: int, import_all: Callable[[], None]) -> bool:
-        """Whether there are seats for more than `num_workers`, with processes that have imported all; takes seconds.
+    def grow(self, num_workers: int, is_fit: Callable[[], bool]) -> bool:
+        """Whether there are seats for more than `num_workers`, with processes that stand ready; takes seconds.
 
         Only for so many that the largest share of virtual workers becomes smaller: else no step would be faster.
+        is_fit: is asked in each of those processes, which has imported all that a run needs then
         """
         with self._lock:
             if self._start is None or self._is_over:
                 return False
-            nodes = present_nodes()
+            nodes = present_nodes() - self._unfit
             room = sum(self._room(nodes).values()) + len(self.taken)
             if not is_worth_it(self.num_virtual, num_workers, min(room, self.most)):
                 return False
             coming = self._coming = self._placed(nodes, self.most - len(self.taken))
             for seat in coming:
                 seat.actor = self._start(seat)
+        answers: list[bool | None] = [None] * len(coming)
         with contextlib.suppress(RayError):  # one has died, or all is over
-            ray.get([seat.actor.execute.remote(import_all) for seat in coming], timeout=READY_S)
-            with self._lock:
-                if not self._is_over:
-                    self.taken += coming
-                    self._coming = []
+            answers = ray.get([seat.actor.execute.remote(is_fit) for seat in coming], timeout=READY_S)
         with self._lock:
-            for seat in self._coming:
+            for seat, is_ready in zip(coming, answers, strict=True):
+                if is_ready and not self._is_over:
+                    self.taken.append(seat)
+                    self._fit.add(seat.node)
+                    continue
                 seat.give_up()
+                if is_ready is False and seat.node not in self._unfit:
+                    self._unfit.add(seat.node)
+                    self.notes.append(f"node {node_address(seat.node)} has room, but does not see the run folder")
             self._coming = []
             return is_worth_it(self.num_virtual, num_workers, len(self.taken))
 
@@ -122,12 +135,12 @@ class Seats:
                 seat.give_up()
             self.taken, self._coming = [], []
 
-    def _room(self, nodes: Mapping[str, Any]) -> dict[str, int]:
+    def _room(self, nodes: Set[str]) -> dict[str, int]:
         """How many workers more each of these nodes could hold now."""
         free = available_resources_per_node()
         return {node: count_fitting(free[node], self.per_worker) for node in nodes if node in free}
 
-    def _placed(self, nodes: Mapping[str, Any], count: int) -> list[Seat]:
+    def _placed(self, nodes: Set[str], count: int) -> list[Seat]:
         """Up to `count` seats more on these nodes."""
         seats = [Seat(node, self._group_on(node)) for node in packed(self._room(nodes), count)]
         give_up, placed = time.monotonic() + PLACE_S, []
@@ -155,13 +168,13 @@ def is_worth_it(num_virtual: int, before: int, after: int) -> bool:
     return after > before and -(-num_virtual // after) < -(-num_virtual // before)
 
 
-def present_nodes() -> dict[str, Any]:
-    """What Ray says of each node, by its id, of those that are there and stay."""
+def present_nodes() -> set[str]:
+    """The ids of the nodes that are there and stay."""
     leaving = cluster_state.get_draining_nodes()
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
     with ThreadPoolExecutor(DIALS) as threads:
         answers = list(threads.map(answers_now, nodes))
-    return {node["NodeID"]: node for node, answered in zip(nodes, answers, strict=True) if answered}
+    return {node["NodeID"] for node, answered in zip(nodes, answers, strict=True) if answered}
 
 
 def answers_now(node: Mapping[str, Any]) -> bool:

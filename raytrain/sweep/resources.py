@@ -7,7 +7,7 @@ import dataclasses
 from raytrain.cluster.resources import check_resources, fitting_workers, resolve_workers, resources_per_worker
 from raytrain.config.load import with_values
 from raytrain.config.sections import Config
-from raytrain.errors import ConfigError, PreflightError
+from raytrain.errors import PreflightError
 from raytrain.sweep.space import workers_of_trial
 
 
@@ -23,11 +23,6 @@ class TrialResources:
     @staticmethod
     def of(cfg: Config) -> TrialResources:
         """PreflightError where the cluster cannot hold them."""
-        if cfg.SCALE.MIN_WORKERS is not None:
-            raise ConfigError(
-                f"SCALE.MIN_WORKERS is {cfg.SCALE.MIN_WORKERS}, but a trial has one number of workers as long as it "
-                "trains; set it to null (--set SCALE.MIN_WORKERS null), and NUM_WORKERS to that number"
-            )
         _, use_gpu = resolve_workers(cfg.SCALE)
         num_workers, _ = workers_of_trial(cfg)
         per_worker = resources_per_worker(cfg.SCALE, use_gpu)

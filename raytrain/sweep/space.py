@@ -12,6 +12,7 @@ import numpy as np
 from raytrain.config.distributions import Choices, Distribution, distribution
 from raytrain.config.load import with_values
 from raytrain.config.sections import Config, Tune
+from raytrain.errors import ConfigError
 
 Params = dict[str, Any]  # dotted key -> value
 
@@ -74,6 +75,11 @@ def sweep_seed(cfg: Config) -> int:
 
 def workers_of_trial(cfg: Config) -> tuple[int, int]:
     """Processes and virtual workers of each trial; left open, one: a run takes all there are, a sweep more trials."""
+    if cfg.SCALE.MIN_WORKERS is not None:
+        raise ConfigError(
+            f"SCALE.MIN_WORKERS is {cfg.SCALE.MIN_WORKERS}, but each trial of a sweep has one number of workers as "
+            "long as it trains; give that (--num_workers N), which sets MIN_WORKERS to null"
+        )
     num_workers = cfg.SCALE.NUM_WORKERS or 1
     return num_workers, cfg.SCALE.VIRTUAL_WORKERS or num_workers
 

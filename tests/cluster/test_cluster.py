@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from types import SimpleNamespace
 
 import pytest
 
 from raytrain.cluster import cluster
+from raytrain.config.sections import Scale
 from raytrain.errors import PreflightError
 
 
@@ -17,8 +17,14 @@ def test_more_workers_than_cores_do_not_wait_for_processes_that_never_start(
 ) -> None:
     """Four workers of half a CPU on two cores took 54 s to the first step, not 12: Ray started but two ahead."""
     cores = len(os.sched_getaffinity(0))
-    asked = SimpleNamespace(NUM_WORKERS=2 * cores, CPUS_PER_WORKER=cpus_per_worker)
+    asked = Scale(NUM_WORKERS=2 * cores, CPUS_PER_WORKER=cpus_per_worker)
     assert cluster.prestart_for(asked, num_cpus).count == cores
+
+
+@pytest.mark.parametrize(("scale", "count"), [({"NUM_WORKERS": 8}, 1), ({}, 1), ({"NUM_WORKERS": 8, "MIN": 2}, 0)])
+def test_an_elastic_run_begins_with_processes_for_those_that_fit(scale: dict[str, int], count: int) -> None:
+    asked = Scale(MIN_WORKERS=scale.pop("MIN", 1), CPUS_PER_WORKER=3.0, **scale)
+    assert cluster.prestart_for(asked, num_cpus=4).count == count
 
 
 @pytest.mark.ray

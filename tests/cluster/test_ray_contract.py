@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import ray
 import ray.train.torch.config as torch_config
-from ray._private import auto_init_hook, ray_constants, services, worker
+from ray._private import auto_init_hook, ray_constants, services, state, worker
 from ray._private.authentication import authentication_token_setup
 from ray._private.node import Node
 from ray._private.parameter import RayParams
@@ -23,23 +23,26 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.experimental import internal_kv
 from ray.train.v2._internal import callbacks, constants, exceptions
 from ray.train.v2._internal.execution.callback import WorkerCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.context import TrainContext
+from ray.train.v2._internal.execution.context import TrainContext, get_train_context
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, ResizeDecision
 from ray.train.v2._internal.execution.worker_group import RayTrainWorker, WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import PlacementGroupHandle
 from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_actor
 from ray.train.v2._internal.execution.worker_group.state import WorkerGroupContext, WorkerGroupState
+from ray.train.v2._internal.execution.worker_group.thread_runner import ThreadRunner
 from ray.train.v2._internal.execution.worker_group.worker import Worker
-from ray.train.v2._internal.util import ObjectRefWrapper
+from ray.train.v2._internal.util import ObjectRefWrapper, bundle_to_remote_args
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray_contract import Dependent
 
 import raytrain
 from raytrain.cluster.cluster import RAY_SETTINGS
 from raytrain.cluster.local_cluster import IDLE, SYSTEM_CONFIG, TESTED, is_tested
+from raytrain.cluster.seats import NODE_ID
 
 RAYLET = Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet"
 
@@ -222,6 +225,38 @@ def test_the_group_of_workers() -> None:
     )
     group.calls(RayTrainWorker.run_train_fn, why, ..., None)
     group.holds(issubclass(RayTaskError, Exception) and issubclass(RayActorError, Exception), why, "its exceptions")
+
+
+def test_the_workers_of_an_elastic_run() -> None:
+    seats, group = Dependent("cluster/seats.py"), Dependent("cluster/worker_group.py")
+    why = "each worker has a place of its own, on a node that is chosen here"
+    seats.calls(placement_group, why, [{}], bundle_label_selector=[{}])
+    seats.calls(remove_placement_group, why, None)
+    seats.calls(state.available_resources_per_node, why)
+    seats.calls(GlobalState.get_draining_nodes, why, ...)
+    seats.holds(ray._raylet.RAY_NODE_ID_KEY == NODE_ID, why, "the label of a node's id")
+    group.overrides(WorkerGroup._create_placement_group, why, "self", "scaling_config", "worker_group_context")
+    group.replaces(WorkerGroup._create_workers, why, "394f20be2cc3")
+    group.calls(WorkerGroup._assign_worker_ranks, why, [])
+    group.calls(Worker, why, None, None, {}, placement_group_bundle_index=0)
+    group.calls(bundle_to_remote_args, why, {})
+    group.calls(WorkerGroup.shutdown, why, ...)
+    group.has(WorkerGroup, why, "_worker_cls")
+    why = "a process that has trained trains again: it gets another context, with a thread of its own"
+    worker = Dependent("cluster/ray_worker.py")
+    worker.mentions(
+        RayTrainWorker.init_train_context, why, "training_thread_runner=ThreadRunner()", "set_train_context("
+    )
+    worker.calls(get_train_context, why)
+    worker.calls(ThreadRunner.is_running, why, ...)
+    worker.calls(ThreadRunner.get_error, why, ...)
+    why = "it decides how many workers there are"
+    controller = Dependent("cluster/controller.py")
+    controller.overrides(FixedScalingPolicy.make_decision_for_non_running_worker_group, why, "self")
+    controller.calls(ResizeDecision, why, num_workers=2, resources_per_worker={})
+    controller.mentions(
+        TrainController._make_and_handle_scaling_decision_for_non_running_worker_group, why, "NoopDecision"
+    )
 
 
 def test_the_end_of_a_group_of_workers() -> None:

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from raytrain.cluster import resources
+from raytrain.config.sections import Scale
 from raytrain.errors import PreflightError
 
 
-def scale(**changes: Any) -> SimpleNamespace:
-    defaults = {"NUM_WORKERS": None, "USE_GPU": "auto", "CPUS_PER_WORKER": 1.0, "GPUS_PER_WORKER": 1.0, "RESOURCES": {}}
-    return SimpleNamespace(**{**defaults, **changes})
-
-
 def test_a_worker_reserves_what_scale_says() -> None:
-    assert resources.resources_per_worker(scale(), False) == {"CPU": 1.0}
-    asked = scale(CPUS_PER_WORKER=0.5, GPUS_PER_WORKER=2.0, RESOURCES={"fast_disk": 1.0})
+    assert resources.resources_per_worker(Scale(), False) == {"CPU": 1.0}
+    asked = Scale(CPUS_PER_WORKER=0.5, GPUS_PER_WORKER=2.0, RESOURCES={"fast_disk": 1.0})
     assert resources.resources_per_worker(asked, True) == {"CPU": 0.5, "GPU": 2.0, "fast_disk": 1.0}
 
 
@@ -67,10 +61,19 @@ def test_gpus_that_are_not_there_and_custom_resources_are_named(ray_address: str
 
 @pytest.mark.ray
 def test_what_scale_leaves_open_is_read_off_the_cluster(ray_address: str) -> None:
-    assert resources.resolve_workers(scale()) == (1, False)
-    assert resources.resolve_workers(scale(NUM_WORKERS=3)) == (3, False)
-    assert resources.resolve_workers(scale(NUM_WORKERS=2, USE_GPU=True)) == (2, True)
-    assert resources.resolve_workers(scale(USE_GPU=False)) == (1, False)
+    assert resources.resolve_workers(Scale()) == (1, False)
+    assert resources.resolve_workers(Scale(NUM_WORKERS=3)) == (3, False)
+    assert resources.resolve_workers(Scale(NUM_WORKERS=2, USE_GPU=True)) == (2, True)
+    assert resources.resolve_workers(Scale(USE_GPU=False)) == (1, False)
+
+
+@pytest.mark.ray
+def test_an_elastic_run_has_as_many_workers_at_most_as_fit_or_as_it_has_virtual_ones(ray_address: str) -> None:
+    assert resources.resolve_workers(Scale(MIN_WORKERS=2)) == (8, False)
+    assert resources.resolve_workers(Scale(MIN_WORKERS=2, CPUS_PER_WORKER=3.0)) == (2, False)
+    assert resources.resolve_workers(Scale(MIN_WORKERS=9)) == (9, False), "which check_resources then refuses"
+    assert resources.resolve_workers(Scale(MIN_WORKERS=2, NUM_WORKERS=3)) == (3, False)
+    assert resources.resolve_workers(Scale(MIN_WORKERS=2), virtual_workers=16) == (16, False)
 
 
 @pytest.mark.ray

@@ -66,6 +66,13 @@ def test_a_run_starts_with_the_batch_arithmetic() -> None:
     )
 
 
+def test_an_elastic_run_says_how_many_workers_there_are_of_how_many() -> None:
+    elastic = {**RUN, "num_workers": 3, "min_workers": 2, "max_workers": 4}
+    start, _, live = shown(elastic, step(1)).splitlines()
+    assert start.startswith("digits(default): 3 of 2-4 workers (cpu), ")
+    assert "  512 samples/s  3 of 2-4 workers  ETA " in live
+
+
 def test_a_resumed_run_says_from_where() -> None:
     resumed = {**RUN, "step": 420, "epoch": 3, "resumed_from": "ckpt/checkpoint_epoch_3", "accumulate": 2}
     said = shown({**resumed, "num_workers": 0})

@@ -10,12 +10,16 @@ import pytest
 import s3_server
 from small_runs import config, journal, train
 
+from raytrain.config.sections import Config
 from raytrain.errors import PreflightError, RaytrainError
+from raytrain.journal.journal import Journal
 from raytrain.journal.records import read_journal
+from raytrain.journal.sinks import JsonlSink
 from raytrain.storage.lock import locked
 from raytrain.storage.storage import open_storage
 from raytrain.training import run_journal
-from raytrain.training.run_journal import restart_message, write_failure
+from raytrain.training.control import Restart
+from raytrain.training.run_journal import is_resize, restart_message, write_failure, write_resize
 
 STEP = b'{"kind": "step", "step": 1}\n'
 
@@ -33,6 +37,33 @@ STEP = b'{"kind": "step", "step": 1}\n'
 )
 def test_a_restart_says_why_and_where_it_goes_on(why: str, step: int, message: str) -> None:
     assert restart_message(why, step) == message.format("the workers were started again and")
+
+
+def test_a_change_of_the_number_of_workers_is_told_with_its_cost(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "journal.jsonl")
+    restart = Restart("there is room for more", num_workers=2, stopped_at=100.0, is_planned=True)
+    write_resize(Journal([sink], Config.model_fields["LOG"].default), restart, num_workers=4, now=101.25)
+    sink.close()
+    record = json.loads((tmp_path / "journal.jsonl").read_text())
+    assert {key: record[key] for key in ("event", "from", "to", "why", "planned", "seconds")} == {
+        "event": "resize",
+        "from": 2,
+        "to": 4,
+        "why": "there is room for more",
+        "planned": True,
+        "seconds": 1.25,
+    }
+    assert record["message"] == (
+        "2 -> 4 workers: there is room for more; 1.2 s from the last step of those to the first of these"
+    )
+
+
+@pytest.mark.parametrize(("before", "stopped_at", "is_one"), [(2, 1.0, True), (4, 1.0, False), (None, 1.0, False)])
+def test_a_restart_is_a_change_of_size_where_there_were_other_workers(
+    before: int | None, stopped_at: float, is_one: bool
+) -> None:
+    assert is_resize(Restart("", before, stopped_at), 4) == is_one
+    assert not is_resize(Restart("", before, None), 4), "none of those before has ended a step"
 
 
 @pytest.mark.parametrize("before", [STEP, STEP * 2, STEP + b'{"kind": "st', b'{"ki'])
