@@ -105,8 +105,12 @@ def check_reachable(run_uri: str) -> None:
             )
             for n in others
         ]
-        seen = ray.get(answers, timeout=60)
-        unreachable = [n["NodeManagerAddress"] for n, sees in zip(others, seen, strict=True) if not sees]
+        ray.wait(answers, num_returns=len(answers), timeout=60)
+        unreachable = [
+            node["NodeManagerAddress"]
+            for node, answer in zip(others, answers, strict=True)
+            if not sees_or_is_gone(answer)
+        ]
     finally:
         marker.unlink(missing_ok=True)
     if unreachable:
@@ -114,6 +118,17 @@ def check_reachable(run_uri: str) -> None:
             f"the run folder {run_uri} is not visible on {len(unreachable)} of {len(others) + 1} nodes "
             f"({', '.join(unreachable[:5])}). Give --output a folder that all nodes share (NFS) or a URI such as s3://bucket/path"
         )
+
+
+def sees_or_is_gone(answer: Any) -> bool:
+    """What a node has said; True if it has died, of which Ray knows only after a while: it is no place to train."""
+    import ray
+    from ray.exceptions import NodeDiedError, TaskUnschedulableError, WorkerCrashedError
+
+    try:
+        return bool(ray.get(answer, timeout=1))
+    except (NodeDiedError, TaskUnschedulableError, WorkerCrashedError):
+        return True
 
 
 def _can_write_beside(marker: str) -> bool:
