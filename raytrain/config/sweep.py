@@ -103,7 +103,7 @@ def _refused(
 
 def _misplaced(path: str, section: str, tree: dict[str, Any], model: type[BaseModel]) -> str:
     """Why a sweep cannot set this key there, or nothing."""
-    fixed = OF_THE_SWEEP if section == "CONSTANTS" else {**OF_THE_SWEEP, **OF_EVERY_TRIAL}
+    fixed = OF_THE_SWEEP if section == "CONSTANTS" else {**OF_EVERY_TRIAL, **OF_THE_SWEEP}
     for shared, why in fixed.items():
         if f"{path}.".startswith(f"{shared}.") or shared.startswith(f"{path}."):
             return f"all trials have the same {shared}: {why}"

@@ -123,7 +123,8 @@ def started_by_hand(start: Command, port: int, folder: Path) -> Iterator[None]:
 
 
 def test_a_cluster_started_by_hand_is_joined(folder):
-    start, train = OF_THE_CLUSTER
+    start, *trains = OF_THE_CLUSTER
+    assert ["1-4" in train.words for train in trains] == [False, True]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -131,7 +132,8 @@ def test_a_cluster_started_by_hand_is_joined(folder):
     temp.mkdir()
     try:
         with started_by_hand(start, port, temp):
-            words = [word.replace("6379", str(port)) for word in train.words[1:]]
-            assert "finished after epoch 2" in commanded(words, folder).ended(0)
+            for train in trains:
+                words = [word.replace("6379", str(port)) for word in train.words[1:]]
+                assert "finished after epoch 2" in commanded(words, folder).ended(0)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
