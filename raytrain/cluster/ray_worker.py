@@ -38,7 +38,7 @@ from raytrain.training.worker import run_job
 
 POST_S = 0.2  # how often rank 0 posts to the driver and asks whether it shall stop
 ASK_S = 0.02  # how often the answer is looked for whether a trial shall go on
-END_S, LOOK_S = 3.0, 0.02  # so long a part in a run may take to end once others are gone; how often that is looked at
+END_S, LOOK_S = 5.0, 0.02  # so long a part in a run may take to end once others are gone; how often that is looked at
 RECENT = 50  # records, of those that are not steps, that wait for the driver
 
 

@@ -22,7 +22,7 @@ from raytrain.cluster.mailbox import Mailbox, attempt_name
 from raytrain.cluster.ray_worker import forget_run
 from raytrain.cluster.seats import Seat, Seats
 
-FORGET_S = 5.0  # a process that takes longer to end its part in a run, and to forget it, is not used again
+FORGET_S = 8.0  # a process that takes longer to end its part in a run, and to forget it, is not used again
 SETTLE_S = 0.1  # until what killed workers had is free; Ray, asked before, looks again only after 0.3 to 0.5 s
 
 
