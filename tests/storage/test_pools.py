@@ -116,7 +116,7 @@ def test_a_pool_whose_workers_die_raises_what_became_of_them(breaking: None, dea
 def test_a_pool_whose_workers_die_as_they_begin_gives_up(breaking: None) -> None:
     with (
         FORK.Pool(2, begins_badly, [5]) as pool,
-        pytest.raises(multiprocessing.ProcessError, match=r"with exit code 5, and \d+ more"),
+        pytest.raises(multiprocessing.ProcessError, match=r"with exit code 5"),
     ):
         pool.map(abs, range(4))
 
