@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -141,14 +141,18 @@ class OrderedReduction(CollectiveReduction):
 
     def _gather_whole(self, dtype: torch.dtype, start: int, stop: int) -> None:
         """Every process adds up all that the others send it: twice the bytes or more, in one message."""
-        counts = self._additions.counts
-        size, most = stop - start, max(counts)
-        sent = torch.stack([self.nodes[min(i, len(self.nodes) - 1)][dtype][start:stop] for i in range(most)])
-        received = torch.empty(self.world.size * most * size, dtype=dtype, device=self.world.device)
-        self.world.begin_gather(received, sent.view(-1)).wait()
-        by_rank = received.view(self.world.size, most, size)
-        parts = [by_rank[rank, i] for rank, count in enumerate(counts) for i in range(count)]
+        parts = nodes_of_all([node[dtype][start:stop] for node in self.nodes], self._additions.counts, self.world)
         add_up(parts, self._additions.across.arrivals, self.sums[dtype][start:stop])
+
+
+def nodes_of_all(nodes: Sequence[torch.Tensor], counts: Sequence[int], world: World) -> list[torch.Tensor]:
+    """Collective. The nodes of all processes in the order of ranks, of which each has as many as `counts` says."""
+    most, size = max(counts), len(nodes[0])
+    sent = torch.stack([nodes[min(i, len(nodes) - 1)] for i in range(most)]).view(-1)
+    received = sent.new_empty(len(counts) * len(sent))
+    world.gather_(received, sent)
+    by_rank = received.view(len(counts), most, size)
+    return [by_rank[rank, i] for rank, count in enumerate(counts) for i in range(count)]
 
 
 def whole(world: World) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from raytrain.engine.collectives import nodes_of_all
 from raytrain.engine.tail import Tail
 from raytrain.engine.terms import MAX_TERMS, Key, Sum, Value, row_of
 from raytrain.engine.tree import Additions, merged
@@ -67,13 +68,7 @@ class Terms:
 
     def _sum_beyond(self) -> torch.Tensor:
         """Collective. Of all nodes of all processes, in the tree's order."""
-        counts = self._additions.counts
-        most, size = max(counts), len(self._beyond[0])
-        sent = torch.stack([self._beyond[min(i, len(self._beyond) - 1)] for i in range(most)]).view(-1)
-        received = sent.new_empty(len(counts) * len(sent))
-        self._world.gather_(received, sent)
-        of_ranks = received.view(len(counts), most, size)
-        parts = [of_ranks[rank, i] for rank, count in enumerate(counts) for i in range(count)]
+        parts = nodes_of_all(self._beyond, self._additions.counts, self._world)
         return merged(parts, self._additions.across.arrivals)[0]
 
     def new_name_met(self) -> None:

@@ -115,8 +115,8 @@ def test_a_pool_whose_workers_die_raises_what_became_of_them(breaking: None, dea
 @pytest.mark.timeout(30)
 def test_a_pool_whose_workers_die_as_they_begin_gives_up(breaking: None) -> None:
     with (
-        FORK.Pool(2, begins_badly, [5]) as pool,
-        pytest.raises(multiprocessing.ProcessError, match=r"with exit code 5"),
+        FORK.Pool(8, begins_badly, [5]) as pool,  # more at once than are named, on however busy a machine
+        pytest.raises(multiprocessing.ProcessError, match=r"with exit code 5, and \d+ more"),
     ):
         pool.map(abs, range(4))
 
