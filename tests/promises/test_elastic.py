@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from commands import Launched, alive, gone, wait_for
 from ray_nodes import Nodes, ray_nodes
-from runs import Run, assert_same_bits, assert_uses_once
+from runs import Run, assert_same_bits, assert_uses_once, steps_repeated, wait_for_steps
 
 from raytrain.cli import main
 
@@ -70,7 +70,7 @@ def test_a_run_shrinks_and_grows_with_its_cluster_and_ends_with_the_same_bits(
     assert_uses_once(run, VIRTUAL, EPOCHS, SAMPLES)
     print("seconds of each change:", [round(record["seconds"], 1) for record in resizes(run)])
     assert [record["planned"] for record in resizes(run)] == [True, True, True, False]
-    assert repeated(run) <= 1, "the step under way as the node was killed, and no other"
+    assert steps_repeated(run, VIRTUAL) <= 1, "the step under way as the node was killed, and no other"
     assert [record["num_workers"] for record in run.lines("run")] == [2, 4, 2, 4, 2]
 
 
@@ -96,7 +96,7 @@ def test_a_cluster_that_changes_in_a_storm_of_kills_changes_no_bit(
     assert storm.kills >= 4
     assert_same_bits(run.payload(LAST), undisturbed.payload(LAST))
     assert_uses_once(run, VIRTUAL, EPOCHS, SAMPLES)
-    assert repeated(run) <= storm.kills + 1
+    assert steps_repeated(run, VIRTUAL) <= storm.kills + 1
 
 
 class Storm:
@@ -142,26 +142,3 @@ def resized(run: Run, changes: list[tuple[int, int]], launched: Launched) -> Non
         return [(record["from"], record["to"]) for record in resizes(run)] == changes
 
     wait_for(told, f"{changes}; {launched.output()}")
-
-
-def steps_begun(run: Run) -> list[int]:
-    """The step of each pass of a virtual worker, in their order."""
-    uses = run.gate / "uses.txt"
-    return [int(line.split()[0]) for line in uses.read_text().splitlines()] if uses.exists() else []
-
-
-def wait_for_steps(run: Run, count: int, launched: Launched) -> None:
-    """Until that many more have begun than at any time before."""
-    goal = max(steps_begun(run), default=-1) + count
-
-    def reached() -> bool:
-        assert launched.process.poll() is None, launched.output()
-        return max(steps_begun(run), default=-1) >= goal
-
-    wait_for(reached, f"step {goal}; {launched.output()}")
-
-
-def repeated(run: Run) -> int:
-    """How many steps were begun again, all in all."""
-    begun = steps_begun(run)
-    return sum(-(-begun.count(step) // VIRTUAL) - 1 for step in set(begun))

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Launched, gone, wait_for
-from runs import Run, assert_same_bits, assert_uses_once
+from commands import gone
+from runs import Run, assert_same_bits, assert_uses_once, steps_repeated, wait_for_steps
 
 from raytrain.cli import main
 from raytrain.keeper import client
@@ -40,7 +40,7 @@ def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_left_alone(tmp_p
     (run.gate / "slow").write_text("0.02")
     launched, drivers_turn = run.start("--num_workers", "2"), chance.randrange(1, KILLS - 1)
     for kill in range(KILLS):
-        wait_for_steps(run, chance.randrange(15, 30), launched)
+        wait_for_steps(run, chance.randrange(15, 30), launched, lambda: len(pids_of(run)) == 2)
         pids = pids_of(run)
         if kill == drivers_turn:
             launched.kill(pids, workers_too=False)
@@ -54,27 +54,10 @@ def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_left_alone(tmp_p
     assert_uses_once(alone, 2, EPOCHS, SAMPLES)
     assert_uses_once(run, 2, EPOCHS, SAMPLES)
     assert evaluations(run) == evaluations(alone)
-    print(f"steps repeated: {repeated(run)}, after {KILLS} kills")
-    assert repeated(run) < KILLS * EVERY_STEPS
+    print(f"steps repeated: {steps_repeated(run, 2)}, after {KILLS} kills")
+    assert steps_repeated(run, 2) < KILLS * EVERY_STEPS
     assert all(path.name.startswith("checkpoint_") for path in run.ckpt.iterdir())
     assert client.connect(str(run.run_dir)) is None
-
-
-def steps_begun(run: Run) -> list[int]:
-    """The step of each pass of the first virtual worker or the second, in their order."""
-    uses = run.gate / "uses.txt"
-    return [int(line.split()[0]) for line in uses.read_text().splitlines()] if uses.exists() else []
-
-
-def wait_for_steps(run: Run, count: int, launched: Launched) -> None:
-    """Until that many more have been trained than at any time before, by both workers of now."""
-    goal = max(steps_begun(run), default=-1) + count
-
-    def reached() -> bool:
-        assert launched.process.poll() is None, launched.output()
-        return max(steps_begun(run), default=-1) >= goal and len(pids_of(run)) == 2
-
-    wait_for(reached, f"step {goal}")
 
 
 def pids_of(run: Run) -> list[int]:
@@ -84,9 +67,3 @@ def pids_of(run: Run) -> list[int]:
 
 def evaluations(run: Run) -> list[tuple[int, dict[str, float]]]:
     return [(record["step"], record["metrics"]) for record in run.records("eval")]
-
-
-def repeated(run: Run) -> int:
-    """How many steps were begun again, all in all."""
-    begun = steps_begun(run)
-    return sum(-(-begun.count(step) // 2) - 1 for step in set(begun))

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import shutil
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,29 @@ def keepers_of(run: Run) -> list[int]:
 def loader_workers_of(pid: int) -> list[int]:
     """Loader workers are children of the fork server, which is a child of `pid`."""
     return [grandchild for child in children_of(pid) for grandchild in children_of(child)]
+
+
+def steps_begun(run: Run) -> list[int]:
+    """The step of each pass of a virtual worker, in their order."""
+    uses = run.gate / "uses.txt"
+    return [int(line.split()[0]) for line in uses.read_text().splitlines()] if uses.exists() else []
+
+
+def wait_for_steps(run: Run, count: int, launched: Launched, also: Callable[[], bool] = lambda: True) -> None:
+    """Until that many more have begun than at any time before, and what else is asked for holds."""
+    goal = max(steps_begun(run), default=-1) + count
+
+    def reached() -> bool:
+        assert launched.process.poll() is None, launched.output()
+        return max(steps_begun(run), default=-1) >= goal and also()
+
+    wait_for(reached, f"step {goal}; {launched.output()}")
+
+
+def steps_repeated(run: Run, virtual_workers: int) -> int:
+    """How many steps were begun again, all in all."""
+    begun = steps_begun(run)
+    return sum(-(-begun.count(step) // virtual_workers) - 1 for step in set(begun))
 
 
 def assert_same_bits(found: Any, expected: Any, where: str = "checkpoint") -> None:
