@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from raytrain.data.dropped_samples import DroppedSamples
-from raytrain.data.loader import BatchKey, KeyedBatches, Loaded, check_loader_workers, start_loader
+from raytrain.data.loader import BatchKey, KeyedBatches, Loaded, check_loader_workers, end_loader, start_loader
 from raytrain.data.module_values import ModuleValues, differing_note
 from raytrain.data.sampler import cut, epoch_order, step_samples
 from raytrain.data.split import HEAD_BYTES
@@ -269,9 +269,7 @@ class Feed:
     def close(self) -> None:
         """End the loader workers."""
         batches, self._batches, self._reader = self._batches, None, None
-        shutdown = getattr(batches, "_shutdown_workers", None)
-        if shutdown is not None:
-            shutdown()
+        end_loader(batches)
 
     def _keys(self, progress: Progress, evaluate_first: bool, trains: bool) -> Iterator[BatchKey]:
         if evaluate_first:

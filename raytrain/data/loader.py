@@ -31,6 +31,7 @@ from raytrain.storage.scratch import named_by_this_process
 from raytrain.task import Task
 
 LOADERS_PER_CPU = 16  # more than one, since loading may be waiting
+FEEDER_S = 5.0  # for a thread that may still be writing to a process that was killed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +182,21 @@ def start_loader(
                 f"fails: {error}. Keep lambdas, open files, locks and classes made inside functions out of them, "
                 "or load in the training process (--workers 0)"
             ) from error
+
+
+def end_loader(batches: Any) -> None:
+    """End the processes that make them, and the threads that fed these.
+
+    torch leaves the threads to themselves. One that is still at it when the interpreter ends stops between a
+    semaphore's end and the word of it, and multiprocessing warns of a leak.
+    """
+    shutdown = getattr(batches, "_shutdown_workers", None)
+    if shutdown is None:  # they were made in this process, or none has been
+        return
+    shutdown()
+    for queue in batches._index_queues:
+        if queue._thread is not None:
+            queue._thread.join(FEEDER_S)
 
 
 def reduce_generator(generator: torch.Generator) -> Any:

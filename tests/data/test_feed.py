@@ -154,6 +154,14 @@ def test_close_leaves_no_loader_worker() -> None:
     feed.close()  # once more does no harm
 
 
+def test_no_thread_of_a_feed_outlives_it_to_end_with_the_interpreter_with_a_semaphore_half_removed() -> None:
+    before = set(threading.enumerate())
+    with feed_of(2) as feed:
+        next(whole_run(feed))
+        assert set(threading.enumerate()) - before  # those that tell the workers what to load
+    assert not set(threading.enumerate()) - before
+
+
 def test_a_loader_worker_that_dies_is_told_as_that_also_where_batches_of_it_are_in_the_queue() -> None:
     with feed_of(1) as feed:
         stream = whole_run(feed)
