@@ -131,6 +131,8 @@ class Optimization(Section):
     SCHEDULER: Literal["step", "onecycle", "cosine", "constant"] | None = None
     ACCUMULATE: Count = 1  #: micro-batches in a step
     SYNC_BN: Flag = False  #: BatchNorm over the samples of all workers
+    #: what a step leaves in BatchNorm's statistics and the like: virtual worker 0's, or the mean over all
+    BUFFERS: Literal["first", "mean"] = "first"
     LEGACY_PARAM_GROUPS: Flag = False  #: leave out the parameters that OpenPCDet leaves out
     ENGINE: Literal["auto", "flat", "ddp"] = "auto"  #: flat buffers, or parameter by parameter; auto: flat if it can
     TF32: Flag = False  #: f32 products rounded to 10 bits of mantissa, on GPUs that have it

@@ -1,5 +1,7 @@
 """A model's buffers (BatchNorm statistics, caches) over a step: each virtual worker's own, virtual worker 0's after it.
 
+`OPTIMIZATION.BUFFERS: mean` has some of them become the mean instead (engine/buffer_means.py).
+
 So are parameters that forward changes by itself: a momentum encoder, a queue, an embedding with max_norm. Which these
 are shows in the run's first steps, and is kept in checkpoints.
 
@@ -17,6 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from raytrain.engine.buffer_means import BufferMeans
+
 LOOKS = 3  # a momentum encoder begins as a copy, so the first step does not move it, nor the next where LR begins at 0
 
 
@@ -28,9 +32,12 @@ class ModuleBuffers:
 
     parameters: names of the parameters that are buffers too, as far as is known
     looks_left: in so many steps it is looked whether there are more
+    means:      those that become the mean over the virtual workers instead; None: none does
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, have_means: bool = False) -> None:
+        means = BufferMeans(model) if have_means else None
+        self.means = means if means is not None and means.numbers else None
         self.parameters: list[str] = []
         self.looks_left = LOOKS
         self._all_parameters = dict(model.named_parameters())
@@ -64,6 +71,8 @@ class ModuleBuffers:
     def begin_step(self) -> None:
         """Keep what they are now."""
         self._first_done = False
+        if self.means is not None:
+            self.means.begin_step()
         tensors = self.tensors()
         if self._at_start.of is not tensors:
             self._at_start = Snapshot(tensors)
@@ -80,13 +89,19 @@ class ModuleBuffers:
             self._first_done = True
             yield
             self._look_at_parameters()
+            self._keep_for_mean()
             return
         firsts = {key: buffer.clone() for key, buffer in self.tensors().items()}
         self.put_back()
         try:
             yield
+            self._keep_for_mean()
         finally:
             self.take_over({**firsts, **self._look_at_parameters()})
+
+    def _keep_for_mean(self) -> None:
+        if self.means is not None:
+            self.means.virtual_worker_done()
 
     def take_over(self, values: Mapping[tuple[int, str], torch.Tensor]) -> None:
         """Each becomes its value among `values`, where that fits."""

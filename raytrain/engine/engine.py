@@ -93,9 +93,10 @@ class Engine:
             if self.why_ddp and optim_cfg.ENGINE == "flat":
                 raise TaskError(f"OPTIMIZATION.ENGINE is flat, but {self.why_ddp}; set it to auto or ddp")
         flat = optim_cfg.ENGINE != "ddp" and self.why_ddp is None
-        self.buffers = ModuleBuffers(model)
+        has_several = world.virtual_workers > 1
+        self.buffers = ModuleBuffers(model, have_means=optim_cfg.BUFFERS == "mean" and has_several)
         self.gradients: Gradients | None = None
-        if flat or world.size > 1 or (is_exact and world.virtual_workers > 1):
+        if flat or world.size > 1 or (has_several and (is_exact or self.buffers.means is not None)):
             self.gradients = Gradients(model, self.params, self.buffers, world, reduction, is_exact, segment_bytes)
         self.stepper: Stepper
         if flat and self.gradients is not None:

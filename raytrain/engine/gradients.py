@@ -46,14 +46,14 @@ class Gradients:
         """Collective. `reduction` is SCALE.REDUCTION; larger gradients than segment_bytes are summed in parts."""
         self.params, self.buffers, self.world, self.is_exact = params, buffers, world, is_exact
         self.layout = Layout(params)
-        sizes = padded(with_tail(self.layout.sizes, len(params)), world)
+        sizes = padded(with_tail(self.layout.sizes, len(params), buffers.means), world)
         adds = (
             additions(world.rank, world.size, world.virtual_workers)
             if is_exact
             else of_processes(world.rank, world.size)
         )
         self.reduction = open_reduction(sizes, buffers.tensors(), world, reduction, adds, is_exact)
-        self.tail = Tail(params, self.reduction, adds.here)
+        self.tail = Tail(params, self.reduction, adds.here, buffers.means)
         self.terms = Terms(self.tail, world, adds)
         self._leaves = Leaves(params, self.layout, adds.here, self.reduction.nodes)
         self._in_grad: list[torch.Tensor | None] = []
@@ -97,12 +97,14 @@ class Gradients:
     def combine(
         self, losses: Sequence[LeafLoss], wishes: tuple[bool, ...], terms: Sequence[Mapping[Key, Sum]] | None
     ) -> Combined:
-        """Collective. Sum the gradients, and what rides in their tail; the model's buffers become rank 0's.
+        """Collective. Sum the gradients, and what rides in their tail; its buffers become rank 0's, or the mean.
 
         losses, terms: of each virtual worker here
         """
         self._in_grad = [] if self.is_exact else [param.grad for param in self.params]
+        self.tail.write_means()
         if self.world.size == 1:
+            self.tail.read_means(self.world.virtual_workers)
             return self._combined_alone(losses, wishes, terms)
         buffers = self.buffers.tensors()
         unstaged = self.reduction.unstaged(buffers) if self.world.is_first else {}
@@ -116,6 +118,7 @@ class Gradients:
             self.terms.new_name_met()
         if summed.wishes[-1] and self.world.device.type == "cpu":  # a GPU would learn of it too late
             self.buffers.take_over(self.world.broadcast_object(unstaged))
+        self.tail.read_means(self.world.virtual_workers)
         means = None if terms is None else self.terms.read()
         weight = None if losses[0].weight is None else summed.weight
         return summed._replace(wishes=summed.wishes[:-2], weight=weight, terms=means)

@@ -1,8 +1,9 @@
-"""What rides behind the gradients, so that it costs no collective of its own: used flags, wishes, loss, terms.
+"""What rides behind the gradients, so that it costs no collective of its own: used flags, wishes, loss, terms, buffers.
 
-The last numbers of a flat buffer: for each parameter whether a process used it, for each wish whether one has it,
-the loss, the sum of the weights, and what is recorded beside the loss. They are summed as the gradients are, in the
-same order, which for losses is that of the virtual workers; what of the flags is above 0 then, some process had.
+The last numbers of a flat buffer: those of a model's buffers that become means; for each parameter whether a process
+used it, for each wish whether one has it, the loss, the sum of the weights, and what is recorded beside the loss. They
+are summed as the gradients are, in the same order, which for losses and buffers is that of the virtual workers; what of
+the flags is above 0 then, some process had.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from raytrain.engine.buffer_means import BufferMeans
 from raytrain.engine.late import LateReader
 from raytrain.engine.reduction import Reduction
 from raytrain.engine.terms import MAX_TERMS, Key, Value
@@ -46,10 +48,13 @@ class Combined(NamedTuple):
     terms: dict[Key, Value] | None = None
 
 
-def with_tail(sizes: Mapping[torch.dtype, int], num_params: int) -> dict[torch.dtype, int]:
+def with_tail(
+    sizes: Mapping[torch.dtype, int], num_params: int, means: BufferMeans | None = None
+) -> dict[torch.dtype, int]:
     """`sizes` of flat buffers, with room for a tail behind the gradients."""
-    dtype = tail_dtype(sizes)
-    return {**sizes, dtype: sizes.get(dtype, 0) + num_params + MAX_WISHES + NUM_NUMBERS}
+    dtype = torch.float64 if means is not None and means.is_f64 else tail_dtype(sizes)
+    num_means = 0 if means is None else means.numbers
+    return {**sizes, dtype: sizes.get(dtype, 0) + num_means + num_params + MAX_WISHES + NUM_NUMBERS}
 
 
 def tail_dtype(buffers: Mapping[torch.dtype, object]) -> torch.dtype:
@@ -64,15 +69,18 @@ class Tail:
     wishes are those of LATE_STEPS ago.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter], reduction: Reduction, here: Schedule) -> None:
+    def __init__(
+        self, params: Sequence[nn.Parameter], reduction: Reduction, here: Schedule, means: BufferMeans | None = None
+    ) -> None:
         """reduction: of buffers as large as with_tail() says;  here: how its nodes come of this process's leaves"""
-        self._params, self._here = params, here
-        dtype, parts = tail_dtype(reduction.sums), [len(params) + MAX_WISHES, 2, 2 * MAX_TERMS]
+        self._params, self._here, self._means = params, here, means
+        num_means = 0 if means is None else means.numbers
+        dtype, parts = tail_dtype(reduction.sums), [num_means, len(params) + MAX_WISHES, 2, 2 * MAX_TERMS]
         of_nodes = [node[dtype][-sum(parts) :].split(parts) for node in reduction.nodes]
-        self._flags_addend = of_nodes[0][0]
-        self._losses_addends = [losses for _, losses, _ in of_nodes]
-        self._terms_addends = [terms for _, _, terms in of_nodes]
-        self._flags_sum, self._losses_sum, self.terms_sum = reduction.sums[dtype][-sum(parts) :].split(parts)
+        self._means_addends, flags, self._losses_addends, self._terms_addends = zip(*of_nodes, strict=True)
+        self._flags_addend = flags[0]
+        sums = reduction.sums[dtype][-sum(parts) :].split(parts)
+        self._means_sum, self._flags_sum, self._losses_sum, self.terms_sum = sums
         self._written: tuple[list[bool], tuple[bool, ...]] | None = None
         self._flags = torch.empty(0)
         self._late_wishes = LateReader()
@@ -98,6 +106,25 @@ class Tail:
         if not weights:
             return [LeafLoss(each) for each in sums]
         return list(map(LeafLoss, sums, merged(weights, arrivals)))
+
+    def write_means(self) -> None:
+        """What each leaf here has left in the buffers that become means."""
+        if self._means is not None:
+            for addend, node in zip(self._means_addends, self._added(self._means.rows), strict=True):
+                addend.copy_(node)
+
+    def read_means(self, virtual_workers: int) -> None:
+        """These buffers become the mean of what all wrote."""
+        if self._means is not None:
+            self._means.take(self._means_sum / virtual_workers)
+
+    def _added(self, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Of each node of this process, the sum over its virtual workers."""
+        dtype, arrivals = self._means_sum.dtype, self._here.arrivals
+        of_leaves = [row.to(dtype) for row in rows]
+        if len(arrivals) < len(rows):  # the process is one leaf, whatever it hosts
+            return [torch.stack(of_leaves).sum(0)]
+        return merged(of_leaves, arrivals)
 
     def write_terms(self, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The numbers of each leaf here; of each node, those that have no room in the tail."""

@@ -54,6 +54,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {"USE_AMP": True, "AMP_DTYPE": "bf16"},
     "fp16": {"USE_AMP": True, "LOSS_SCALE_FP16": 2.0**8},
     "weights": {"weighted": True},
+    "mean of buffers": {"BUFFERS": "mean"},
+    "mean of buffers, ddp": {"BUFFERS": "mean", "ENGINE": "ddp"},
     "one micro-batch": {"accumulate": 1},
     "one micro-batch, ddp": {"accumulate": 1, "ENGINE": "ddp"},
     "a bad step": {"bad": True},
@@ -109,7 +111,8 @@ WAYS = {
     "segments": ("collective", 100_000),
 }
 CASES = [("shared memory", kind) for kind in VARIANTS]
-CASES += [(way, kind) for way in ("collectives", "segments") for kind in ("flat", "ddp", "weights", "one micro-batch")]
+CASES += [(way, kind) for way in ("collectives", "segments") for kind in ("flat", "ddp", "weights", "mean of buffers")]
+CASES += [("collectives", "one micro-batch"), ("segments", "one micro-batch")]
 
 
 @pytest.mark.parametrize(("way", "kind"), CASES)

@@ -17,6 +17,7 @@ OPTIMIZATION: dict[str, Any] = {
     "AMP_DTYPE": "fp16",
     "LOSS_SCALE_FP16": None,
     "ENGINE": "auto",
+    "BUFFERS": "first",
     "NONFINITE": "skip",
     "NONFINITE_LIMIT": 10,
     "ROLLBACK_EVERY": 100,
