@@ -129,11 +129,8 @@ def merged(parts: Sequence[torch.Tensor], arrivals: Sequence[Arrival]) -> list[t
     """What is left of small `parts` once they are added as `arrivals` say."""
     stack: list[torch.Tensor] = []
     for part, arrival in zip(parts, arrivals, strict=True):
-        if arrival.adds:
-            stack[-1] = stack[-1] + part
-        else:
-            stack.append(part)
-        for _ in range(arrival.merges):
+        stack.append(part)
+        for _ in range(arrival.adds + arrival.merges):
             top = stack.pop()
             stack[-1] = stack[-1] + top
     return stack

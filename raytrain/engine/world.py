@@ -49,13 +49,8 @@ class World:
         """Rank 0 reads clocks, disks and journals for all."""
         return self.rank == 0
 
-    def sum_(self, tensor: torch.Tensor) -> None:
-        """Collective. `tensor` becomes its sum over all processes, the same bits on each."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-
     def begin_sum(self, tensor: torch.Tensor) -> Any:
-        """Collective. As sum_, without waiting: `wait()` on what is returned comes before the sum is read."""
+        """Collective. `tensor` becomes its sum over all processes; `wait()` on what is returned before it is read."""
         return dist.all_reduce(tensor, async_op=True)
 
     def begin_exchange(self, received: torch.Tensor, sent: torch.Tensor, counts: list[int]) -> Any:

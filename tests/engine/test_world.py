@@ -28,7 +28,6 @@ def test_more_processes_than_virtual_workers_are_refused_with_what_to_do() -> No
 def test_alone_every_collective_gives_back_what_it_got() -> None:
     world = World()
     tensor = torch.tensor([1.0, 2.0])
-    world.sum_(tensor)
     world.broadcast_(tensor)
     assert tensor.tolist() == [1.0, 2.0]
     assert world.broadcast_object({"a": 1}) == {"a": 1}
@@ -39,7 +38,7 @@ def test_alone_every_collective_gives_back_what_it_got() -> None:
 def collectives(rank: int) -> dict[str, Any]:
     world = World.joined(3, torch.device("cpu"))
     summed = torch.tensor([1e8, 1.0 + rank, 1 / 3])
-    world.sum_(summed)
+    world.begin_sum(summed).wait()
     first = torch.arange(3, dtype=torch.uint8) + 10 * rank
     world.broadcast_(first)
     return {
