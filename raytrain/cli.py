@@ -289,6 +289,12 @@ def add_prove(commands: Any) -> None:
     prove.add_argument(
         "--only", choices=KINDS, nargs="+", default=[], metavar="WAY", help=f"try only {', '.join(KINDS)}"
     )
+    prove.add_argument(
+        "--timeout",
+        type=count,
+        metavar="S",
+        help="seconds that a way may take before it counts as hung (20 times as long as straight, and 60 at least)",
+    )
     add_set_argument(prove)
     prove.set_defaults(run=run_prove)
 
@@ -551,7 +557,7 @@ def run_prove(args: argparse.Namespace) -> int:
     from raytrain.proof.proof import prove
 
     try:
-        return EXIT_FINISHED if prove(cfg, args.steps, args.only, say) else EXIT_FAILED
+        return EXIT_FINISHED if prove(cfg, args.steps, args.only, say, args.timeout) else EXIT_FAILED
     except KeyboardInterrupt:
         print("raytrain: stopped; of what was tried nothing is left", file=sys.stderr)
         return EXIT_FAILED

@@ -19,12 +19,16 @@ from raytrain.config.load import with_overrides
 from raytrain.config.sections import Config
 from raytrain.errors import EXIT_FAILED, RaytrainError
 from raytrain.hash_seed import VARIABLE, hash_seed
+from raytrain.keeper.watchdog import answers_dump, calls_of
 from raytrain.proof.trial import Trial, take_in_fork
 from raytrain.proof.ways import HASH_SEED, RESUMED, STRAIGHT, Way
+from raytrain.storage.processes import DUMP
 from raytrain.storage.scratch import ScratchFolder, remove_abandoned
 
 LEAST_SLOTS, MOST_SLOTS = 2, 4  # processes at a time: one for each core, but each has the data set and the model
 POLL_S = 0.02
+LEAST_S, TIMES = 60.0, 20  # a way may take so many times as long as straight did, or so long
+STACKS_S = 2.0  # for a process to write its stacks
 ENDING_S = 5.0  # for processes that were killed to be gone
 TAIL = 10  # lines of what a process printed that has died
 
@@ -50,6 +54,20 @@ class Process:
         printed = self.trial.output.read_text(errors="replace").splitlines() if self.trial.output.exists() else []
         told = "\n".join(["its process has died without a word of its own; it printed:", *printed[-TAIL:]])
         return {"failed": told, "status": EXIT_FAILED, "follows": False}
+
+    def where(self) -> str:
+        """The user's call in which a process is that does not end; nothing if that is not known."""
+        if self.is_over() or not answers_dump(self.pid):
+            return ""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, DUMP)
+        until = time.monotonic() + STACKS_S
+        while time.monotonic() < until:
+            time.sleep(POLL_S)
+            calls = calls_of(["", self.trial.stacks.read_text(errors="replace")], 0)
+            if calls:
+                return calls[0]
+        return ""
 
     def kill(self) -> None:
         """Also what it has started; returns when it is gone."""
@@ -105,12 +123,19 @@ class NewProcess(Process):
 
 
 class Trials:
-    """Starts the processes of ways, a few at a time, and gives their traces."""
+    """Starts the processes of ways, a few at a time, and gives their traces.
 
-    def __init__(self, cfg: Config, steps: int, virtual_workers: int, folder: Path) -> None:
+    timeout_s: how long a way may take; None: TIMES as long as straight took, and LEAST_S
+    """
+
+    def __init__(
+        self, cfg: Config, steps: int, virtual_workers: int, folder: Path, timeout_s: float | None = None
+    ) -> None:
         self._cfg, self._steps, self._virtual_workers, self._folder = cfg, steps, virtual_workers, folder
         self._slots = min(MOST_SLOTS, max(LEAST_SLOTS, len(os.sched_getaffinity(0))))
+        self._timeout_s, self._straight_s = timeout_s, 0.0
         self._running: dict[Way, Sequence[Process]] = {}
+        self._began_s: dict[Way, float] = {}
         self._prepared: dict[Way, NewProcess] = {}
 
     def straight(self, following: Sequence[Way]) -> dict[str, Any]:
@@ -126,6 +151,7 @@ class Trials:
                 self._prepared[each] = NewProcess(self._trial(each), "2" if hash_seed() == "1" else "1")
         while not self._is_over(way):
             time.sleep(POLL_S)
+        self._straight_s = time.monotonic() - self._began_s[way]
         [trace] = self._take(way)
         if "failed" in trace:
             error = RaytrainError(trace["failed"])
@@ -139,8 +165,11 @@ class Trials:
         while waiting or self._running:
             while waiting and self._has_room(waiting[0]):
                 self._start(waiting.pop(0))
-            for way in [way for way in self._running if self._is_over(way)]:
-                yield way, self._take(way)
+            for way in list(self._running):
+                if self._is_over(way):
+                    yield way, self._take(way)
+                elif time.monotonic() > self._began_s[way] + self._most_s:
+                    yield way, self._given_up(way)
             time.sleep(POLL_S)
 
     def end(self) -> None:
@@ -156,7 +185,22 @@ class Trials:
         busy = sum(len(processes) for processes in self._running.values())
         return not busy or busy + way.workers <= self._slots
 
+    @property
+    def _most_s(self) -> float:
+        return self._timeout_s or max(LEAST_S, TIMES * self._straight_s)
+
+    def _given_up(self, way: Way) -> list[dict[str, Any]]:
+        """The traces of a way that does not end: where each of its processes is."""
+        told = f"not done after {self._most_s:.0f} s, where straight took {self._straight_s:.0f} s"
+        for process in self._running[way]:
+            where = process.where()
+            if where:
+                told += f"; rank {process.trial.rank} is in {where}"
+        self._take(way)
+        return [{"failed": told, "status": EXIT_FAILED, "follows": False}]
+
     def _start(self, way: Way) -> None:
+        self._began_s[way] = time.monotonic()
         if way in self._prepared:
             prepared = self._prepared.pop(way)
             self._running[way] = [prepared]
@@ -199,11 +243,11 @@ class Trials:
 
 
 @contextlib.contextmanager
-def running(cfg: Config, steps: int, virtual_workers: int) -> Iterator[Trials]:
+def running(cfg: Config, steps: int, virtual_workers: int, timeout_s: float | None = None) -> Iterator[Trials]:
     """Trials of a config; none of their processes and files is left when the block ends, however it does."""
     kept = signal.signal(signal.SIGTERM, interrupt)
     scratch = ScratchFolder()
-    trials = Trials(cfg, steps, virtual_workers, scratch.path)
+    trials = Trials(cfg, steps, virtual_workers, scratch.path, timeout_s)
     try:
         yield trials
     finally:

@@ -17,18 +17,21 @@ ALIKE = 24  # characters in which notes begin that say the same, of another samp
 COLUMN = 33
 
 
-def prove(cfg: Config, steps: int, only: Sequence[str], say: Callable[[str], None]) -> bool:
+def prove(
+    cfg: Config, steps: int, only: Sequence[str], say: Callable[[str], None], timeout_s: float | None = None
+) -> bool:
     """Takes the same steps in several ways, and says what comes out otherwise in which; whether all agree.
 
     Each way is a trial in processes of its own. Nothing of the run's own folder is read or written.
-    only: the kinds that are to be tried, of ways.KINDS; all if it is empty
+    only:      the kinds that are to be tried, of ways.KINDS; all if it is empty
+    timeout_s: how long one may take; None: as straight, many times over
     """
     began_s = time.monotonic()
     virtual_workers, notes = virtual_workers_of(cfg)
     ways, agreed = ways_of(virtual_workers, only), 0
     found: list[list[str]] = []
     told: list[str] = []  # by the run itself, of ways that differ
-    with running(cfg, steps, virtual_workers) as trials:
+    with running(cfg, steps, virtual_workers, timeout_s) as trials:
         straight = trials.straight(ways)
         told += straight["notes"]
         taken = f"{straight['last']} step{'s' * (straight['last'] > 1)}"

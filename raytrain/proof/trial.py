@@ -28,6 +28,7 @@ from raytrain.engine.world import World
 from raytrain.errors import EXIT_FAILED, as_seen, failure_of, is_users, lost_another
 from raytrain.proof.observer import Observer, SeenFeed
 from raytrain.storage.forks import end_with_parent, tend_forks
+from raytrain.storage.processes import write_stacks_to
 from raytrain.storage.state_file import dumps, load_file
 from raytrain.training.control import Control
 from raytrain.training.job import Job
@@ -68,6 +69,10 @@ class Trial:
     def output(self) -> Path:
         return Path(self.folder) / f"output_{self.rank}.txt"
 
+    @property
+    def stacks(self) -> Path:
+        return Path(self.folder) / f"stacks_{self.rank}.txt"
+
 
 def take_in_fork(trial: Trial) -> None:
     """In a process that is a copy of the command's, by module multiprocessing."""
@@ -85,6 +90,7 @@ def take(trial: Trial) -> None:
     descriptor = os.open(trial.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    write_stacks_to(str(trial.stacks))
     sys.path[:] = trial.search_path
     place = Control()
     try:

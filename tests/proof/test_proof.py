@@ -157,6 +157,13 @@ def test_what_cannot_be_tried_says_why_and_is_no_difference(tmp_path):
     assert "not tried: SCALE.EXACT is false" in said
 
 
+def test_a_way_that_hangs_is_given_up_and_told_with_the_line_it_stands_in(tmp_path):
+    said = prove("WaitsForTheOther", tmp_path, "--only", "workers", "--timeout", "15", status=1)
+    assert "on 2 worker processes            fails" in said
+    assert "fails, as it does not straight: not done after 15 s, where straight took " in said
+    assert "; rank 0 is in " in said and "weight (" in said, said
+
+
 def test_a_task_that_fails_straight_is_told_as_a_failed_run_is(tmp_path):
     said = prove("FailsAtOnce", tmp_path, status=1)
     assert "raytrain: Training failed on rank 0 at step 1 (epoch 1)" in said

@@ -330,6 +330,15 @@ class Waits(Right):
         return 1.0
 
 
+class WaitsForTheOther(Right):
+    """Rank 0 alone enters a barrier, in its third step: on one process nobody waits."""
+
+    def weight(self) -> float:
+        if self.progress.step == 2 and dist.get_rank() == 0:
+            dist.barrier()
+        return 1.0
+
+
 # By who makes a sample
 
 
