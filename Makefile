@@ -6,13 +6,20 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: train test lint setup clean
+# A Python whose torch sees a GPU, with raytrain installed.
+GPU_PYTHON ?= $(PYTHON)
+
+.PHONY: train test gpu lint setup clean
 
 train: setup
 	$(BIN)/raytrain train --cfg_file configs/pointpillars_sim.yaml $(ARGS)
 
 test: lint
 	$(BIN)/pytest --numprocesses $(WORKERS)
+
+# Every GPU test and benchmark, in eight minutes.
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu --json gpu.json $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -109,8 +109,10 @@ def config_of(assignment: Assignment, ranks: int) -> dict[str, Any]:
             "BATCH_SIZE_PER_GPU": workload.batch_size,
             "NUM_EPOCHS": span.epochs,
             "GRAD_NORM_CLIP": GRAD_NORM_CLIP,
+            "USE_AMP": assignment.precision == "bf16",
+            "AMP_DTYPE": "bf16",
         },
-        "SCALE": {"USE_GPU": False, "THREADS": 1},
+        "SCALE": {"USE_GPU": assignment.device == "cuda", "THREADS": 1},
         "LOADER": {"WORKERS": 0},
         "CHECKPOINT": {"EVERY_EPOCHS": None, "EVERY_SECONDS": None},
     }
@@ -129,7 +131,7 @@ def in_run_folder(folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
     last_step = [record for record in records if record["kind"] == "step"][-1]
     last_checkpoint = [record for record in records if record["kind"] == "checkpoint"][-1]
     path = journal.parent / "ckpt" / last_checkpoint["name"] / "checkpoint.pth"
-    return last_step["loss"], torch.load(path, weights_only=True)["model_state"]
+    return last_step["loss"], torch.load(path, weights_only=True, map_location="cpu")["model_state"]
 
 
 def needs(*modules: str) -> Callable[[Contender], str | None]:
@@ -168,6 +170,12 @@ RAY_IDIOM = Contender("ray-train", "Ray Train, the documented idiom", 2, script(
 LIGHTNING = Contender("lightning", "Lightning", 2, under_torchrun("frameworks", "lightning"), kept, needs("lightning"))
 ACCELERATE = Contender(
     "accelerate", "Accelerate", 2, under_torchrun("frameworks", "accelerate"), kept, needs("accelerate")
+)
+LIGHTNING_HERE = Contender(
+    "lightning-here", "Lightning", 1, script("frameworks", "lightning"), kept, needs("lightning")
+)
+ACCELERATE_HERE = Contender(
+    "accelerate-here", "Accelerate", 1, script("frameworks", "accelerate"), kept, needs("accelerate")
 )
 OPENPCDET = Contender(  # train_utils lies in its folder tools/, which must be in PYTHONPATH
     "openpcdet",

@@ -1,6 +1,7 @@
 """The same work in the loops of Lightning, Accelerate and OpenPCDet, where they are installed.
 
-`torchrun ... -m benchmarks.frameworks accelerate WORKLOAD WARMUP TIMED EPOCHS AFTER FOLDER`
+`torchrun ... -m benchmarks.frameworks accelerate WORKLOAD WARMUP TIMED EPOCHS AFTER FOLDER`, or in one process without
+torchrun (not OpenPCDet's).
 """
 
 from __future__ import annotations
@@ -21,14 +22,22 @@ from benchmarks.pieces import GRAD_NORM_CLIP, LR, SEED, WEIGHT_DECAY, Assignment
 
 def loader_of(assignment: Assignment, collate: Callable[[list[Any]], Any] | None = None) -> DataLoader[Any]:
     """The loader of the hand-written loop, for this rank."""
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, ranks = int(os.environ.get("RANK", "0")), ranks_of_all()
     dataset = assignment.dataset(ranks)
     sampler: DistributedSampler[Any] = DistributedSampler(dataset, ranks, rank, seed=SEED)
-    return DataLoader(dataset, assignment.workload.batch_size, sampler=sampler, collate_fn=collate)
+    pins = assignment.device == "cuda"
+    return DataLoader(dataset, assignment.workload.batch_size, sampler=sampler, collate_fn=collate, pin_memory=pins)
+
+
+def ranks_of_all() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def keep(assignment: Assignment, model: torch.nn.Module, loss: torch.Tensor) -> None:
     """Collective. Rank 0 writes what the run ended with."""
+    if ranks_of_all() == 1:
+        assignment.keep(model.state_dict(), float(loss))
+        return
     last_loss = loss.detach() / dist.get_world_size()
     dist.all_reduce(last_loss)
     if dist.get_rank() == 0:
@@ -39,7 +48,8 @@ def keep(assignment: Assignment, model: torch.nn.Module, loss: torch.Tensor) -> 
 def accelerate(assignment: Assignment) -> None:
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True)
+    mixed = "bf16" if assignment.precision == "bf16" else "no"
+    accelerator = Accelerator(cpu=assignment.device == "cpu", mixed_precision=mixed)
     model = assignment.workload.model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     stepped, optimizer = accelerator.prepare(model, optimizer)
@@ -49,13 +59,16 @@ def accelerate(assignment: Assignment) -> None:
         loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
         for inputs, targets in loader:
             watch.tick()
-            loss = cross_entropy(stepped(inputs), targets)
+            inputs, targets = (each.to(accelerator.device, non_blocking=True) for each in (inputs, targets))
+            with accelerator.autocast():
+                loss = cross_entropy(stepped(inputs), targets)
             optimizer.zero_grad()
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(stepped.parameters(), GRAD_NORM_CLIP)
             optimizer.step()
     keep(assignment, model, loss)
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def lightning(assignment: Assignment) -> None:
@@ -81,9 +94,10 @@ def lightning(assignment: Assignment) -> None:
             keep(assignment, self.model, self.last_loss)
 
     trainer = lightning.Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp",
+        accelerator="gpu" if assignment.device == "cuda" else "cpu",
+        devices=ranks_of_all(),
+        strategy="ddp" if ranks_of_all() > 1 else "auto",
+        precision="bf16-mixed" if assignment.precision == "bf16" else "32-true",
         max_epochs=assignment.span.epochs,
         gradient_clip_val=GRAD_NORM_CLIP,
         use_distributed_sampler=False,

@@ -20,18 +20,22 @@ def train(assignment: Assignment, distributed: bool) -> None:
     if distributed:
         dist.init_process_group("gloo")
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    model = assignment.workload.model()
+    device = torch.device(assignment.device)
+    model = assignment.workload.model().to(device)
     stepped = DistributedDataParallel(model) if distributed else model
     optimizer = torch.optim.AdamW(stepped.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     dataset = assignment.dataset(ranks)
     sampler: DistributedSampler[Any] = DistributedSampler(dataset, ranks, rank, seed=SEED)
-    loader = DataLoader(dataset, assignment.workload.batch_size, sampler=sampler)
+    pins = device.type == "cuda"
+    loader = DataLoader(dataset, assignment.workload.batch_size, sampler=sampler, pin_memory=pins)
     watch = assignment.watch()
     for epoch in range(assignment.span.epochs):
         sampler.set_epoch(epoch)
         for inputs, targets in loader:
             watch.tick()
-            loss = cross_entropy(stepped(inputs), targets)
+            inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            with assignment.autocast():
+                loss = cross_entropy(stepped(inputs), targets)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(stepped.parameters(), GRAD_NORM_CLIP)

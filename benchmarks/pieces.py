@@ -12,6 +12,8 @@ import json
 import math
 import os
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ NUM_CLASSES = 10
 POOL = 1024  # different samples in a data set of any length
 WEIGHTS = "weights.pt"
 WATCH = "watch.json"
+COUNT_WAITS = "BENCHMARK_COUNT_WAITS"
+SHOWN_WAITS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +96,7 @@ CONV = Workload("conv", 20, (3, 32, 32), conv_net)
 HEAVY = Workload("heavy", 160, (2048,), functools.partial(wide_mlp, 2048))  # 50.4 M numbers, with AdamW's 605 MB
 LIGHT = Workload("light", 160, (640,), functools.partial(wide_mlp, 640))  # 4.9 M, 59 MB
 WORKLOADS = {workload.name: workload for workload in (OVERHEAD, CONV, HEAVY, LIGHT)}
+LIDAR = Workload("lidar", 4, (), nn.Module)  # model and samples are a task's (benchmarks/lidar.py)
 
 
 class Samples(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -139,27 +144,40 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """What one run of one loop is told: on the command line where it is a process of its own."""
+    """What one run of one loop is told: on the command line where it is a process of its own.
+
+    device:    cpu or cuda;  precision: fp32 or bf16
+    """
 
     workload: Workload
     span: Span
     folder: Path
+    device: str = "cpu"
+    precision: str = "fp32"
 
     def words(self) -> list[str]:
         counts = dataclasses.astuple(self.span)
-        return [self.workload.name, *map(str, counts), str(self.folder)]
+        how = ["--device", self.device, "--precision", self.precision]
+        return [self.workload.name, *map(str, counts), str(self.folder), *how]
 
     @classmethod
     def of_words(cls, words: Sequence[str] | None = None) -> Assignment:
         parser = argparse.ArgumentParser(description="One run of one loop; `python -m benchmarks.loop` runs them all.")
-        parser.add_argument("workload", choices=WORKLOADS)
+        workloads = {**WORKLOADS, LIDAR.name: LIDAR}
+        parser.add_argument("workload", choices=workloads)
         counts = [field.name for field in dataclasses.fields(Span)]
         for count in counts:
             parser.add_argument(count, type=int)
         parser.add_argument("folder", type=Path)
+        parser.add_argument("--device", default="cpu")
+        parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
         given = parser.parse_args(words)
         span = Span(*(getattr(given, count) for count in counts))
-        return cls(WORKLOADS[given.workload], span, given.folder)
+        return cls(workloads[given.workload], span, given.folder, given.device, given.precision)
+
+    def autocast(self) -> torch.autocast:
+        """For the passes through the model."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16")
 
     def num_samples(self, ranks: int) -> int:
         """Full batches only: every loop then takes the same number of samples in each step."""
@@ -173,13 +191,15 @@ class Assignment:
 
     def keep(self, weights: dict[str, torch.Tensor], loss: float) -> None:
         """Write what the run ended with: state_dict, and the last step's loss over all ranks."""
-        torch.save({"weights": weights, "loss": loss}, self.folder / WEIGHTS)
+        on_host = {name: tensor.cpu() for name, tensor in weights.items()}
+        torch.save({"weights": on_host, "loss": loss}, self.folder / WEIGHTS)
 
 
 class Stopwatch:
     """Notes when this process begins which step; rank 0 writes it to `path` when it begins step `last`.
 
-    Every loop calls tick() once a step, right before its forward pass.
+    Every loop calls tick() once a step, right before its forward pass. On a GPU the timed part begins and ends with a
+    wait for it. With COUNT_WAITS in the environment it is counted how often the host waits for the GPU in between.
     """
 
     def __init__(self, path: Path, warmup: int, last: int) -> None:
@@ -187,6 +207,7 @@ class Stopwatch:
         self.stamps: dict[str, float] = {}  # what -> time.time()
         self._count = 0
         self._timed_from = 0.0
+        self._waits: Counter[str] = Counter()
 
     def stamp(self, what: str) -> None:
         self.stamps[what] = time.time()
@@ -196,12 +217,22 @@ class Stopwatch:
             self.stamp("first step")
             self.stamps |= process_starts()
         if self._count == self.warmup:
+            self._wait()
             self._timed_from = time.perf_counter()
+            if COUNT_WAITS in os.environ:
+                self._waits = count_waits()
         if self._count == self.last:
+            if COUNT_WAITS in os.environ:
+                set_sync_debug_mode("default")
+            self._wait()
             seconds = time.perf_counter() - self._timed_from
             self.stamp("last step")
             self._write(seconds)
         self._count += 1
+
+    def _wait(self) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
 
     def _write(self, seconds: float) -> None:
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -212,8 +243,30 @@ class Stopwatch:
             "steps": self.last - self.warmup,
             "ranks": ranks,
             "stamps": self.stamps,
+            "waits": dict(self._waits.most_common(SHOWN_WAITS)),
+            "waits_per_step": self._waits.total() / (self.last - self.warmup),
+            "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0,
         }
         self.path.write_text(json.dumps(noted))
+
+
+def count_waits() -> Counter[str]:
+    """From now on, how often the host waits for the GPU, by the line that does; counted by torch's own warnings."""
+    found: Counter[str] = Counter()
+
+    def note(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+        if "synchroniz" in str(message):
+            found[f"{Path(filename).name}:{lineno}"] += 1
+
+    warnings.simplefilter("always")
+    warnings.showwarning = note
+    set_sync_debug_mode("warn")
+    return found
+
+
+def set_sync_debug_mode(mode: str) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def process_starts() -> dict[str, float]:

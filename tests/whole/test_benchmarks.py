@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -213,3 +214,30 @@ def test_the_simulated_network_takes_what_one_reckons():
     for workers, virtual_workers, sent in ((4, 4, 48), (4, 8, 48), (4, 12, 72)):  # with 12 each has two nodes
         assert exchange(workers, 32, network, virtual_workers).sent == sent
     assert ring(4, 32, network).sent == 48
+
+
+def test_what_is_for_a_gpu_runs_on_a_cpu_too_and_names_what_it_had_no_time_for(tmp_path):
+    out = tmp_path / "out.json"
+    words = ["--device", "cpu", "--quick", "--no-tests", "--json", str(out)]
+    done = run_module("benchmarks.gpu", *words, "--only", "waits", "recovery")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(out.read_text())
+    assert [row["waits_per_step"] for row in report["waits"]] == [0.0, 0.0]
+    [row] = report["recovery"]
+    assert row["seconds"] > 0 and 0 <= row["steps_again"] <= 12
+    assert "from SIGKILL to the next new step" in done.stdout
+    done = run_module("benchmarks.gpu", *words, "--only", "saves", "--minutes", "0")
+    assert done.stdout.endswith("no time was left for saves: of the large net\n")
+
+
+def test_the_watch_counts_who_waits_for_the_gpu_and_in_which_line(monkeypatch):
+    from benchmarks import pieces
+
+    monkeypatch.setattr(pieces, "set_sync_debug_mode", lambda mode: None)
+    with warnings.catch_warnings():
+        found = pieces.count_waits()
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
+        warnings.warn("something else", UserWarning, stacklevel=1)
+    [(line, count)] = found.items()
+    assert line.startswith("test_benchmarks.py:") and count == 2
