@@ -12,6 +12,7 @@ from raytrain.config.yaml_text import Node, NodeBuilder, compose, line_of
 from raytrain.errors import ConfigError
 
 BASE = "_BASE_CONFIG_"
+CONFIGS = "cfgs"  # OpenPCDet's folder of all configs; the paths of bases are from the folder that it is in
 # Far beyond any config: what is larger would fill the memory before it could be found wrong.
 MAX_BYTES = 4_000_000
 
@@ -60,14 +61,23 @@ class _File:
                 f"{named.where}: {BASE} is {named.plain()!r}; it must be the path of one YAML file, "
                 f"relative to {self.path}"
             )
-        path = Path(os.path.normpath(self.path.parent / named.value))
+        path = self.found(named)
         seen = [link.resolve() for link in self.chain]
         if path.resolve() in seen:
             circle = [*self.chain[seen.index(path.resolve()) :], path]
             raise ConfigError(f"{named.where}: {BASE} goes in a circle: " + " -> ".join(map(str, circle)))
-        if not path.is_file():
-            raise ConfigError(f"{named.where}: {BASE} is {named.value!r}, but {_missing(path, self.path, named.value)}")
         return _File(path, self.chain).tree()
+
+    def found(self, named: Node) -> Path:
+        """The file that is meant: beside this one, else as OpenPCDet has it, which reads its configs in tools/."""
+        cfgs = [folder for folder in self.path.absolute().parents if folder.name == CONFIGS]
+        roots = [self.path.parent, *(folder.parent for folder in cfgs[:1]), Path()]
+        paths = list(dict.fromkeys(Path(os.path.normpath(_seen_from_here(root / named.value))) for root in roots))
+        found = next((path for path in paths if path.is_file()), None)
+        if found is None:
+            elsewhere = "".join(f", nor {path}" for path in paths[1:])
+            raise ConfigError(f"{named.where}: {BASE} is {named.value!r}, but {_missing(paths[0], elsewhere)}")
+        return found
 
 
 def _read_text(path: Path) -> str:
@@ -89,12 +99,15 @@ def _read_text(path: Path) -> str:
         raise ConfigError(f"{path}:{line}: found the byte {data[error.start]:#04x}; the file must be UTF-8") from None
 
 
-def _missing(path: Path, naming: Path | None = None, named: str = "") -> str:
-    """That there is no file `path`, and what was probably meant."""
-    text = f"{path}: there is no such file"
-    if naming is not None and Path(named).is_file():
-        right = os.path.relpath(named, naming.parent)
-        return f"{text}; the path is relative to the file that names it, so write {right}"
+def _seen_from_here(path: Path) -> Path:
+    """The shorter way to write it."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _missing(path: Path, elsewhere: str = "") -> str:
+    """That there is no file `path`, and what was probably meant.   elsewhere: `, nor other/path` for other places"""
+    text = f"{path}: there is no such file{elsewhere}"
     siblings = [other.name for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, siblings, n=1)
     return f"{text}; did you mean {path.parent / near[0]}?" if near else text

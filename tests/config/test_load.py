@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 import pickle
 import subprocess
@@ -176,12 +177,40 @@ def test_an_error_in_a_base_names_the_base(tmp_path):
     assert message == 'base.yaml:3: OPTIMIZATION.LR is "fast", but it must be a number > 0'
 
 
-def test_a_base_written_for_another_folder_is_told_the_right_path(tmp_path, monkeypatch):
+PLACES = {"beside": "cfgs/models/cfgs/data.yaml", "above cfgs": "cfgs/data.yaml", "here": "here/cfgs/data.yaml"}
+
+
+@pytest.mark.parametrize("there", [places for n in (1, 2, 3) for places in itertools.combinations(PLACES, n)])
+def test_a_base_is_looked_for_beside_the_file_then_above_cfgs_then_here(tmp_path, monkeypatch, there):
+    """OpenPCDet's bases count from tools/, which holds cfgs and is where one stands; a run may start anywhere."""
+    for place in there:
+        write(tmp_path, f"FOUND: {place}\n", PLACES[place])
+    config = write(tmp_path, LEAST + "DATA_CONFIG: {_BASE_CONFIG_: cfgs/data.yaml}\n", "cfgs/models/x.yaml")
+    (tmp_path / "here").mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / "here")
+    cfg = load_config(config)
+    assert cfg.DATA_CONFIG["FOUND"] == there[0]
+    (tmp_path / "resolved.yaml").write_text(dump_config(cfg))
+    monkeypatch.chdir(tmp_path.parent)
+    assert load_config(tmp_path / "resolved.yaml").DATA_CONFIG["FOUND"] == there[0]
+
+
+def test_a_base_of_a_base_counts_from_above_cfgs_too(tmp_path):
+    write(tmp_path, "LR: 0.5\n", "tools/cfgs/parts/optim.yaml")
+    write(tmp_path, "OPTIMIZATION: {_BASE_CONFIG_: cfgs/parts/optim.yaml}\n", "tools/cfgs/data/base.yaml")
+    path = write(tmp_path, LEAST + "_BASE_CONFIG_: cfgs/data/base.yaml\n", "tools/cfgs/kitti_models/x.yaml")
+    assert load_config(path).OPTIMIZATION.LR == 0.5
+
+
+def test_a_base_that_is_nowhere_is_told_with_all_the_places(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path, "A: 1\n", "cfgs/data/kitti.yaml")
-    write(tmp_path, LEAST + "MODEL: {_BASE_CONFIG_: cfgs/data/kitti.yaml}\n", "cfgs/models/x.yaml")
-    with pytest.raises(ConfigError, match=r"x\.yaml:5: .*so write \.\./data/kitti\.yaml$"):
-        load_config("cfgs/models/x.yaml")
+    write(tmp_path, LEAST + "MODEL: {_BASE_CONFIG_: cfgs/data.yaml}\n", "tools/cfgs/models/x.yaml")
+    with pytest.raises(ConfigError) as caught:
+        load_config("tools/cfgs/models/x.yaml")
+    assert str(caught.value).endswith(
+        "_BASE_CONFIG_ is 'cfgs/data.yaml', but tools/cfgs/models/cfgs/data.yaml: there is no such file, "
+        "nor tools/cfgs/data.yaml, nor cfgs/data.yaml"
+    )
 
 
 # Errors
