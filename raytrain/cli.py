@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from raytrain import __version__, hash_seed
+from raytrain import __version__, hash_seed, launcher
 from raytrain.errors import (
     EXIT_FAILED,
     EXIT_FINISHED,
@@ -61,8 +61,6 @@ WITH_A_TASK = ("train", "tune", "eval", "view", "prove")  # commands that run th
 LISTING_COLUMNS = 240  # of a table that goes to a file or a pipe: one line a checkpoint
 # Flags of the heritage that have nothing left to do: name -> (takes a value, what is so instead).
 LAUNCHERS_FLAGS: dict[str, tuple[bool, str]] = {
-    "--launcher": (True, "Ray places the workers (--num_workers, --address)"),
-    "--tcp_port": (True, "Ray finds the ports"),
     "--local_rank": (True, "Ray gives each worker its rank"),
     "--local-rank": (True, "Ray gives each worker its rank"),
 }
@@ -151,21 +149,17 @@ class Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
-def world_of_torchrun() -> tuple[int, int] | None:
-    """Rank of this process and number of all, if torchrun has started it."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return None
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
 def prints_messages() -> bool:
-    """Whether this process tells of the run: of those that torchrun starts one does."""
-    world = world_of_torchrun()
+    """Whether this process tells of the run: of those that torchrun or Slurm has started one does."""
+    world = launcher.world_here()
     return world is None or world[0] == 0
 
 
 def wait_for_rank_0() -> None:
-    """Wait to be ended: torchrun ends all processes once one has, and only rank 0 says what all of them find wrong."""
+    """Wait to be ended: torchrun ends all processes once one has, and only rank 0 says what all of them find wrong.
+
+    Slurm ends none of them, which then end by themselves.
+    """
     time.sleep(10)
 
 
@@ -211,6 +205,7 @@ def add_train(commands: Any) -> None:
         action="store_true",
         help="resume under a batch size, seed ... that was not the run's",
     )
+    add_launcher_arguments(train)
     add_ignored_arguments(train, IGNORED_FLAGS)
     add_set_argument(train)
     train.set_defaults(run=run_train)
@@ -240,6 +235,7 @@ def add_eval(commands: Any) -> None:
     evaluate.add_argument("--batch_size", type=count, metavar="N", help="samples at a time")
     evaluate.add_argument("--eval_tag", default="default", help="last part of the folder for the results")
     evaluate.add_argument("--save_to_file", action="store_true", help="write the predictions too, as predictions.pt")
+    add_launcher_arguments(evaluate)
     add_ignored_arguments(evaluate, IGNORED_EVAL_FLAGS)
     add_set_argument(evaluate)
     evaluate.set_defaults(run=run_eval)
@@ -348,6 +344,28 @@ def add_address_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--launcher",
+        choices=("none", "pytorch", "slurm"),
+        help="slurm: the tasks that srun starts are the workers of one run; Ray or torchrun need no word",
+    )
+    parser.add_argument("--tcp_port", type=count, metavar="N", help="with --launcher slurm: where the tasks meet")
+
+
+def take_launcher(args: argparse.Namespace) -> None:
+    """What --launcher says, done; or a line on what is so instead."""
+    if args.launcher == "slurm":
+        launcher.join_slurm(os.environ, args.tcp_port and str(args.tcp_port))
+    elif prints_messages():
+        is_so = args.launcher == "pytorch" and launcher.name_here() is not None
+        if args.launcher is not None and not is_so:
+            note = "Ray places the workers (--num_workers, --address)"
+            print(f"note: --launcher {args.launcher} has no effect here: {note}", file=sys.stderr)
+        if args.tcp_port is not None:
+            print("note: --tcp_port has no effect here: Ray finds the ports", file=sys.stderr)
+
+
 def add_ignored_arguments(parser: argparse.ArgumentParser, flags: dict[str, tuple[bool, str]]) -> None:
     for flag, (takes_value, reason) in flags.items():
         parser.add_argument(
@@ -380,8 +398,6 @@ class _IgnoredFlag(argparse.Action):
     """A flag that is accepted for the sake of old command lines, with a line on what is so instead."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if option_string == "--launcher" and values == "pytorch" and world_of_torchrun() is not None:
-            return
         if prints_messages():
             print(f"note: {option_string} has no effect here: {self.const}", file=sys.stderr)
 
@@ -404,6 +420,7 @@ def load(args: argparse.Namespace) -> Any:
 
 
 def run_train(args: argparse.Namespace) -> int:
+    take_launcher(args)
     cfg = load(args)
     if args.ckpt is not None and args.resume != "auto":
         raise ConfigError("--ckpt and --resume both say where to go on; give one of them")
@@ -418,7 +435,7 @@ def run_train(args: argparse.Namespace) -> int:
         "dashboard": args.dashboard,
         "arguments": {k: v for k, v in vars(args).items() if k not in ("run", "command")},
     }
-    result = train_with_torchrun(cfg, args, options) if world_of_torchrun() else train_as_asked(cfg, options)
+    result = train_as_one_of_several(cfg, args, options) if launcher.name_here() else train_as_asked(cfg, options)
     if result.status == "complete" and prints_messages():
         for line in result.lines():
             say(line)
@@ -469,24 +486,24 @@ def seems_complete(cfg: Any, options: dict[str, Any]) -> bool:
         return False
 
 
-def train_with_torchrun(cfg: Any, args: argparse.Namespace, options: dict[str, Any]) -> Any:
-    """The run in the processes that torchrun has started, of which this is one; how it ended."""
+def train_as_one_of_several(cfg: Any, args: argparse.Namespace, options: dict[str, Any]) -> Any:
+    """The run in the processes that torchrun or Slurm has started, of which this is one; how it ended."""
     from raytrain.config.load import with_overrides
 
-    size = os.environ["WORLD_SIZE"]
+    size, name = os.environ["WORLD_SIZE"], launcher.name_here()
     if args.num_workers not in (None, size):
         raise ConfigError(
-            f"--num_workers {args.num_workers}, but torchrun has started {size} processes; leave the flag out"
+            f"--num_workers {args.num_workers}, but {name} has started {size} processes; leave the flag out"
         )
     if cfg.SCALE.MIN_WORKERS is not None:
         raise ConfigError(
-            f"SCALE.MIN_WORKERS is {cfg.SCALE.MIN_WORKERS}, but torchrun has started {size} processes, and so many "
-            "stay; set it to null (--set SCALE.MIN_WORKERS null), or train on Ray, without torchrun"
+            f"SCALE.MIN_WORKERS is {cfg.SCALE.MIN_WORKERS}, but {name} has started {size} processes, and so many "
+            f"stay; set it to null (--set SCALE.MIN_WORKERS null), or train on Ray, without {name}"
         )
-    from raytrain.launch import launch_under_torchrun
+    from raytrain.launch import launch_as_one_of_several
     from raytrain.training.preflight import LaunchOptions
 
-    return launch_under_torchrun(with_overrides(cfg, ["SCALE.NUM_WORKERS", size]), LaunchOptions(**options))
+    return launch_as_one_of_several(with_overrides(cfg, ["SCALE.NUM_WORKERS", size]), LaunchOptions(**options))
 
 
 def run_tune(args: argparse.Namespace) -> int:
@@ -517,6 +534,9 @@ def run_tune(args: argparse.Namespace) -> int:
 
 
 def run_eval(args: argparse.Namespace) -> int:
+    take_launcher(args)
+    if not prints_messages():  # one process evaluates, whatever has started several
+        return EXIT_FINISHED
     cfg = load(args)
     from raytrain.journal.display import metric_lines
     from raytrain.training.evaluate import evaluate

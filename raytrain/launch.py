@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from raytrain import launcher
 from raytrain.cluster.cluster import Cluster
 from raytrain.cluster.driver import Show, say
 from raytrain.config.load import load_config, with_overrides
@@ -232,15 +233,18 @@ def run_in_process(start: Start, stop: threading.Event, show: Show, judge: Judge
         raise as_seen(failure_of(error, 0, control.place(), keep_traceback(error, start.run_dir))) from error
 
 
-def launch_under_torchrun(cfg: Config, options: LaunchOptions) -> Result:
-    """Collective. The run, with this process as one of its workers; signals wish its end with the state saved.
+def launch_as_one_of_several(cfg: Config, options: LaunchOptions) -> Result:
+    """Collective. The run, with this process as one of its workers, which torchrun or Slurm has started.
+
+    Signals wish its end with the state saved.
 
     Rank 0 shows records on the console; what the others print goes to logs/rank_<r>.log.
     """
     if options.address is not None or options.dashboard:
         flag = "--dashboard" if options.address is None else f"--address {options.address}"
         raise ConfigError(
-            f"{flag} is about a Ray cluster, but torchrun has started this process, and its runs do without Ray; "
+            f"{flag} is about a Ray cluster, but {launcher.name_here()} has started this process, and its runs do "
+            "without Ray; "
             "leave one of them out"
         )
     if restart_count() and options.resume == "never":  # what this launch has saved since is not to be started over
@@ -257,7 +261,7 @@ def launch_under_torchrun(cfg: Config, options: LaunchOptions) -> Result:
         if job is None:
             return result_of(start, "complete")
         world = dataclasses.replace(world, virtual_workers=job.virtual_workers)
-        # Not before: while this process waits for one that never comes, no python code could answer torchrun's SIGTERM.
+        # Not before: while this process waits for one that never comes, no python code could answer a SIGTERM.
         with signals_wish_stop() as stop:
             return result_of(start, run_as_worker(start, job, world, meeting, stop))
     finally:
@@ -272,8 +276,16 @@ def take_environment(cfg: Config, meeting: Any, rank: int) -> None:
     os.environ.update(json.loads(meeting.get(key)))
 
 
+def fails_first(meeting: Any) -> bool:
+    """Whether no other rank has failed before: then this one says why."""
+    try:
+        return int(meeting.add(f"raytrain/failures/{restart_count()}", 1)) == 1
+    except RuntimeError:  # torchrun's store outlives ranks; that of a Slurm step has gone with rank 0, which has failed
+        return False
+
+
 def restart_count() -> int:
-    """How often torchrun has started the workers of this launch again (--max_restarts)."""
+    """How often torchrun has started the workers of this launch again (--max_restarts); Slurm never does."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
@@ -282,6 +294,8 @@ def local_device(cfg: Config) -> torch.device:
     device, number = device_here(cfg), int(os.environ["LOCAL_RANK"])
     if device.type == "cpu":
         return device
+    if launcher.name_here() == "Slurm":  # which shows each task its own GPUs alone, if told to (--gpus-per-task)
+        number %= max(1, torch.cuda.device_count())
     if number >= torch.cuda.device_count():
         raise PreflightError(
             f"torchrun has started process {number + 1} on this host, which has {torch.cuda.device_count()} GPUs; "
@@ -327,14 +341,14 @@ def run_as_worker(start: Start, job: Job, world: World, meeting: Any, stop: thre
             return run_job(job, world, control).status
         except (Exception, SystemExit) as error:  # a task that calls sys.exit has not finished the run
             reason = f"raytrain/failure/{restart_count()}"
-            if meeting.add(f"raytrain/failures/{restart_count()}", 1) > 1:  # torchrun keeps it, so it outlives ranks
+            if not fails_first(meeting):
                 if world.is_first and meeting.check([reason]):
                     write_failure(job.run_uri, meeting.get(reason).decode())
                 sys.exit(1)
             if lost_another(error):
                 error = TrainingError(
-                    f"another worker process has died; rank {world.rank} waited for it. torchrun says below which one, "
-                    "and by what signal. The same command goes on from the newest checkpoint"
+                    f"another worker process has died; rank {world.rank} waited for it. {launcher.name_here()} says "
+                    "which one, and by what signal. The same command goes on from the newest checkpoint"
                 )
             hung = [failure_by(hang, job.run_uri) for hang in hangs_here(job.run_uri)]
             seen = as_seen((hung or [failure_of(error, world.rank, control.place(), logs)])[0])

@@ -70,8 +70,6 @@ OPTIONS = {
     "--pretrained_model weights.pth": ("pretrained_model", "weights.pth"),
 }
 VOID = [
-    "--launcher pytorch",
-    "--tcp_port 18888",
     "--local_rank 0",
     "--local-rank=0",
     "--fix_random_seed",
@@ -138,8 +136,6 @@ def test_a_flag_with_nothing_left_to_do_is_accepted_with_one_line(
 @pytest.mark.parametrize(
     "words",
     [
-        "--launcher none",
-        "--tcp_port 1",
         "--local_rank 0",
         "--eval_all",
         "--ckpt_dir a",

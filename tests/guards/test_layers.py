@@ -18,12 +18,13 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "raytrain"
 
 # What each wing (a folder, or a module beside them) may import of the others, from the ground up.
-GROUND = ("errors", "progress", "hash_seed")
+GROUND = ("errors", "progress", "hash_seed", "launcher")
 FILES = ("config", "storage", *GROUND)
 ENGINE = ("journal", "task", "batch", *FILES)
 TRAINING = ("keeper", "data", "engine", *ENGINE)
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
+    "launcher": ("errors",),
     "progress": (),
     "hash_seed": (),
     "batch": ("errors",),
@@ -45,7 +46,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 RAY_AT = ("cluster", "sweep")
 # Without torch and numpy: what a command reads before it starts anything, and the keeper, which is small and quick.
 WITHOUT_TORCH = (
-    *("errors", "progress", "hash_seed", "config", "storage", "journal", "engine/schedule", "sweep/display"),
+    *(
+        "errors",
+        "progress",
+        "hash_seed",
+        "launcher",
+        "config",
+        "storage",
+        "journal",
+        "engine/schedule",
+        "sweep/display",
+    ),
     *("keeper/keeper", "keeper/client", "keeper/channel", "keeper/shared_memory", "keeper/heartbeat"),
     *("keeper/watchdog", "keeper/writer", "training/checkpoints", "sweep/ledger", "sweep/view", "sweep/advice"),
 )
