@@ -75,12 +75,8 @@ IGNORED_FLAGS: dict[str, tuple[bool, str]] = {
     "--use_tqdm_to_record": (False, "the live line is always there"),
     "--wo_gpu_stat": (False, "no gpustat is called"),
 }
-ALL_EPOCHS = "every epoch is evaluated while it is trained (EVAL.EVERY); journal.jsonl holds the results"
 IGNORED_EVAL_FLAGS: dict[str, tuple[bool, str]] = {
     **LAUNCHERS_FLAGS,
-    "--eval_all": (False, ALL_EPOCHS),
-    "--ckpt_dir": (True, ALL_EPOCHS),
-    "--start_epoch": (True, ALL_EPOCHS),
     "--max_waiting_mins": (True, "nothing is waited for"),
     "--infer_time": (False, "time is not measured"),
 }
@@ -193,12 +189,7 @@ def add_train(commands: Any) -> None:
     train.add_argument("--ckpt", metavar="PATH", help="as --resume PATH")
     train.add_argument("--overwrite", action="store_true", help="with --resume never: a run in the folder gives way")
     train.add_argument("--pretrained_model", metavar="PATH", help="weights to begin with, where names and shapes fit")
-    train.add_argument(
-        "--allow-partial",
-        "--allow_partial",
-        action="store_true",
-        help="with --pretrained_model: take what fits of a file of which less than half does",
-    )
+    add_partial_argument(train)
     train.add_argument(
         "--allow-config-change",
         "--allow_config_change",
@@ -232,6 +223,19 @@ def add_eval(commands: Any) -> None:
     evaluate = commands.add_parser("eval", help="evaluate a checkpoint", allow_abbrev=False)
     add_config_arguments(evaluate)
     evaluate.add_argument("--ckpt", metavar="PATH", help="the checkpoint; else the run's best one, else its newest")
+    evaluate.add_argument(
+        "--ckpt_dir", metavar="DIR", help="a folder of checkpoints: its newest, or with --eval_all all"
+    )
+    evaluate.add_argument(
+        "--eval_all", action="store_true", help="all checkpoints, one after another, the oldest first"
+    )
+    evaluate.add_argument(
+        "--start_epoch", type=functools.partial(count, least=0), metavar="N", help="with --eval_all: from this epoch on"
+    )
+    evaluate.add_argument(
+        "--pretrained_model", metavar="PATH", help="weights from any file, over those of --ckpt where both are given"
+    )
+    add_partial_argument(evaluate)
     evaluate.add_argument("--batch_size", type=count, metavar="N", help="samples at a time")
     evaluate.add_argument("--eval_tag", default="default", help="last part of the folder for the results")
     evaluate.add_argument("--save_to_file", action="store_true", help="write the predictions too, as predictions.pt")
@@ -341,6 +345,15 @@ def add_address_argument(parser: argparse.ArgumentParser) -> None:
         "--address",
         metavar="HOST:PORT",
         help="join this Ray cluster; auto: the one on this machine; local: none, also where RAY_ADDRESS names one",
+    )
+
+
+def add_partial_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-partial",
+        "--allow_partial",
+        action="store_true",
+        help="with --pretrained_model: take what fits of a file of which less than half does",
     )
 
 
@@ -538,11 +551,35 @@ def run_eval(args: argparse.Namespace) -> int:
     if not prints_messages():  # one process evaluates, whatever has started several
         return EXIT_FINISHED
     cfg = load(args)
+    if args.ckpt is not None and (args.ckpt_dir is not None or args.eval_all):
+        raise ConfigError("--ckpt names one checkpoint, --ckpt_dir and --eval_all several; give one of them")
+    if args.start_epoch is not None and not args.eval_all:
+        raise ConfigError("--start_epoch says from which epoch on --eval_all evaluates; give both or neither")
+    from raytrain.training.evaluate import checkpoints_in
+
+    if not args.eval_all:
+        evaluate_one(cfg, args, args.ckpt or args.ckpt_dir, args.eval_tag)
+        return EXIT_FINISHED
+    for path in checkpoints_in(cfg, args.ckpt_dir, args.start_epoch or 0):
+        name = Path(path).stem
+        is_of_epoch = name.startswith("checkpoint_epoch_")  # others share an epoch's folder
+        evaluate_one(cfg, args, path, args.eval_tag if is_of_epoch else f"{args.eval_tag}/{name}")
+    return EXIT_FINISHED
+
+
+def evaluate_one(cfg: Any, args: argparse.Namespace, ckpt: str | None, eval_tag: str) -> None:
+    """Evaluates a checkpoint, and says what came of it."""
     from raytrain.journal.display import metric_lines
     from raytrain.training.evaluate import evaluate
 
     evaluation = evaluate(
-        cfg, args.ckpt, eval_tag=args.eval_tag, batch_size=args.batch_size, save_to_file=args.save_to_file
+        cfg,
+        ckpt,
+        eval_tag=eval_tag,
+        batch_size=args.batch_size,
+        save_to_file=args.save_to_file,
+        pretrained_model=args.pretrained_model,
+        allow_partial=args.allow_partial,
     )
     say(f"{evaluation.checkpoint}")
     for line in metric_lines(evaluation.metrics, "metrics.json"):
@@ -554,7 +591,6 @@ def run_eval(args: argparse.Namespace) -> int:
         say(f"  note: {note}")
     if evaluation.warning:
         print(f"warning: {evaluation.warning}", file=sys.stderr)
-    return EXIT_FINISHED
 
 
 def run_view(args: argparse.Namespace) -> int:

@@ -137,9 +137,6 @@ def test_a_flag_with_nothing_left_to_do_is_accepted_with_one_line(
     "words",
     [
         "--local_rank 0",
-        "--eval_all",
-        "--ckpt_dir a",
-        "--start_epoch 2",
         "--infer_time",
     ],
 )

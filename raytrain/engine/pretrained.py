@@ -51,7 +51,7 @@ def load_pretrained(model: torch.nn.Module, path: str, allow_partial: bool = Fal
     state, key = weights_in(load_file(path), path)
     own = model.state_dict()
     rename, how = renaming(state, own)
-    renamed = {rename(name): value for name, value in state.items()}
+    renamed, turned = in_todays_layout(model, {rename(name): value for name, value in state.items()})
     fitting = {name: value for name, value in renamed.items() if fits(value, own.get(name))}
     left = [left_line(name, renamed.get(name), own[name]) for name in own if name not in fitting]
     unused = [name for name in state if rename(name) not in own]
@@ -68,7 +68,33 @@ def load_pretrained(model: torch.nn.Module, path: str, allow_partial: bool = Fal
             "Rename them, or take what fits all the same (--allow-partial)"
         )
     model.load_state_dict({**own, **fitting})
-    return Pretrained(list(fitting), left, unused, ", ".join(filter(None, [key and f"under {key!r}", how])))
+    found = [key and f"under {key!r}", how, f"{len(turned)} from spconv 1's layout" if turned else ""]
+    return Pretrained(list(fitting), left, unused, ", ".join(filter(None, found)))
+
+
+def in_todays_layout(model: torch.nn.Module, state: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """`state` with weights of spconv 1 as spconv 2 has them, and their names.
+
+    spconv 1 has a sparse convolution's weight as (k, ..., c_in, c_out), spconv 2 as (c_out, k, ..., c_in), or, by one
+    of its algorithms, as (k, ..., c_out, c_in). As OpenPCDet tells them apart: by the shape, if it is not the model's.
+    """
+    found = dict(state)
+    for name, own in sparse_weights(model).items():
+        value = state.get(name)
+        if isinstance(value, torch.Tensor) and value.shape != own.shape and value.dim() == own.dim() > 2:
+            layouts = (value.transpose(-1, -2), value.movedim(-1, 0))
+            found[name] = next((each.contiguous() for each in layouts if each.shape == own.shape), value)
+    return found, [name for name in state if found[name] is not state[name]]
+
+
+def sparse_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a model's sparse convolutions, of spconv's own classes and what is derived from them."""
+    return {
+        f"{name}.weight".lstrip("."): module.weight
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), torch.Tensor)
+        and any(kind.__module__.partition(".")[0] == "spconv" for kind in type(module).__mro__)
+    }
 
 
 def weights_in(content: Any, path: str) -> tuple[dict[str, Any], str]:

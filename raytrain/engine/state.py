@@ -16,6 +16,7 @@ from raytrain.engine.engine import Engine
 from raytrain.engine.hardware import hardware_here
 from raytrain.engine.modes import TrainingMode
 from raytrain.engine.own_state import OwnState
+from raytrain.engine.pretrained import in_todays_layout, renaming
 from raytrain.engine.randomness import Randomness, seed_all
 from raytrain.engine.schedule import Schedule, build_schedule
 from raytrain.engine.world import World
@@ -182,11 +183,10 @@ def restore(run: RunState, payload: dict[str, Any], where: str) -> list[str]:
 
 def restore_heritage(run: RunState, payload: dict[str, Any], where: str) -> list[str]:
     """Bring `run` to the state of an OpenPCDet .pth; returns what could not be taken over, a line each."""
-    notes = []
-    own = run.model.state_dict()
-    state = {k: v for k, v in payload["model_state"].items() if k != "global_step" or k in own}
-    load_model_state(run.model, state, where)
-    if payload.get("optimizer_state") is not None:
+    notes, turned = load_heritage_model(run.model, payload, where)
+    if turned:
+        notes.append("moments start at zero: they lie as spconv 1 has them")
+    elif payload.get("optimizer_state") is not None:
         run.engine.load_optimizer_state(payload["optimizer_state"])
     else:
         notes.append("it holds no optimizer state: moments start at zero")
@@ -202,6 +202,22 @@ def restore_heritage(run: RunState, payload: dict[str, Any], where: str) -> list
             f"continuing at the start of epoch {epoch + 1}, step {run.progress.step}"
         )
     return notes
+
+
+def load_heritage_model(model: torch.nn.Module, payload: dict[str, Any], where: str) -> tuple[list[str], list[str]]:
+    """Bring a model to the weights of an OpenPCDet .pth; what a user should know, and which weights are of spconv 1."""
+    own, given = model.state_dict(), payload["model_state"]
+    rename, how = renaming(given, own)
+    state = {rename(name): value for name, value in given.items()}
+    state, turned = in_todays_layout(model, {k: v for k, v in state.items() if k != "global_step" or k in own})
+    notes = [f"names of its weights are taken {how}"] if how else []
+    if "global_step" in own and "global_step" not in state:
+        state["global_step"] = torch.full_like(own["global_step"], int(payload.get("it") or 0))
+        notes.append("it holds no global_step: that is its number of iterations")
+    load_model_state(model, state, where)
+    if turned:
+        notes.append(f"{len(turned)} weights are turned from spconv 1's layout: {listed(turned)}")
+    return notes, turned
 
 
 def load_model_state(model: torch.nn.Module, state: dict[str, Any], where: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -73,23 +74,28 @@ def load_weights_file(path: str | Path, map_location: Any = "cpu") -> dict[str, 
     return _with_model_state(load_file(path, map_location), str(path))
 
 
-def load_file(path: str | Path, map_location: Any = "cpu") -> Any:
-    """What torch.save wrote to a file, of whatever program; as load_weights_file, without a look at what it holds."""
+def load_file(path: str | Path, map_location: Any = "cpu", mmap: bool = False) -> Any:
+    """What torch.save wrote to a file, of whatever program; as load_weights_file, without a look at what it holds.
+
+    mmap: its tensors stay in the file until they are used, where it is one of today's
+    """
     path = expanded(path).absolute()
     if path.name == PAYLOAD and (path.parent / MANIFEST).exists():
         return load_payload(open_storage(str(path.parent.parent)), path.parent.name, map_location)
     try:
+        if mmap and zipfile.is_zipfile(path):
+            return _load(path, str(path), map_location, mmap=True)
         with path.open("rb") as file:
             return _load(file, str(path), map_location)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _load(file: IO[bytes], path: str, map_location: Any) -> Any:
+def _load(file: IO[bytes] | Path, path: str, map_location: Any, mmap: bool = False) -> Any:
     try:
         with torch.serialization.safe_globals(_numpy_scalars()), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # what cannot be read is told below
-            return torch.load(file, map_location=map_location, weights_only=True)
+            return torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the bytes are anybody's: what reading them raises has no bounds

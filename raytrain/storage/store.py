@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from raytrain.errors import CheckpointError, TaskError
@@ -129,14 +130,14 @@ class Store:
                 continue  # damaged: the next best one is the best that exists
         return None
 
-    def supersede(self, progress: Progress) -> list[str]:
+    def supersede(self, progress: Progress, others: Sequence[str] = ()) -> list[str]:
         """Names of the checkpoints beyond `progress`, now in ckpt/superseded/<launch>/, which retention never touches.
 
-        For a run that goes back to an older checkpoint on purpose.
+        For a run that goes back to an older checkpoint on purpose.   others: files that are to go there too
         """
         entries = self.listed()
         here = (progress.epoch, progress.cursor, 0)
-        names = [entry.name for entry in entries if _position(entry, entries) > here]
+        names = [*(entry.name for entry in entries if _position(entry, entries) > here), *others]
         for name in names:
             target = f"{SUPERSEDED}/{self.launch}/{name}"
             again = 2

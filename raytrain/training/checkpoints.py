@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raytrain.config.sections import Checkpoint
@@ -14,11 +14,20 @@ from raytrain.journal.records import clean, number
 from raytrain.keeper import client
 from raytrain.storage.checkpoint import Manifest, is_verified, verify_checkpoint
 from raytrain.storage.fingerprint import DIGITS
+from raytrain.storage.heritage_files import HeritageFile, heritage_files
 from raytrain.storage.lock import JOURNAL
 from raytrain.storage.paths import parse_temporary
 from raytrain.storage.storage import Storage
 from raytrain.storage.store import FOLDER, SUPERSEDED, Listed, Store, listed, verified
-from raytrain.training.resume import Origin, begun_by, compare, is_complete, newest_to_trust, origin_of
+from raytrain.training.resume import (
+    Origin,
+    begun_by,
+    compare,
+    is_complete,
+    newest_to_trust,
+    or_heritage,
+    origin_of,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -69,6 +78,8 @@ def check_run_folder(storage: Storage, of_config: bool = False) -> None:
     if storage.exists("manifest.json") or any(name.startswith("checkpoint_") for name in storage.list("")):
         raise PreflightError(f"{path}: this lies within a run folder. Give the folder that holds {FOLDER}/")
     inside = [name for name in storage.list("") if storage.exists(f"{name}/{FOLDER}")]
+    if any(name.endswith(".pth") for name in storage.list("")):
+        raise PreflightError(f"{path}: this lies within a run folder. Give the folder that holds {FOLDER}/")
     if inside:
         raise PreflightError(f"{path}: this holds several runs. Give one of them: {masked(storage.path_of(inside[0]))}")
     raise PreflightError(f"{path}: this is no run folder. {NEITHER}")
@@ -124,7 +135,7 @@ def _survey(store: Store, entries: list[Listed], states: dict[str, str], cfg: An
     taken, passed_over = newest_to_trust(store)
     states = states | {name: damaged(storage, name, why) for name, why in passed_over}
     try:
-        origin = origin_of(taken, passed_over)
+        origin = or_heritage(storage, FOLDER, origin_of(taken, passed_over))
     except CheckpointError as error:
         origin, refusal = None, str(error)
     if recovered and (origin is None or origin.manifest is None or recovered[1] > origin.manifest.progress):
@@ -140,7 +151,8 @@ def _survey(store: Store, entries: list[Listed], states: dict[str, str], cfg: An
         says = [line.replace(f"{name}: {name}: ", f"{name}: ") for line in says]
     if origin is not None and origin.name is not None:
         states = states | {origin.name: "ok"}
-    rows = rows_of(store, entries, states, origin.name if origin else None)
+    heritage = heritage_files(storage, FOLDER)
+    rows = [*rows_of(store, entries, states, origin.name if origin else None), *heritage_rows(heritage, origin)]
     says += in_memory(storage, entries)
     return Survey(rows, [*says, *left, *superseded(storage)], not refusal, store.policy.METRIC)
 
@@ -166,10 +178,25 @@ def rows_of(store: Store, entries: list[Listed], states: dict[str, str], taken: 
     return rows
 
 
+def heritage_rows(files: Sequence[HeritageFile], origin: Origin | None) -> list[Row]:
+    """OpenPCDet's files, which have no manifest."""
+    return [
+        Row(
+            file.name,
+            None,
+            f"damaged: {file.damage}" if file.damage else f"OpenPCDet's, epoch {file.epoch}, iteration {file.step}",
+            [TAKEN] if origin is not None and origin.path == file.path else [],
+        )
+        for file in files
+    ]
+
+
 def origin_says(origin: Origin | None, cfg: Any) -> list[str]:
     """What a start would do, and what it passes over on the way there."""
-    if origin is None or origin.manifest is None:
+    if origin is None:
         return ["there is no checkpoint yet: training begins at step 0"]
+    if origin.manifest is None:  # OpenPCDet's
+        return origin.notes
     progress = origin.manifest.progress
     optimization = origin.manifest.config.get("OPTIMIZATION") or {}
     num_epochs = cfg.OPTIMIZATION.NUM_EPOCHS if cfg is not None else optimization.get("NUM_EPOCHS", 0)

@@ -18,22 +18,25 @@ from raytrain.config.sections import Config, Eval, stays_below
 from raytrain.data.feed import Feed
 from raytrain.engine.determinism import device_here, prepare_torch, torch_put_back
 from raytrain.engine.own_state import OwnState
+from raytrain.engine.pretrained import load_pretrained
 from raytrain.engine.randomness import seed_all
-from raytrain.engine.state import RunState, build_run, compile_model, load_model_state
+from raytrain.engine.state import RunState, build_run, compile_model, load_heritage_model, load_model_state
 from raytrain.engine.world import World
 from raytrain.errors import CheckpointError, ConfigError, ResumeError, TaskError, explained
 from raytrain.journal.records import strict
 from raytrain.journal.run_folder import run_dir_of
 from raytrain.progress import Progress
 from raytrain.storage.forks import tend_forks
+from raytrain.storage.heritage_files import heritage_files
 from raytrain.storage.lock import refuse_links
+from raytrain.storage.paths import expanded
 from raytrain.storage.storage import Storage, open_storage
-from raytrain.storage.store import Store
+from raytrain.storage.store import FOLDER, NAME, Store, listed
 from raytrain.task import Task, make_task
 from raytrain.training import validate
 from raytrain.training.contract import pictures_of
 from raytrain.training.pictures import why_not_drawn, write_pictures
-from raytrain.training.resume import Origin, begun_by, load_origin, origin_at
+from raytrain.training.resume import Origin, begun_by, load_origin, or_heritage, origin_at, parent_storage
 from raytrain.training.sameness import arrays_of, compare_with_checkpoint, names_of, record_of
 from raytrain.training.source import source_notes, source_of
 from raytrain.training.worker import build_datasets, plan_of
@@ -77,10 +80,13 @@ def evaluate(
     eval_tag: str = "default",
     batch_size: int | None = None,
     save_to_file: bool = False,
+    pretrained_model: str | os.PathLike[str] | None = None,
+    allow_partial: bool = False,
 ) -> Evaluation:
     """Evaluate a checkpoint on the validation split, in this process.
 
     ckpt: a path as for --resume; None takes the run folder's best one, else its newest
+    pretrained_model: a file of weights as for training, over those of `ckpt`; with no `ckpt` they alone are evaluated
     save_to_file: whether the predictions are written too.   Raises RaytrainError.
     """
     if not isinstance(cfg, Config):
@@ -92,7 +98,8 @@ def evaluate(
     run_dir = run_dir_of(cfg)
     refuse_links(open_storage(run_dir))
     with _explained("The evaluation", run_dir):
-        return _evaluated(cfg, run_dir, ckpt, eval_tag, save_to_file)
+        weights = None if pretrained_model is None else os.fspath(pretrained_model)
+        return _evaluated(cfg, run_dir, ckpt, eval_tag, save_to_file, weights, allow_partial)
 
 
 def view(
@@ -121,17 +128,25 @@ def _explained(what: str, run_dir: str) -> Iterator[None]:
 
 
 def _evaluated(
-    cfg: Config, run_dir: str, ckpt: str | os.PathLike[str] | None, eval_tag: str, save_to_file: bool
+    cfg: Config,
+    run_dir: str,
+    ckpt: str | os.PathLike[str] | None,
+    eval_tag: str,
+    save_to_file: bool,
+    weights: str | None,
+    allow_partial: bool,
 ) -> Evaluation:
     storage = open_storage(run_dir)
-    origin = evaluated_origin(cfg, storage, ckpt)
-    if origin is None:
+    origin = None if ckpt is None and weights is not None else evaluated_origin(cfg, storage, ckpt)
+    if origin is None and weights is None:
         raise CheckpointError(f"{storage.path_of('')} holds no checkpoint to evaluate; name one with --ckpt")
-    notes = evaluation_differences(origin, cfg)
+    notes = [*origin.notes, *evaluation_differences(origin, cfg)] if origin is not None else []
     seed_all(cfg.SEED, "task")
     task = make_task(cfg)
     datasets = validated_datasets(cfg, task)
     run, others = restored(cfg, task, datasets, origin)
+    if weights is not None:
+        others += load_pretrained(run.model, weights, allow_partial).notes(weights)
     with contextlib.closing(validation_feed(cfg, task, run, datasets)) as feed:
         validation = validate.evaluate(run, task, feed)
     metrics, predictions = validation.metrics, validation.predictions
@@ -142,7 +157,8 @@ def _evaluated(
         torch.save(predictions, buffer)
         storage.write_bytes(f"{name}/predictions.pt", buffer.getvalue())
     notes = [*notes, *others, *feed.notes, *task.take_notes()]
-    evaluation = Evaluation(metrics, origin.path, storage.path_of(name), notes=notes)
+    path = " and ".join(filter(None, [origin.path if origin else None, weights]))
+    evaluation = Evaluation(metrics, path, storage.path_of(name), notes=notes)
     if not (task.has_pictures() and cfg.EVAL.PICTURES):
         return evaluation
     try:
@@ -185,7 +201,9 @@ def evaluated_origin(cfg: Config, storage: Storage, ckpt: str | os.PathLike[str]
         return origin_at(os.fspath(ckpt))
     store = Store(storage, cfg.CHECKPOINT, "")
     saved = store.best() or store.latest_verified()[0]
-    return Origin(saved.path, saved.name, saved.manifest, []) if saved else None
+    if saved is None:
+        return or_heritage(storage, FOLDER, None)
+    return Origin(saved.path, saved.name, saved.manifest, [])
 
 
 def evaluation_differences(origin: Origin, cfg: Config) -> list[str]:
@@ -216,17 +234,47 @@ def validated_datasets(cfg: Config, task: Task) -> dict[str, Any]:
     return datasets
 
 
-def restored(cfg: Config, task: Task, datasets: dict[str, Any], origin: Origin) -> tuple[RunState, list[str]]:
-    """A run on this process's device with a checkpoint's weights, at its epoch; and what is not as it was then."""
+def checkpoints_in(cfg: Config, folder: str | None, start_epoch: int) -> list[str]:
+    """Paths of all checkpoints of a folder, the oldest first; of the config's run folder where none is named.
+
+    folder: a run folder, its ckpt, or one with .pth files.   start_epoch: of which epoch they are at least
+    Raises CheckpointError where there is none.
+    """
+    storage = open_storage(run_dir_of(cfg) if folder is None else str(expanded(folder, "--ckpt_dir").absolute()))
+    if not storage.exists(FOLDER) and any(NAME.fullmatch(name) for name in storage.list("")):
+        storage = parent_storage(storage.path_of(""))[0]
+    within = FOLDER if storage.exists(FOLDER) else ""
+    ours = [(e.manifest.progress.epoch, e.manifest.progress.step, e.name) for e in listed(storage) if e.manifest]
+    theirs = [(file.epoch, file.step, file.name) for file in heritage_files(storage, within) if not file.damage]
+    found = [
+        storage.path_of(f"{within}/{name}".lstrip("/"))
+        for epoch, _, name in sorted(ours + theirs)
+        if epoch >= start_epoch
+    ]
+    if not found:
+        raise CheckpointError(f"{storage.path_of('')} holds no checkpoint of epoch {start_epoch} or later to evaluate")
+    return found
+
+
+def restored(cfg: Config, task: Task, datasets: dict[str, Any], origin: Origin | None) -> tuple[RunState, list[str]]:
+    """A run on this process's device with a checkpoint's weights, at its epoch; and what is not as it was then.
+
+    Without a checkpoint it is as it was built.
+    """
     world = World(device=device_here(cfg))
     prepare_torch(cfg, world.device)
     plan = plan_of(with_overrides(cfg, ["LOADER.LAST", "keep"]), len(datasets["train"]), world)  # nothing is trained
     run = build_run(cfg, task, datasets["train"], plan, world)
     compile_model(run, cfg.OPTIMIZATION)
+    if origin is None:
+        return run, []
     built = {**record_of(datasets), "names": names_of(task, datasets), "arrays": arrays_of(task, run.model, datasets)}
     notes = compare_with_checkpoint(origin.manifest.world.get("built", {}), built) if origin.manifest else []
     payload = load_origin(origin)
-    load_model_state(run.model, payload["model_state"], origin.path)
+    if "raytrain" in payload:
+        load_model_state(run.model, payload["model_state"], origin.path)
+    else:
+        notes += load_heritage_model(run.model, payload, origin.path)[0]
     notes += OwnState.of(task, datasets).load(payload.get("raytrain", {}).get("own", {}), origin.path)
     run.progress = progress_of(payload)
     return run, notes

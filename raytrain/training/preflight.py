@@ -21,10 +21,11 @@ from raytrain.journal.run_folder import check_writable, run_dir_of
 from raytrain.keeper import client
 from raytrain.progress import Progress
 from raytrain.storage import processes
+from raytrain.storage.heritage_files import heritage_files
 from raytrain.storage.lock import locked, refuse_links
 from raytrain.storage.paths import expanded
 from raytrain.storage.storage import open_storage
-from raytrain.storage.store import Store, listed
+from raytrain.storage.store import FOLDER, Store, listed
 from raytrain.training.environment import Environment, environment_of
 from raytrain.training.job import Job
 from raytrain.training.resume import Origin, begun_by, choose, compare, is_complete
@@ -260,7 +261,8 @@ def start_over(store: Store, overwrite: bool, notes: list[str]) -> None:
     Its checkpoints are moved aside, to ckpt/superseded: only the user deletes the only copy.
     """
     storage = store.storage
-    remains = [n for n in storage.list("") if n in LEFTOVERS] + [e.name for e in store.listed()]
+    heritage = [file.name for file in heritage_files(storage, FOLDER)]  # in an object store none is ever taken
+    remains = [n for n in storage.list("") if n in LEFTOVERS] + [e.name for e in store.listed()] + heritage
     if not remains:
         return
     if not overwrite:
@@ -269,6 +271,6 @@ def start_over(store: Store, overwrite: bool, notes: list[str]) -> None:
             "Give this one a folder of its own (--extra_tag NAME), or add --overwrite"
             + "".join(f"\nnote: {note}" for note in notes)
         )
-    store.supersede(Progress(-1))
+    store.supersede(Progress(-1), heritage if "://" not in storage.path_of("") else ())
     for name in LEFTOVERS:
         storage.remove_tree(name)

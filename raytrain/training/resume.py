@@ -18,6 +18,7 @@ from raytrain.keeper.client import KeeperClient
 from raytrain.keeper.snapshots import load_newest
 from raytrain.progress import Plan, Progress
 from raytrain.storage.checkpoint import MANIFEST, PAYLOAD, Manifest, verify_checkpoint
+from raytrain.storage.heritage_files import heritage_files
 from raytrain.storage.paths import expanded, parent_and_name
 from raytrain.storage.state_file import load_payload, load_weights_file
 from raytrain.storage.storage import Storage, open_storage
@@ -77,7 +78,36 @@ def choose(store: Store, start: str) -> Origin | None:
     """
     if start != "auto" and not any(e.manifest and e.manifest.launch == store.launch for e in store.listed()):
         return None if start == "fresh" else origin_at(start)
-    return origin_of(*newest_to_trust(store))
+    return newest_origin(store)
+
+
+def newest_origin(store: Store) -> Origin | None:
+    """The origin of a run that goes on from the newest in its folder, which may be OpenPCDet's."""
+    return or_heritage(store.storage, FOLDER, origin_of(*newest_to_trust(store)))
+
+
+def or_heritage(storage: Storage, folder: str, ours: Origin | None) -> Origin | None:
+    """`ours`, or the newest .pth of OpenPCDet in that folder if it is of a later epoch.   Raises CheckpointError.
+
+    Epochs and not steps: those depend on the batch size, which each program has cut in its own way.
+    """
+    files = heritage_files(storage, folder)
+    whole = [file for file in files if not file.damage]
+    if ours is not None and (not whole or ours.manifest is None or whole[0].epoch <= ours.manifest.progress.epoch):
+        return ours
+    damage = [file.damage for file in files if file.damage]
+    if files and not whole:
+        raise CheckpointError(
+            "none of the .pth files of this folder can be read, and training never starts over silently:\n"
+            + "\n".join(f"  {each}" for each in damage)
+            + "\nTo start over all the same, use --resume never --overwrite"
+        )
+    if not whole:
+        return None
+    newest = whole[0]
+    notes = [f"passed over {each}" for each in damage]
+    notes.append(f"going on from {newest.name}, after its epoch {newest.epoch}, iteration {newest.step}")
+    return Origin(newest.path, None, None, notes)
 
 
 def newest_to_trust(store: Store) -> tuple[Saved | None, list[tuple[str, str]]]:
@@ -120,7 +150,7 @@ def vanished(store: Store, found: Saved | None) -> list[tuple[str, str]]:
 
 
 def origin_at(path: str) -> Origin:
-    """The origin that a user's path names: a .pth, a checkpoint folder, or a run folder (its newest)."""
+    """The origin that a user's path names: a .pth, a checkpoint folder, or a run folder or its ckpt (the newest)."""
     location = expanded(path, "--resume")
     if "://" not in path:
         path = str(location.absolute())
@@ -129,18 +159,29 @@ def origin_at(path: str) -> Origin:
         if location.is_file():
             path = str(location.absolute().parent)
     storage = open_storage(path)
-    if storage.exists("ckpt"):
-        newest, passed_over = newest_verified(storage)
-        notes = [f"passed over {name}: {reason}" for name, reason in passed_over]
-        if newest is None:
-            raise CheckpointError("\n".join([f"--resume {path}: this run folder holds no checkpoint to trust", *notes]))
-        return Origin(newest.path, None, newest.manifest, notes)
+    if storage.exists(FOLDER):
+        return newest_at(storage, path)
+    if not storage.exists(MANIFEST) and any(NAME.fullmatch(name) for name in storage.list("")):
+        return newest_at(parent_storage(path)[0], path)  # ckpt itself
+    if not storage.exists(MANIFEST) and (found := or_heritage(storage, "", None)):
+        return found
     if not storage.exists(MANIFEST):
         wrong = "this is no checkpoint" if storage.exists("") else "there is no such file or folder"
         raise ResumeError(
             f"{path}: {wrong}; name a .pth file, a checkpoint folder (RUN/ckpt/checkpoint_epoch_3) or a run folder"
         )
     return Origin(path, None, verify_checkpoint(*parent_storage(path)), [])
+
+
+def newest_at(storage: Storage, path: str) -> Origin:
+    """The newest of another run's folder; CheckpointError if nothing there can be trusted."""
+    newest, passed_over = newest_verified(storage)
+    notes = [f"passed over {name}: {reason}" for name, reason in passed_over]
+    ours = Origin(newest.path, None, newest.manifest, notes) if newest else None
+    found = or_heritage(storage, FOLDER, ours)
+    if found is None:
+        raise CheckpointError("\n".join([f"--resume {path}: this run folder holds no checkpoint to trust", *notes]))
+    return found
 
 
 def parent_storage(path: str) -> tuple[Storage, str]:

@@ -101,3 +101,40 @@ def test_weights_of_which_nothing_fits_are_an_error_that_shows_the_names_of_both
 def test_a_file_without_weights_says_what_it_holds(content: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"it holds no weights, but (the keys|a )"):
         loaded(content, tmp_path, net())
+
+
+class SparseConvolution(nn.Module):
+    """Stands for spconv's class of that name, which is told by its module."""
+
+    __module__ = "spconv.pytorch.conv"
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape))
+
+
+class SubMConv3d(SparseConvolution):
+    __module__ = "somebodys.model"
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(8, 3, 3, 3, 4), (3, 3, 3, 8, 4), (8, 3, 3, 4)],
+    ids=["3d", "3d by its other algorithm", "2d"],
+)
+def test_weights_of_spconv_1_are_turned_as_openpcdet_turns_them(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """spconv 1: (k, k, k, c_in, c_out).   spconv 2: (c_out, k, k, k, c_in), or (k, k, k, c_out, c_in)."""
+    model = nn.Sequential(SubMConv3d(*shape), nn.Conv3d(4, 8, 3))
+    before = torch.randn(*[3] * (len(shape) - 2), 4, 8)
+    dense = torch.randn(3, 3, 3, 4, 8)  # no sparse one's: it does not fit, and stays as built
+    content = {"0.weight": before, "1.weight": dense, "1.bias": torch.zeros(8)}
+    pretrained = loaded(content, tmp_path, model)
+    wanted = before.transpose(-1, -2) if shape[-2:] == (8, 4) and shape[0] == 3 else before.movedim(-1, 0)
+    assert torch.equal(model[0].weight, wanted)
+    assert pretrained.taken == ["0.weight", "1.bias"] and pretrained.found == "1 from spconv 1's layout"
+
+
+def test_weights_of_spconv_2_are_taken_as_they_are(tmp_path: Path) -> None:
+    model = nn.Sequential(SubMConv3d(3, 3, 3, 3, 3))  # of which the shape tells nothing
+    weight = torch.randn(3, 3, 3, 3, 3)
+    assert loaded({"0.weight": weight}, tmp_path, model).found == "" and torch.equal(model[0].weight, weight)

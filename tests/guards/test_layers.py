@@ -60,7 +60,7 @@ WITHOUT_TORCH = (
     *("keeper/keeper", "keeper/client", "keeper/channel", "keeper/shared_memory", "keeper/heartbeat"),
     *("keeper/watchdog", "keeper/writer", "training/checkpoints", "sweep/ledger", "sweep/view", "sweep/advice"),
 )
-NEEDS_TORCH = ("storage/state_file", "storage/file_layout")
+NEEDS_TORCH = ("storage/state_file", "storage/file_layout", "storage/heritage_files")
 
 MODULES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix(): path
