@@ -2,7 +2,8 @@
 
 Formulas and order are OpenPCDet's (AnchorGenerator, ResidualCoder, AxisAlignedTargetAssigner), the arithmetic is not:
 anchors of one shape stand on a grid, so their overlaps with a box are products of overlaps along x and along y. That is
-the same in every bit and takes a twentieth of the arithmetic; and nothing here asks the device what it found.
+the same in every bit and takes a twentieth of the arithmetic. On a CPU only boxes and anchors that count are gone
+through; a GPU is not asked which they are, since that would wait for it.
 
 Flat order of anchors: ((y * nx + x) * K + k), the K kinds at a place by class, then size, then rotation.
 """
@@ -26,11 +27,15 @@ MIN_SIZE = 1e-5  # metres; boxes are not encoded as smaller than this (OpenPCDet
 class Targets:
     """What each anchor shall say.
 
-    labels: (B, A) int64: 1-based class, 0 for background, -1 where the answer does not count
-    codes:  (B, A, 7) float32, the box of anchors with a class relative to the anchor; zeros elsewhere
+    labels:  (B, A) int64: 1-based class, 0 for background, -1 where the answer does not count
+    anchors: (N,) int64, those with a class, of all B * A; on a GPU all
+    kinds:   (N,) int64, which of the K each of them is
+    codes:   (N, 7) float32, their boxes relative to them
     """
 
     labels: Tensor
+    anchors: Tensor
+    kinds: Tensor
     codes: Tensor
 
 
@@ -94,34 +99,32 @@ class Anchors(nn.Module):
         """
         # One row of padding more: a batch of empty frames may have none, and there is nothing to reduce over then.
         gt_boxes = F.pad(gt_boxes.float(), (0, 0, 0, 1))  # (B, M, 8)
-        labels, rows = [], []
+        labels, anchors, kinds, codes = [], [], [], []
         for matching in self.matchings:
             # One class at a time: 0.5 GB for 4 frames of 100 boxes on KITTI's 321,408 anchors
-            overlaps = [self._overlaps(kind, gt_boxes, matching.label) for kind in matching.kinds]
-            for label, row in _matched(overlaps, matching):
+            boxes = _of_class(gt_boxes, matching.label)
+            overlaps = [self._overlaps(kind, boxes, matching.label) for kind in matching.kinds]
+            for kind, overlap, label in zip(matching.kinds, overlaps, _matched(overlaps, matching), strict=True):
+                places = _true(label > 0)
                 labels.append(label)
-                rows.append(row)
+                anchors.append(places * len(self.kinds) + kind)
+                kinds.append(torch.full_like(places, kind))
+                codes.append(self._codes(kind, places, overlap, boxes))
         label = torch.stack(labels, dim=-1).flatten(1)  # (B, A)
-        codes = self._codes(gt_boxes[..., :7], torch.stack(rows, dim=-1))
-        return Targets(label, torch.where((label > 0)[..., None], codes, 0.0))
+        return Targets(label, torch.cat(anchors), torch.cat(kinds), torch.cat(codes))
 
-    def _codes(self, boxes: Tensor, rows: Tensor) -> Tensor:
-        """encode() of the box that each anchor is given: (B, A, 7).
+    def _codes(self, kind: int, places: Tensor, overlap: Tensor, boxes: Tensor) -> Tensor:
+        """encode() of the box that each of these anchors overlaps most: (n, 7).
 
-        boxes: (B, M, 7).   rows: (B, ny, nx, K), which of the M.
-        Among the anchors of a kind only x and y differ; the rest is worked out once for each box, and looked up.
+        places: (n,), of all B * ny * nx.   overlap: (B, M, ny, nx).   boxes: (B, M, 8).
         """
-        at_zero = F.pad(self.kinds, (2, 0))  # (K, 7)
-        table = encode(boxes[:, :, None], at_zero)  # (B, M, K, 7)
-        table[..., :2] = boxes[:, :, None, :2]
-        count = len(self.kinds)
-        frames = torch.arange(len(boxes), device=rows.device) * boxes.shape[1]
-        numbers = (rows + frames[:, None, None, None]) * count + torch.arange(count, device=rows.device)
-        codes = table.view(-1, 7).index_select(0, numbers.flatten()).view(*rows.shape, 7)
-        diagonal = _units(self.kinds[:, 1:4])[:, 0]
-        codes[..., 0].sub_(self.x.T).div_(diagonal)
-        codes[..., 1].sub_(self.y.T[:, None]).div_(diagonal)
-        return codes.flatten(1, 3)
+        overlap = overlap.flatten(2)  # (B, M, ny * nx)
+        frame, place = places // overlap.shape[2], places % overlap.shape[2]
+        row = overlap[frame, :, place].argmax(1)
+        nx = self.x.shape[1]
+        at = torch.stack([self.x[kind, place % nx], self.y[kind, place // nx]], dim=-1)
+        anchors = torch.cat([at, self.kinds[kind].expand(len(at), 5)], dim=-1)
+        return encode(boxes[frame, row, :7], anchors)
 
     def _overlaps(self, kind: int, gt_boxes: Tensor, label: int) -> Tensor:
         """IoU, turned to the nearest axis, of one kind's anchors with the boxes of `label`; 0 with others.
@@ -150,8 +153,16 @@ def _places(low: float, high: float, count: int, centred: bool) -> Tensor:
     return (torch.arange(count, dtype=torch.float64) * ((high - low) / (count - 1)) + low).float()
 
 
-def _matched(overlaps: Sequence[Tensor], matching: Matching) -> list[tuple[Tensor, Tensor]]:
-    """For each kind of a class: labels (B, ny, nx), and the row of the box that the anchor overlaps most.
+def _of_class(gt_boxes: Tensor, label: int) -> Tensor:
+    """(B, M, 8) boxes with those of a class first, in their order; on a CPU without most of the others."""
+    is_of_class = gt_boxes[..., 7] == label
+    most = gt_boxes.shape[1] if _would_wait(gt_boxes) else max(1, int(is_of_class.sum(1).max()))
+    rows = is_of_class.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    return gt_boxes.gather(1, rows[..., None].expand(-1, -1, gt_boxes.shape[2]))
+
+
+def _matched(overlaps: Sequence[Tensor], matching: Matching) -> list[Tensor]:
+    """For each kind of a class: labels (B, ny, nx).
 
     overlaps: for each kind (B, M, ny, nx)
     """
@@ -159,12 +170,23 @@ def _matched(overlaps: Sequence[Tensor], matching: Matching) -> list[tuple[Tenso
     best_of_box = torch.where(best_of_box == 0, -1.0, best_of_box)[..., None, None]  # no anchor is at -1
     found = []
     for overlap in overlaps:
-        best, row = overlap.max(dim=1)  # (B, ny, nx)
+        best = overlap.amax(1)  # (B, ny, nx)
         forced = (overlap == best_of_box).any(dim=1)
         label = torch.where(best >= matching.matched, matching.label, -1)
         label = torch.where(best < matching.unmatched, 0, label)
-        found.append((torch.where(forced, matching.label, label), row))
+        found.append(torch.where(forced, matching.label, label))
     return found
+
+
+def _true(mask: Tensor) -> Tensor:
+    """The flat numbers of what is true; on a GPU of all."""
+    flat = mask.flatten()
+    return torch.arange(len(flat), device=flat.device) if _would_wait(flat) else flat.nonzero().squeeze(1)
+
+
+def _would_wait(tensor: Tensor) -> bool:
+    """Whether the host would wait for the device to learn a size that depends on what is in a tensor."""
+    return tensor.device.type != "cpu"
 
 
 def encode(boxes: Tensor, anchors: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What an anchor head's answers cost, by OpenPCDet's formulas.
 
-No value leaves the device, and nothing has a size that depends on the data: all anchors are computed, and those that do
-not count weigh 0.
+Anchors that do not count weigh 0. Of boxes and directions only those with a class are computed, as Targets names them;
+no value leaves a GPU for that.
 """
 
 from __future__ import annotations
@@ -37,23 +37,30 @@ def box_loss(codes: Tensor, targets: Targets, code_weights: Tensor) -> Tensor:
 
     codes: (B, A, 7).   code_weights: (7,).
     """
-    difference = codes - targets.codes
+    difference = codes.flatten(0, 1).index_select(0, targets.anchors) - targets.codes  # (N, 7)
     # sin(a)cos(b) - cos(a)sin(b): a box turned by half a turn costs nothing here, the direction's loss tells them apart
     difference = torch.cat([difference[..., :6], difference[..., 6:].sin()], dim=-1) * code_weights
     loss = F.smooth_l1_loss(difference, torch.zeros_like(difference), beta=BETA, reduction="none")
-    return (loss.sum(-1) * _shares(targets.labels, targets.labels > 0)).sum() / len(codes)
+    return (loss.sum(-1) * _shares_of_positives(targets)).sum() / len(codes)
 
 
-def direction_loss(logits: Tensor, targets: Targets, anchor_headings: Tensor, offset: float) -> Tensor:
+def direction_loss(logits: Tensor, targets: Targets, headings: Tensor, offset: float) -> Tensor:
     """Cross-entropy of the positives' direction bins; weighed as class_loss.
 
-    logits: (B, A, bins).   anchor_headings: (A,) radians.   offset: where the first bin begins, radians.
+    logits: (B, A, bins).   headings: (K,) radians, of each kind of anchor.   offset: where the first bin begins, radians.
     """
     num_bins = logits.shape[-1]
-    turned = limit_period(targets.codes[..., 6] + anchor_headings - offset, 0, 2 * math.pi)
-    bins = (turned / (2 * math.pi / num_bins)).floor().long().clamp(0, num_bins - 1)  # (B, A)
-    loss = logits.logsumexp(-1) - logits.gather(-1, bins[..., None])[..., 0]
-    return (loss * _shares(targets.labels, targets.labels > 0)).sum() / len(logits)
+    turned = limit_period(targets.codes[:, 6] + headings[targets.kinds] - offset, 0, 2 * math.pi)
+    bins = (turned / (2 * math.pi / num_bins)).floor().long().clamp(0, num_bins - 1)  # (N,)
+    of_anchors = logits.flatten(0, 1).index_select(0, targets.anchors)
+    loss = F.cross_entropy(of_anchors, bins, reduction="none")
+    return (loss * _shares_of_positives(targets)).sum() / len(logits)
+
+
+def _shares_of_positives(targets: Targets) -> Tensor:
+    """(N,): _shares() of those that Targets names."""
+    shares = _shares(targets.labels, targets.labels > 0)
+    return shares.flatten().index_select(0, targets.anchors)
 
 
 def _shares(labels: Tensor, counted: Tensor) -> Tensor:

@@ -85,9 +85,8 @@ class PointPillar(nn.Module):
             "rpn_loss_loc": box_loss(codes, targets, self.code_weights) * weights.loc_weight,
         }
         if head.USE_DIRECTION_CLASSIFIER:
-            headings = self.anchors.kinds[:, 4].repeat(targets.labels.shape[1] // len(self.anchors.kinds))
             directions = self._by_anchor(outputs, "dir_cls_preds")
-            turned = direction_loss(directions, targets, headings, head.DIR_OFFSET)
+            turned = direction_loss(directions, targets, self.anchors.kinds[:, 4], head.DIR_OFFSET)
             parts["rpn_loss_dir"] = turned * weights.dir_weight
         loss = torch.stack(list(parts.values())).sum()
         tb_dict = {"loss_rpn": loss, **parts, "rpn_loss": loss}
