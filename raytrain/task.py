@@ -129,7 +129,8 @@ class Task:
 
         predictions: of the first samples of `dataset`, or of all, in order; [] where there is no predict or no
                      checkpoint yet: then what is drawn is the data
-        Asked for by `raytrain eval`, `raytrain view` and, on rank 0, the end of training (EVAL.PICTURES).
+        Asked for by `raytrain eval`, `raytrain view` and, on rank 0, after the first evaluation of a run and the last
+        (EVAL.PICTURES).
         """
         return iter(())
 

@@ -267,7 +267,7 @@ class Checkpoint(Section):
 
 class Eval(Section):
     EVERY: Count | None = 1  #: epochs between evaluations; null: only at the end
-    PICTURES: Natural = 4  #: that a task draws at the end of training and in `raytrain eval`
+    PICTURES: Natural = 4  #: that a task draws at the first evaluation, at the end of training and in `raytrain eval`
 
 
 class Log(Section):

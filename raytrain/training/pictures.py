@@ -35,14 +35,17 @@ def why_not_drawn(error: Exception, task: Task, run_uri: str) -> str:
 
 
 def draw_pictures(folder: RunFolder, run: RunState, feed: Feed, predictions: list[Any], journal: Journal) -> str | None:
-    """Draw what the last evaluation predicted; where the pictures lie, None if something went wrong.
+    """Draw what an evaluation predicted; where the pictures lie, None if there are none.
 
-    That is told and left at that, whatever it is: the run is trained, saved and evaluated, and must not end as failed.
+    What goes wrong is told and left at that: the run is trained, saved and evaluated, and must not end as failed.
     """
-    task, dataset = feed.task, feed.datasets["val"]
+    task, count = feed.task, run.config["EVAL"]["PICTURES"]
+    if not (predictions and task.has_pictures() and count):
+        return None
+    dataset = feed.datasets["val"]
     name, epoch = f"eval/epoch_{run.progress.epoch}/val/pictures", run.progress.epoch
     try:
-        pictures = pictures_of(task, predictions, dataset, run.config["EVAL"]["PICTURES"], run.seed, epoch)
+        pictures = pictures_of(task, predictions, dataset, count, run.seed, epoch)
         names = write_pictures(pictures, folder.here, name)
     except Exception as error:
         message = why_not_drawn(error, task, folder.storage.path_of(""))

@@ -17,6 +17,7 @@ from raytrain.engine.state import RunState
 from raytrain.engine.terms import Key, Sum
 from raytrain.errors import DivergedError, RaytrainError, listed
 from raytrain.journal.journal import Journal
+from raytrain.journal.run_folder import RunFolder
 from raytrain.keeper.checkpointer import Checkpointer, PendingSave
 from raytrain.keeper.heartbeat import Heartbeat
 from raytrain.progress import Progress
@@ -24,6 +25,7 @@ from raytrain.storage.store import checkpoint_name
 from raytrain.training.bad_steps import answer, suspects
 from raytrain.training.contract import FIELDS, Part, sums_of
 from raytrain.training.control import Control, Restart
+from raytrain.training.pictures import draw_pictures
 from raytrain.training.run_journal import write_resize
 from raytrain.training.step_checks import StepChecks
 from raytrain.training.unsaved import UnsavedChanges
@@ -40,7 +42,8 @@ class Taken(NamedTuple):
 class Recorder:
     """All that the loop tells, and what it is told: one object for the life of a run.
 
-    validation: of the last epoch, with rank 0's predictions, of which pictures are drawn; None before
+    folder:     where pictures go
+    validation: of the last epoch, with rank 0's predictions; None before
     notes:      lines for the journal, to be taken out
     resize:     the change of the number of workers by which this began, until it is told
     """
@@ -53,8 +56,9 @@ class Recorder:
         journal: Journal,
         control: Control,
         heartbeat: Heartbeat,
+        folder: RunFolder | None = None,
     ) -> None:
-        self.run, self.feed, self.task = run, feed, feed.task
+        self.run, self.feed, self.task, self.folder = run, feed, feed.task, folder
         self.checkpointer, self.journal, self.control, self.heartbeat = checkpointer, journal, control, heartbeat
         self.validation: Validation | None = None
         self.resize: Restart | None = None
@@ -64,7 +68,7 @@ class Recorder:
         self._save: PendingSave | None = PendingSave.of_old(
             run.progress
         )  # what an evaluation at the very start belongs to
-        self._save_wished = False
+        self._save_wished, self._draws = False, True
         self._steps: deque[Step] = deque(maxlen=LATE_STEPS + 1)
         self._next_step_begins()
 
@@ -169,12 +173,22 @@ class Recorder:
         if run.world.is_first and name is not None:
             self.checkpointer.add_metrics(name, metrics)
         self.control.saved(self._save, metrics)
-        self.heartbeat.beat("rest")  # the answer may take its time
+        self.heartbeat.beat("rest")  # pictures and the answer may take their time
+        if run.world.is_first and not is_last and self._is_first_evaluation():
+            self.draw(validation)
         goes_on = run.world.broadcast_object(run.world.is_first and self.control.goes_on(run.progress, metrics))
         self._next_step_begins()
         return bool(goes_on) or is_last
 
-    # What the run's start calls besides
+    # What the run's start and end call besides
+
+    def draw(self, validation: Validation | None) -> str | None:
+        """Where pictures of what was predicted lie, None if there are none; what went wrong once is not tried again."""
+        if self.folder is None or validation is None or not self._draws:
+            return None
+        drawn = draw_pictures(self.folder, self.run, self.feed, validation.predictions, self.journal)
+        self._draws = drawn is not None
+        return drawn
 
     def save(self, metrics: dict[str, float | None] | None = None, may_be_replaced: bool = False) -> PendingSave | None:
         """Rank 0 begins to save the run's state; one with NaN in it is refused, so the last good one stays the newest.
@@ -225,6 +239,10 @@ class Recorder:
             data_s=data_s,
             step_s=step_s,
         )
+
+    def _is_first_evaluation(self) -> bool:
+        """Of the whole run."""
+        return not any(map(self.feed.evaluates_after, range(1, self.run.progress.epoch)))
 
     def _write_evaluation(self, validation: Validation, better: bool) -> None:
         epoch, metrics, metric = self.run.progress.epoch, validation.metrics, self.checkpointer.policy.METRIC

@@ -41,7 +41,6 @@ from raytrain.training.environment import differences
 from raytrain.training.job import Job
 from raytrain.training.last_batch import last_batch_notes, refuse_lone_sample
 from raytrain.training.loop import train_model
-from raytrain.training.pictures import draw_pictures
 from raytrain.training.recorder import Recorder
 from raytrain.training.resume import Origin, bring_to_start, why_not_exact
 from raytrain.training.run_journal import is_resize, open_journal, write_end
@@ -188,7 +187,7 @@ def open_recorder(
         journal.write("event", event="hang", **hang)
     stack.callback(journal.close)
     stack.callback(feed.close)
-    recorder = Recorder(run, feed, checkpointer, journal, control, restored.heartbeat)
+    recorder = Recorder(run, feed, checkpointer, journal, control, restored.heartbeat, restored.folder)
     if restart is not None and is_resize(restart, run.world.size):
         recorder.resize = restart
     if run.world.broadcast_object(owes_checkpoint(run, checkpointer.store, restored.origin)):
@@ -230,9 +229,7 @@ def train(job: Job, recorder: Recorder, restored: Restored) -> Outcome:
     if not is_done and run.world.broadcast_object(run.world.is_first and recorder.control.is_moved()):
         return Outcome(status, run.progress, run.metrics, run.best)  # nothing ends: the keeper too is there for others
     if run.world.is_first:
-        predictions = recorder.validation.predictions if is_done and recorder.validation else []
-        draws = predictions and feed.task.has_pictures() and run.config["EVAL"]["PICTURES"] > 0
-        pictures = draw_pictures(restored.folder, run, feed, predictions, recorder.journal) if draws else None
+        pictures = recorder.draw(recorder.validation) if is_done else None
         write_end(recorder.journal, run, recorder.checkpointer.store, status, seconds, pictures)
     if restored.keeper is not None and restored.keeper.leads:
         restored.keeper.end()

@@ -46,24 +46,27 @@ def images(folder: Path) -> dict[str, list[tuple[int, int, int, bytes]]]:
     return {tag: [(e.step, e.width, e.height, e.encoded_image_string) for e in each] for tag, each in found.items()}
 
 
-# At the end of training
+# At the first evaluation and at the end of training
 
 
 @pytest.mark.ray
-def test_the_last_evaluations_pictures_are_in_the_run_folder_and_in_tensorboard(
+def test_pictures_of_the_first_and_last_evaluation_are_in_the_run_folder_and_in_tensorboard(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = raytrain.train(config(tmp_path, "Drawing"))
+    """The first show early what is wrong with data or drawing; those between would be many."""
+    result = raytrain.train(config(tmp_path, "Drawing", OPTIMIZATION={"BATCH_SIZE_PER_GPU": 4, "NUM_EPOCHS": 3}))
     run = Path(result.run_dir)
     names = [f"sample_{index}" for index in range(4)]
     files = sorted(run.glob("eval/**/*.png"))
-    assert files == [run / f"eval/epoch_2/val/pictures/{name}.png" for name in names]
+    assert files == [run / f"eval/epoch_{epoch}/val/pictures/{name}.png" for epoch in (1, 3) for name in names]
     assert {file.read_bytes() for file in files} == {png(6)}  # all six predictions were there
-    assert images(run / "tensorboard/eval") == {f"pictures/{name}": [(2, 3, 2, png(6))] for name in names}
-    (record,) = kinds(result.run_dir, "pictures")
-    assert (record["folder"], record["names"], record["step"]) == ("eval/epoch_2/val/pictures", names, 6)
-    assert f"  pictures     {files[0].parent}\n" in capsys.readouterr().out
-    assert f"Drew eval/epoch_2/val/pictures: {', '.join(names)}" in next(run.glob("train_*.log")).read_text()
+    assert images(run / "tensorboard/eval") == {
+        f"pictures/{name}": [(epoch, 3, 2, png(6)) for epoch in (1, 3)] for name in names
+    }
+    records = [(record["folder"], record["names"], record["step"]) for record in kinds(result.run_dir, "pictures")]
+    assert records == [(f"eval/epoch_{epoch}/val/pictures", names, 3 * epoch) for epoch in (1, 3)]
+    assert f"  pictures     {files[-1].parent}\n" in capsys.readouterr().out
+    assert f"Drew eval/epoch_3/val/pictures: {', '.join(names)}" in next(run.glob("train_*.log")).read_text()
 
 
 @pytest.mark.ray
@@ -77,7 +80,7 @@ def test_pictures_come_to_a_run_folder_behind_a_uri(tmp_path: Path) -> None:
         copy.parent.mkdir()
         with server.filesystem().open_input_stream(events[0]) as stream:
             copy.write_bytes(stream.read())
-    assert images(copy.parent) == {"pictures/sample_0": [(2, 3, 2, png(6))]}
+    assert images(copy.parent) == {"pictures/sample_0": [(epoch, 3, 2, png(6)) for epoch in (1, 2)]}
 
 
 @pytest.mark.ray

@@ -46,7 +46,10 @@ class SampleFrame:
 
 
 class LidarDataset(Dataset[dict[str, Any]]):
-    """Samples of a source; random numbers are drawn in training only, from numpy's global generator."""
+    """Samples of a source; random numbers are drawn in training only, from numpy's global generator.
+
+    most_frames: that the source has, if each epoch is to take others; these come again after so many
+    """
 
     def __init__(
         self,
@@ -56,7 +59,9 @@ class LidarDataset(Dataset[dict[str, Any]]):
         training: bool,
         augmentor: Augmentation | None = None,
         last_epochs: LastEpochs | None = None,
+        most_frames: int | None = None,
     ) -> None:
+        self.first, self.most_frames = 0, most_frames
         self.source, self.options, self.class_names, self.training = source, options, list(class_names), training
         self.augmentor, self.last_epochs = augmentor, last_epochs
         self.active = augmentor
@@ -74,6 +79,8 @@ class LidarDataset(Dataset[dict[str, Any]]):
         return len(self.source)
 
     def set_epoch(self, epoch: int) -> None:
+        if self.most_frames is not None:
+            self.first = epoch * len(self.source)
         last = self.last_epochs
         if self.augmentor is not None and last is not None:
             self.active = self.augmentor.without(last.without) if epoch >= last.begin else self.augmentor
@@ -87,7 +94,8 @@ class LidarDataset(Dataset[dict[str, Any]]):
         gt_boxes:         (M, 8) float32: box in the lidar frame, and its class from 1 on
         frame:            SampleFrame
         """
-        frame = self.source.frame(index)
+        number = self.first + index
+        frame = self.source.frame(number if self.most_frames is None else number % self.most_frames)
         points, boxes, names = self._in_range(*self._objects(frame))
         if self.shuffles:
             points = points[np.random.permutation(len(points))]

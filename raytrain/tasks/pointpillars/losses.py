@@ -47,7 +47,7 @@ def box_loss(codes: Tensor, targets: Targets, code_weights: Tensor) -> Tensor:
 def direction_loss(logits: Tensor, targets: Targets, headings: Tensor, offset: float) -> Tensor:
     """Cross-entropy of the positives' direction bins; weighed as class_loss.
 
-    logits: (B, A, bins).   headings: (K,) radians, of each kind of anchor.   offset: where the first bin begins, radians.
+    logits: (B, A, bins).   headings: (K,) radians, by kind of anchor.   offset: where the first bin begins, radians.
     """
     num_bins = logits.shape[-1]
     turned = limit_period(targets.codes[:, 6] + headings[targets.kinds] - offset, 0, 2 * math.pi)

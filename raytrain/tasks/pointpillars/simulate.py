@@ -39,7 +39,8 @@ from raytrain.tasks.pointpillars.scenes import (
 
 SECTION = "DATA_CONFIG.SIMULATION"
 SPLITS = ("train", "val")
-FIRST_NAMES = {"train": 0, "val": 500_000}  # six digits: no name is in both splits
+MOST_SCENES = 500_000
+FIRST_NAMES = {"train": 0, "val": MOST_SCENES}  # six digits: no name is in both splits
 NEAREST_DEPTH_M = 0.1  # a corner that is not that far before the camera is projected as if it were
 HIDDEN = (0.2, 0.6)  # shares of an object's rays taken by what is nearer, above which it is partly, largely occluded
 WAVES_M = (3.0, 11.0)  # lengths of the ground's bumps
@@ -53,7 +54,7 @@ CALIBRATION = (
     )
 )
 
-NumScenes = Annotated[Natural, Field(le=500_000)]
+NumScenes = Annotated[Natural, Field(le=MOST_SCENES)]
 Interval = Annotated[list[Natural], Field(min_length=2, max_length=2)]  # least and most, both included
 Angle = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=-90, lt=90)]
 
@@ -69,6 +70,7 @@ class SimulationOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     NUM_SCENES: Splits = Splits()
+    NEW_EACH_EPOCH: Annotated[bool, Field(strict=True)] = False  # NUM_SCENES.train of them, which no epoch before had
     BEAMS: Annotated[Count, Field(le=1024)] = 64
     ELEVATION_DEG: Annotated[list[Angle], Field(min_length=2, max_length=2)] = [-24.9, 2.0]  # lowest, highest beam
     AZIMUTH_STEP_DEG: Annotated[Positive, Field(ge=0.01, le=90)] = 0.2
@@ -135,8 +137,8 @@ class SimulatedSource:
         return f"{FIRST_NAMES[self.split] + index:06d}"
 
     def frame(self, index: int) -> Frame:
-        """Scene `index`, the same bits each time."""
-        if not 0 <= index < len(self):
+        """Scene `index`, the same bits each time; NEW_EACH_EPOCH has later epochs' behind those of the first."""
+        if not 0 <= index < (MOST_SCENES if self.options.NEW_EACH_EPOCH else len(self)):
             raise IndexError(f"scene {index} of {len(self)} in split {self.split}")
         random = Generator(PCG64(SeedSequence([self.seed, SPLITS.index(self.split), index])))
         scene, annotations = labelled(

@@ -21,7 +21,7 @@ from raytrain.tasks.pointpillars.kitti import KittiSource
 from raytrain.tasks.pointpillars.kitti_eval import evaluate, warnings_of
 from raytrain.tasks.pointpillars.model import PointPillar
 from raytrain.tasks.pointpillars.pictures import Objects, birds_eye
-from raytrain.tasks.pointpillars.simulate import SimulatedSource, simulation_options
+from raytrain.tasks.pointpillars.simulate import MOST_SCENES, SimulatedSource, simulation_options
 
 if TYPE_CHECKING:
     from raytrain.config.sections import Config
@@ -77,7 +77,8 @@ class PointPillars(Task):
         last_epochs = self._last_epochs()
         if last_epochs is not None:
             augmentor.without(last_epochs.without)  # says now what it would say in that epoch
-        return LidarDataset(source, self.options, self.cfg.CLASS_NAMES, True, augmentor, last_epochs)
+        most = MOST_SCENES if self.options.SOURCE == "simulated" and self.simulation.NEW_EACH_EPOCH else None
+        return LidarDataset(source, self.options, self.cfg.CLASS_NAMES, True, augmentor, last_epochs, most)
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         return collate(samples)

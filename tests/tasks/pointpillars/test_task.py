@@ -15,10 +15,12 @@ from pillars_for_tests import CLASS_NAMES, DATA_CONFIG, MODEL, NUM_SCENES, ancho
 
 import raytrain
 from raytrain.cli import main
+from raytrain.config.load import load_config, with_overrides
 from raytrain.errors import ConfigError, RaytrainError
 from raytrain.journal.records import read_journal
 from raytrain.tasks.pointpillars.frames import boxes_of, points_in_boxes
 from raytrain.tasks.pointpillars.geometry import iou_3d
+from raytrain.tasks.pointpillars.simulate import MOST_SCENES
 from raytrain.tasks.pointpillars.task import PointPillars
 
 
@@ -60,9 +62,45 @@ def test_scenes_that_were_written_train_to_the_same_bits_as_simulated_ones(tmp_p
     assert list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
     assert there.metrics == here.metrics and "Car_3d/moderate_R40" in there.metrics
     pictures = [
-        sorted(path.name for path in Path(run.run_dir).glob("eval/*/val/pictures/*.png")) for run in (there, here)
+        sorted(path.name for path in Path(run.run_dir).glob("eval/epoch_2/val/pictures/*.png")) for run in (there, here)
     ]
     assert pictures == [["500000.png"], ["500000.png"]]
+
+
+def test_each_epoch_has_scenes_of_its_own_if_that_is_asked_for(tmp_path: Path) -> None:
+    """The objects of gt_sampling are cut out of the first epoch's, whenever a process begins."""
+    simulation = {**DATA_CONFIG["SIMULATION"], "NEW_EACH_EPOCH": True}
+    task = PointPillars(load_config(config(tmp_path, "new", DATA_CONFIG__SIMULATION=simulation)))
+    train, late = task.build_dataset("train"), task.build_dataset("train")
+
+    def names(dataset: Any) -> list[str]:
+        return [dataset[index]["frame"].name for index in (0, NUM_SCENES - 1)]
+
+    assert names(train) == ["000000", f"{NUM_SCENES - 1:06d}"]
+    for dataset in (train, late):
+        dataset.set_epoch(3)
+    assert names(train) == [f"{3 * NUM_SCENES:06d}", f"{4 * NUM_SCENES - 1:06d}"]
+    np.random.seed(0)
+    one = train[5]
+    np.random.seed(0)
+    assert np.array_equal(one["voxels"], late[5]["voxels"])  # which has drawn no object before
+    train.set_epoch(MOST_SCENES // NUM_SCENES)
+    assert train[NUM_SCENES - 1]["frame"].name < f"{NUM_SCENES:06d}"  # all have been seen
+    assert len(train) == NUM_SCENES and names(task.build_dataset("val"))[0] == "500000"
+
+
+@pytest.mark.ray
+def test_a_run_with_new_scenes_goes_on_to_the_same_bits_with_loader_workers(tmp_path: Path) -> None:
+    simulation = {**DATA_CONFIG["SIMULATION"], "NEW_EACH_EPOCH": True}
+    path = config(tmp_path, "new", DATA_CONFIG__SIMULATION=simulation)
+    words = ["train", "--cfg_file", str(path), "--extra_tag", "in_two"]
+    constant = ["--set", "OPTIMIZATION.OPTIMIZER", "adamw", "OPTIMIZATION.SCHEDULER", "constant"]
+    assert main([*words, "--epochs", "1", *constant]) == 0
+    assert main([*words, "--epochs", "2", "--workers", "2", *constant]) == 0
+    straight = raytrain.train(with_overrides(load_config(path), constant[1:]), quiet=True)
+    in_two = Path(straight.run_dir).parent / "in_two" / "ckpt" / "checkpoint_epoch_2" / "checkpoint.pth"
+    found = torch.load(in_two, weights_only=True)["model_state"]
+    assert all(torch.equal(value, found[name]) for name, value in payload(straight)["model_state"].items())
 
 
 @pytest.mark.ray
