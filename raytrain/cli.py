@@ -307,7 +307,8 @@ def add_checkpoints(commands: Any) -> None:
         "the run may be training. Exit status: 0; 1 if nothing in it can be trusted, with --verify also if any "
         "checkpoint is damaged; 2 if this is no run folder. With two runs or checkpoints (A B): says whether they are "
         "the same bits, else which tensors differ, from which step on and by how much. Exit status: 0 if they are the "
-        "same; 1 if not; 2 if that cannot be told.",
+        "same; 1 if not; 2 if that cannot be told. `export RUN --to FOLDER` writes a checkpoint as OpenPCDet loads it, "
+        "`import FILE.pth --cfg_file YAML` puts one of its into the run folder of that config.",
         allow_abbrev=False,
     )
     checkpoints.add_argument(
@@ -316,6 +317,7 @@ def add_checkpoints(commands: Any) -> None:
     checkpoints.add_argument(
         "other", nargs="?", metavar="B", help="compare RUN with this; each a run folder, YAML, checkpoint or .pth"
     )
+    checkpoints.add_argument("--to", metavar="FOLDER", help="with export: where the .pth and the YAML go (.)")
     checkpoints.add_argument(
         "--verify", action="store_true", help="read every byte of every checkpoint, not of one only"
     )
@@ -639,6 +641,10 @@ def run_simulate(args: argparse.Namespace) -> int:
 
 
 def run_checkpoints(args: argparse.Namespace) -> int:
+    if args.run_dir in ("export", "import") and args.other is not None:
+        return run_exchange(args)
+    if args.to is not None:
+        raise ConfigError("--to says where `checkpoints export RUN` writes; leave it out")
     if args.other is not None:
         return run_comparison(args)
     if (args.run_dir is None) == (args.cfg_file is None):
@@ -658,6 +664,27 @@ def run_checkpoints(args: argparse.Namespace) -> int:
     surveyed = survey(storage, cfg, args.verify, shown_on(console))
     say(rendered(surveyed, console, time.time()))
     return EXIT_FINISHED if surveyed.usable and not (args.verify and surveyed.damaged) else EXIT_FAILED
+
+
+def run_exchange(args: argparse.Namespace) -> int:
+    """A checkpoint to OpenPCDet, or one of its."""
+    if args.run_dir == "export":
+        from raytrain.training.exchange import export_checkpoint
+
+        if args.cfg_file is not None:
+            raise ConfigError("--cfg_file is for import; a checkpoint that is exported has its config with it")
+        for written in export_checkpoint(args.other, args.to or "."):
+            say(str(written))
+        return EXIT_FINISHED
+    from raytrain.training.exchange import import_checkpoint
+
+    if args.cfg_file is None or args.to is not None:
+        raise ConfigError("import puts a file into the run folder of a config: give --cfg_file YAML, and not --to")
+    path, notes = import_checkpoint(args.other, load(args))
+    say(path)
+    for note in notes:
+        say(f"  note: {note}")
+    return EXIT_FINISHED
 
 
 def run_comparison(args: argparse.Namespace) -> int:

@@ -201,6 +201,39 @@ def checked_moments(
     return {positions[index]: entry for index, entry in state["state"].items()}
 
 
+def in_full_groups(state: Mapping[str, Any], model: nn.Module, optimizer: str) -> tuple[dict[str, Any], int]:
+    """An OpenPCDet optimizer state as one of all parameters, and of how many it has no moments; 0: it is as it was.
+
+    These are what OpenPCDet leaves out, and come last in their groups here.
+    """
+    sizes = [[len(group) for group in parameter_groups(model, legacy)] for legacy in (True, False)]
+    groups = state.get("param_groups", [])
+    if optimizer not in TWO_GROUP_OPTIMIZERS or sizes[0] == sizes[1] or sizes[0] != [len(g["params"]) for g in groups]:
+        return dict(state), 0
+    numbers: dict[int, int] = {}
+    new, first = [], 0
+    for group, size in zip(groups, sizes[1], strict=True):
+        numbers |= {old: first + i for i, old in enumerate(group["params"])}
+        new.append({**group, "params": list(range(first, first + size))})
+        first += size
+    moments = {numbers[old]: entry for old, entry in state["state"].items()}
+    return {"state": moments, "param_groups": new}, sum(sizes[1]) - sum(sizes[0])
+
+
+def in_legacy_groups(state: Mapping[str, Any], model: nn.Module, optimizer: str) -> dict[str, Any]:
+    """The reverse: an optimizer state of ours without what OpenPCDet would not find in its own groups."""
+    sizes = [len(group) for group in parameter_groups(model, legacy=True)]
+    if optimizer not in TWO_GROUP_OPTIMIZERS:
+        return dict(state)
+    kept = [group["params"][:size] for group, size in zip(state["param_groups"], sizes, strict=True)]
+    numbers = {old: new for new, old in enumerate(number for group in kept for number in group)}
+    groups = [
+        {**group, "params": [numbers[old] for old in numbers_of_group]}
+        for group, numbers_of_group in zip(state["param_groups"], kept, strict=True)
+    ]
+    return {"state": {numbers[old]: e for old, e in state["state"].items() if old in numbers}, "param_groups": groups}
+
+
 def _walk(module: nn.Module) -> Iterable[nn.Module]:
     """Every module below and including `module`, children in order and before their parent."""
     for child in module.children():

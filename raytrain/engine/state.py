@@ -15,6 +15,7 @@ from raytrain.engine.compilation import Compilation, open_compilation
 from raytrain.engine.engine import Engine
 from raytrain.engine.hardware import hardware_here
 from raytrain.engine.modes import TrainingMode
+from raytrain.engine.optim import in_full_groups
 from raytrain.engine.own_state import OwnState
 from raytrain.engine.pretrained import in_todays_layout, renaming
 from raytrain.engine.randomness import Randomness, seed_all
@@ -187,7 +188,15 @@ def restore_heritage(run: RunState, payload: dict[str, Any], where: str) -> list
     if turned:
         notes.append("moments start at zero: they lie as spconv 1 has them")
     elif payload.get("optimizer_state") is not None:
-        run.engine.load_optimizer_state(payload["optimizer_state"])
+        optim_cfg, moments, new = run.config["OPTIMIZATION"], payload["optimizer_state"], 0
+        if not optim_cfg["LEGACY_PARAM_GROUPS"]:
+            moments, new = in_full_groups(moments, run.model, optim_cfg["OPTIMIZER"])
+        run.engine.load_optimizer_state(moments)
+        if new:
+            notes.append(
+                f"{new} parameters that OpenPCDet leaves out of its groups are trained from here on; "
+                "OPTIMIZATION.LEGACY_PARAM_GROUPS: true leaves them out as it did"
+            )
     else:
         notes.append("it holds no optimizer state: moments start at zero")
     step, epoch = int(payload.get("it") or 0), int(payload.get("epoch") or 0)

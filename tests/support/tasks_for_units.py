@@ -199,6 +199,24 @@ class PredictingTask(PointsTask):
         return {"accuracy": ((logits.argmax(1) == y) * weights).sum() / weights.sum(), "first": logits[0, 0]}
 
 
+class PartlyLeftOut(nn.Module):
+    """`scale` stands on a module with children: OpenPCDet never trains such parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.body = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU())
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.scale * self.body(x))
+
+
+class PartlyLeftOutTask(PredictingTask):
+    def build_model(self, dataset: Any) -> nn.Module:
+        return PartlyLeftOut()
+
+
 class ScriptedTask(PointsTask):
     """The metric of each epoch as MODEL.SCORES says."""
 
