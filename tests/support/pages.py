@@ -13,7 +13,7 @@ README = ROOT / "README.md"
 # In the order in which a reader comes to them, and in which their commands run.
 IN_ORDER = (
     *("getting-started", "tasks", "config", "data-and-order", "checkpoints-and-faults", "sweeps"),
-    *("clusters", "gpu", "lidar", "run-folder", "performance", "decisions"),
+    *("clusters", "gpu", "lidar", "openpcdet", "run-folder", "performance", "decisions"),
 )
 PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in IN_ORDER), *sorted((ROOT / "docs/design").glob("*.md"))]
 
