@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from raytrain.config.heritage import is_heritage, put_defaults
 from raytrain.config.overrides import apply_overrides, put_value
 from raytrain.config.schema import Tree, complaints, shown
 from raytrain.config.sections import Config, Phase
@@ -32,6 +33,8 @@ def load_config(
     """
     path = Path(path)
     root = read_tree(path)
+    if is_heritage(root):
+        put_defaults(root, path)
     for flag, key, word in flags:
         apply_overrides(root, [key, word], Config, flag)
     apply_overrides(root, overrides, Config)

@@ -70,14 +70,19 @@ class _File:
 
     def found(self, named: Node) -> Path:
         """The file that is meant: beside this one, else as OpenPCDet has it, which reads its configs in tools/."""
-        cfgs = [folder for folder in self.path.absolute().parents if folder.name == CONFIGS]
-        roots = [self.path.parent, *(folder.parent for folder in cfgs[:1]), Path()]
+        above = configs_above(self.path)
+        roots = [self.path.parent, *([] if above is None else [above]), Path()]
         paths = list(dict.fromkeys(Path(os.path.normpath(_seen_from_here(root / named.value))) for root in roots))
         found = next((path for path in paths if path.is_file()), None)
         if found is None:
             elsewhere = "".join(f", nor {path}" for path in paths[1:])
             raise ConfigError(f"{named.where}: {BASE} is {named.value!r}, but {_missing(paths[0], elsewhere)}")
         return found
+
+
+def configs_above(path: Path) -> Path | None:
+    """The folder that holds the `cfgs` that a file lies in: OpenPCDet's tools. None if it lies in none."""
+    return next((folder.parent for folder in path.absolute().parents if folder.name == CONFIGS), None)
 
 
 def _read_text(path: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from raytrain.config.heritage import SECTIONS
 from raytrain.config.load import with_overrides
 from raytrain.config.sections import Config
 from raytrain.config.yaml_text import dump_tree
@@ -26,8 +27,6 @@ from raytrain.storage.store import Store
 from raytrain.task import make_task
 from raytrain.training.resume import load_origin, origin_at
 from raytrain.training.worker import build_datasets, plan_of
-
-THEIRS = ("CLASS_NAMES", "DATA_CONFIG", "MODEL", "OPTIMIZATION", "HOOK")  # sections that OpenPCDet reads
 
 
 def export_checkpoint(source: str, folder: str | os.PathLike[str]) -> list[Path]:
@@ -60,7 +59,7 @@ def export_checkpoint(source: str, folder: str | os.PathLike[str]) -> list[Path]
 
 def theirs(cfg: Config) -> dict[str, Any]:
     """The sections that OpenPCDet reads, without our nulls: there only what is absent has its default."""
-    tree = {key: value for key, value in cfg.to_tree().items() if key in THEIRS and value is not None}
+    tree = {key: value for key, value in cfg.to_tree().items() if key in SECTIONS and value is not None}
     return {**tree, "OPTIMIZATION": {key: value for key, value in tree["OPTIMIZATION"].items() if value is not None}}
 
 
