@@ -75,13 +75,12 @@ def check_run_folder(storage: Storage, of_config: bool = False) -> None:
         raise PreflightError(f"{path}: there is nothing yet: this config has not been trained")
     if not storage.exists(""):
         raise PreflightError(f"{path}: there is no such folder. {NEITHER}")
-    if storage.exists("manifest.json") or any(name.startswith("checkpoint_") for name in storage.list("")):
-        raise PreflightError(f"{path}: this lies within a run folder. Give the folder that holds {FOLDER}/")
-    inside = [name for name in storage.list("") if storage.exists(f"{name}/{FOLDER}")]
-    if any(name.endswith(".pth") for name in storage.list("")):
-        raise PreflightError(f"{path}: this lies within a run folder. Give the folder that holds {FOLDER}/")
-    if inside:
+    names = storage.list("")
+    inside = [name for name in names if storage.exists(f"{name}/{FOLDER}")]
+    if inside:  # first: people keep a .pth beside their runs
         raise PreflightError(f"{path}: this holds several runs. Give one of them: {masked(storage.path_of(inside[0]))}")
+    if "manifest.json" in names or any(name.startswith("checkpoint_") or name.endswith(".pth") for name in names):
+        raise PreflightError(f"{path}: this lies within a run folder. Give the folder that holds {FOLDER}/")
     raise PreflightError(f"{path}: this is no run folder. {NEITHER}")
 
 
