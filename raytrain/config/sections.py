@@ -252,7 +252,8 @@ class Checkpoint(Section):
     OVERHEAD: Annotated[Positive, Field(lt=1)] = 0.01  #: share of the time that saving may take
     #: steps between states in memory; auto: as OVERHEAD allows
     SNAPSHOT_EVERY: Literal["auto"] | Count | None = "auto"
-    KEEP_LAST: Count = 5  #: newest checkpoints that are kept
+    #: newest checkpoints that are kept, those saved for time alone (EVERY_SECONDS) only after those asked for
+    KEEP_LAST: Count = 5
     METRIC: str | None = None  #: metric of the task's score, by which checkpoints are best
     MODE: Literal["max", "min"] = "max"  #: whether more of METRIC is better
     KEEP_BEST: Natural = 0  #: best checkpoints that are kept besides

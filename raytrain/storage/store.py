@@ -25,6 +25,7 @@ from raytrain.storage.storage import Storage
 
 FOLDER = "ckpt"
 SUPERSEDED = f"{FOLDER}/superseded"
+NEWEST = 2  # of all checkpoints: they stay first, so that one that is found damaged has another near behind it
 NAME = re.compile(r"checkpoint_(epoch|step)_[0-9]{1,15}")  # no path, and no number too large to reckon with
 
 
@@ -169,7 +170,8 @@ class Store:
         """
         entries = self.listed()
         whole = [entry for entry in entries if entry.manifest is not None]
-        kept = {sure.name, *(entry.name for entry in whole[: self.policy.KEEP_LAST])}
+        wanted = dict.fromkeys(entry.name for entry in [*whole[:NEWEST], *self._asked_for(whole), *whole])
+        kept = {sure.name, *list(wanted)[: self.policy.KEEP_LAST]}
         kept |= {entry.name for entry in self.ranked(whole)[: self.policy.KEEP_BEST]}
         if not whole:
             return  # somebody has deleted even the one that was just saved
@@ -177,6 +179,11 @@ class Store:
         for entry in entries:
             if entry.name not in kept and (entry in whole or _position(entry, entries) < oldest):
                 discard_checkpoint(self.storage, f"{FOLDER}/{entry.name}")
+
+    def _asked_for(self, entries: list[Listed]) -> list[Listed]:
+        """Those of `entries` that EVERY_EPOCHS or EVERY_STEPS asks for: not those saved because time had passed."""
+        places = [(entry, entry.manifest.progress) for entry in entries if entry.manifest is not None]
+        return [entry for entry, place in places if self.progress_due(place, epoch_done=place.cursor == 0)]
 
     def ranked(self, entries: list[Listed]) -> list[Listed]:
         """Those of `entries` that have METRIC, best first, and the older of equals first."""

@@ -125,6 +125,28 @@ def test_the_last_and_the_best_are_kept(storage: Storage) -> None:
     assert best is not None and best.name == "checkpoint_epoch_2"
 
 
+@pytest.mark.parametrize(
+    ("chosen", "kept"),
+    [
+        ({"KEEP_LAST": 5}, ["step_43", "step_41", "epoch_4", "epoch_3", "epoch_2"]),
+        (
+            {"KEEP_LAST": 5, "EVERY_EPOCHS": None, "EVERY_STEPS": 20},
+            ["step_43", "step_41", "epoch_4", "step_36", "epoch_2"],
+        ),
+        ({"KEEP_LAST": 4, "EVERY_EPOCHS": None}, ["step_43", "step_41", "epoch_4", "step_36"]),
+        ({"KEEP_LAST": 2}, ["step_43", "step_41"]),
+        ({"KEEP_LAST": 1}, ["step_43"]),
+    ],
+)
+def test_what_was_saved_as_time_had_passed_pushes_out_no_epoch(
+    tmp_path: Path, chosen: dict[str, Any], kept: list[str]
+) -> None:
+    store = Store(LocalStorage(tmp_path), policy(**chosen), "a")
+    for step in (7, 10, 13, 17, 20, 24, 27, 30, 36, 40, 41, 43):
+        save(store, step)
+    assert names(store) == [f"checkpoint_{name}" for name in kept]
+
+
 def test_the_smallest_is_best_if_mode_is_min_and_the_first_of_equals_wins(tmp_path: Path) -> None:
     store = Store(LocalStorage(tmp_path), policy(KEEP_LAST=1, KEEP_BEST=1, METRIC="loss", MODE="min"), "a")
     for step, loss in ((10, 0.5), (20, 0.25), (30, 0.25), (40, 0.7)):
