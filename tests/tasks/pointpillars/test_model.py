@@ -14,7 +14,8 @@ from raytrain.engine.sync_bn import convert_to_host_sync_batchnorm
 from raytrain.errors import ConfigError
 from raytrain.tasks.pointpillars.anchors import encode
 from raytrain.tasks.pointpillars.model import PointPillar
-from raytrain.tasks.pointpillars.pillars import PillarLayer, scattered
+from raytrain.tasks.pointpillars.model_options import Vfe
+from raytrain.tasks.pointpillars.pillars import PillarFeatures, PillarLayer, scattered
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "pointpillar"
 INFO = json.loads((GOLDEN / "info.json").read_text())
@@ -132,6 +133,35 @@ def test_a_folded_layer_is_the_plain_layers_in_values_gradients_and_statistics(i
     torch.testing.assert_close(layer.eval()(points), plain_layer(twin.eval(), twin_points), **TOLERANCE)
     with torch.no_grad():
         torch.testing.assert_close(layer(points), plain_layer(twin, twin_points), **TOLERANCE)
+
+
+@pytest.mark.parametrize("keys", [{}, {"WITH_DISTANCE": True}, {"USE_NORM": False}, {"USE_ABSLOTE_XYZ": False}])
+@pytest.mark.parametrize("counts", [[1, 4, 2, 3], [4, 4, 4, 4], [1, 1, 1, 1], [4, 0, 1, 2], []], ids=str)
+def test_points_give_what_their_slots_give(keys, counts, monkeypatch):
+    """On a CPU only the points that are there are gone through: full pillars, lone points, one twice, none at all."""
+    torch.manual_seed(0)
+    options = Vfe(**{"NAME": "PillarVFE", "NUM_FILTERS": [8], **keys})
+    by_points = PillarFeatures(options, [0, -2, -3, 4, 2, 1], [1, 1, 4])
+    if by_points.pfn_layers[0].use_norm:
+        nn.init.normal_(by_points.pfn_layers[0].norm.weight)
+    by_slots = copy.deepcopy(by_points)
+    num_points = torch.tensor(counts, dtype=torch.int32)
+    voxels = torch.randn(len(counts), 4, 4) * (torch.arange(4) < num_points[:, None])[..., None]
+    voxels[num_points > 1, 1] = voxels[num_points > 1, 0]
+    coords = torch.tensor([[0, 0, i, i] for i in range(len(counts))], dtype=torch.int32).view(-1, 4)
+    assert by_points.pfn_layers[0].takes_points
+    found = by_points(voxels, num_points, coords)
+    monkeypatch.setattr(PillarLayer, "takes_points", False)
+    wanted = by_slots(voxels, num_points, coords)
+    torch.testing.assert_close(found, wanted, **TOLERANCE)
+    weights = torch.randn_like(found)
+    for module, features in ((by_points, found), (by_slots, wanted)):
+        (features * weights).sum().backward()
+        assert all(parameter.grad is not None for parameter in module.parameters())
+    for one, other in zip(by_points.parameters(), by_slots.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-4, rtol=1e-4)
+    for one, other in zip(by_points.buffers(), by_slots.buffers(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
