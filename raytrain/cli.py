@@ -522,6 +522,11 @@ def train_as_one_of_several(cfg: Any, args: argparse.Namespace, options: dict[st
 
 
 def run_tune(args: argparse.Namespace) -> int:
+    if (name := launcher.name_here()) is not None:
+        raise ConfigError(
+            f"{name} has started this process as one of several, but a sweep is one, which starts its trials on Ray; "
+            f"start it without {name}"
+        )
     cfg = load(args)
     check_output(cfg)
     from raytrain.cluster.cluster import starting_for_trials

@@ -146,7 +146,7 @@ def starting(
 def starting_for_trials(cfg: Any, address: str | None) -> contextlib.AbstractContextManager[Cluster]:
     """As `starting`, for a sweep of `cfg`: as many processes start as trials train at a time."""
     scale, cores = cfg.SCALE, len(os.sched_getaffinity(0))
-    fitting = int(cores / (scale.CPUS_PER_WORKER * (scale.NUM_WORKERS or 1)))
+    fitting = int(cores / (scale.CPUS_PER_WORKER * (scale.MIN_WORKERS or scale.NUM_WORKERS or 1)))
     count = max(1, min(cfg.TUNE.CONCURRENT or fitting, fitting))
     return starting(address, prestart=Prestart(count, scale.CPUS_PER_WORKER, PRELOAD_FOR_TRIALS))
 

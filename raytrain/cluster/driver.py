@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections.abc import Callable
@@ -10,8 +9,8 @@ from typing import Any
 
 from raytrain.cluster.cluster import Cluster
 from raytrain.cluster.controller_status import ControllerStatus
+from raytrain.cluster.growth import Growth
 from raytrain.cluster.mailbox import Mailbox
-from raytrain.cluster.ray_worker import is_fit
 from raytrain.cluster.resources import free_workers, node_address, wait_reason
 from raytrain.journal.records import Record
 from raytrain.keeper.watchdog import failure_by, hangs_here
@@ -93,39 +92,6 @@ class Inbox:
         say(self.show, event, message)
 
 
-class Growth:
-    """Looks for room for more workers every so many seconds, in a thread of its own: it takes some."""
-
-    def __init__(self, seats: Any, every_s: float, run_uri: str) -> None:
-        self._seats, self._every_s, self._run_uri = seats, every_s, run_uri
-        self._next_at = time.monotonic() + every_s
-        self._thread: threading.Thread | None = None
-        self._has_grown = False
-
-    def is_ready(self, num_workers: int, now: float) -> bool:
-        """Whether more than these could train at once; to be called until it says so."""
-        if self._thread is None:
-            if now > self._next_at:
-                self._thread = threading.Thread(
-                    target=self._look, args=[num_workers], name="raytrain-growth", daemon=True
-                )
-                self._thread.start()
-            return False
-        if self._thread.is_alive():
-            return False
-        self._thread, self._next_at = None, now + self._every_s
-        return self._has_grown
-
-    def _look(self, num_workers: int) -> None:
-        self._has_grown = False
-        self._has_grown = self._seats.grow(num_workers, functools.partial(is_fit, self._run_uri))
-
-    def take_notes(self) -> list[str]:
-        """What it has found that a user should know, once."""
-        notes, self._seats.notes = self._seats.notes, []
-        return list(notes)
-
-
 class Fit:
     """Ray Train's fit in a thread, which the one that calls `follow` attends to.
 
@@ -200,6 +166,7 @@ class Fit:
                 return "stopped"
             self._tell_of_waiting(waits, now)
         inbox.fetch()
+        inbox.answer()  # those that were to stop may have ended before they were answered: others go on from there
         outcome = self._mailbox.get("outcome")
         if outcome is not None and self.raised is None:
             return str(outcome["status"])
@@ -238,7 +205,9 @@ class Fit:
         trains = self._inbox.begun and self._inbox.attempt == controller.attempt
         if self._growth is None or not trains:
             return
-        if self._growth.is_ready(controller.num_workers, now):
+        if self._growth.has_too_many(controller.num_workers):
+            self._move(controller, "another trial of the sweep has a share")
+        elif self._growth.is_ready(controller.num_workers, now):
             self._move(controller, "there is room for more")
             self._inbox.say("growth", "there is room for more workers; they join after the step under way")
         for note in self._growth.take_notes():

@@ -10,8 +10,8 @@ from typing import Any
 def current_attempt(launch: str) -> str:
     """Which start of a run's workers this worker belongs to: Ray makes a placement group for each.
 
-    Except for the workers of a sweep's trial, who all have the trial's, and of an elastic run, who have one each:
-    `starts` counts those.
+    Except for the workers of a sweep's trial, who have the trial's, and of an elastic run, who have one each: `starts`
+    counts those.
     """
     import ray
 

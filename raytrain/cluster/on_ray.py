@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from raytrain.cluster.cluster import Cluster, starting
-from raytrain.cluster.driver import NOTHING_TO_SAVE, Fit, Growth, Inbox, Show, say
+from raytrain.cluster.driver import NOTHING_TO_SAVE, Fit, Inbox, Show, say
+from raytrain.cluster.growth import Growth
 from raytrain.cluster.local_cluster import TESTED, is_tested
 from raytrain.cluster.mailbox import Mailbox
 from raytrain.cluster.ray_worker import train_loop_per_worker, worker_callbacks
@@ -53,16 +54,25 @@ def run_on_ray(start: Start, stop: threading.Event, show: Show, started: Cluster
         if stop.is_set():
             say(show, "stopped", NOTHING_TO_SAVE)
             return "stopped"
-        return train_on_ray(job, cluster, per_worker, stop, show, judge)
+        seats = seats_for(job, per_worker, options.share) if job.cfg.SCALE.is_elastic else None
+        return train_on_ray(job, cluster, per_worker, stop, show, judge, seats)
 
 
 def train_on_ray(
-    job: Job, cluster: Cluster, per_worker: dict[str, float], stop: threading.Event, show: Show, judge: Judge
+    job: Job,
+    cluster: Cluster,
+    per_worker: dict[str, float],
+    stop: threading.Event,
+    show: Show,
+    judge: Judge,
+    seats: Any = None,
 ) -> str:
-    """The run in worker processes of a cluster, on others when their nodes are taken away; how it ended."""
+    """The run in worker processes of a cluster, on others when their nodes are taken away; how it ended.
+
+    seats: of an elastic run
+    """
     mailbox, budget = Mailbox(job.launch), RestartBudget(job.cfg.SCALE.MAX_FAILURES)
     inbox, scale = Inbox(mailbox, show, judge), job.cfg.SCALE
-    seats = seats_for(job, per_worker) if scale.is_elastic else None
     growth = Growth(seats, scale.GROW_EVERY, job.run_uri) if seats is not None else None
     try:
         while True:
@@ -86,18 +96,26 @@ def train_on_ray(
         mailbox.clear()
 
 
-def seats_for(job: Job, per_worker: dict[str, float]) -> Any:
-    """The seats of an elastic run; PreflightError where Ray is one whose private parts are not known."""
-    scale = job.cfg.SCALE
+def check_elastic(scale: Any) -> None:
+    """PreflightError where Ray is one whose private parts are not known."""
     if not is_tested():
         raise PreflightError(
             f"SCALE.MIN_WORKERS is {scale.MIN_WORKERS}, but runs are elastic with Ray {', '.join(TESTED)} only; "
             "install that, or give one number of workers (--num_workers)"
         )
+
+
+def seats_for(job: Job, per_worker: dict[str, float], share: Callable[[], int] | None) -> Any:
+    """The seats of an elastic run. share: of the trial of a sweep, which has its fewest in the group that it is in"""
+    import ray
+
+    scale = job.cfg.SCALE
+    check_elastic(scale)
     from raytrain.cluster.seats import Seats
 
     assert scale.MIN_WORKERS is not None and scale.NUM_WORKERS is not None  # by which it is elastic
-    return Seats(per_worker, scale.MIN_WORKERS, scale.NUM_WORKERS, job.virtual_workers)
+    reserved = None if share is None else ray.util.get_current_placement_group()
+    return Seats(per_worker, scale.MIN_WORKERS, scale.NUM_WORKERS, job.virtual_workers, reserved, share)
 
 
 def ray_trainer(

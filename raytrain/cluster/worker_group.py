@@ -105,11 +105,11 @@ def bound_group_class(
 
 def group_class(own_cluster: bool, is_elastic: bool) -> type[PrestartedWorkerGroup]:
     """own_cluster: on a cluster of the run's own. Else it is one that others use too, or the run is a sweep's trial."""
-    if is_elastic:
-        return ElasticWorkerGroup if own_cluster else SharedClusterElasticGroup
     if own_cluster:
-        return PrestartedWorkerGroup
-    return SharedClusterWorkerGroup if ray.util.get_current_placement_group() is None else TrialWorkerGroup
+        return ElasticWorkerGroup if is_elastic else PrestartedWorkerGroup
+    if ray.util.get_current_placement_group() is None:
+        return SharedClusterElasticGroup if is_elastic else SharedClusterWorkerGroup
+    return ElasticTrialGroup if is_elastic else TrialWorkerGroup
 
 
 class SharedClusterWorkerGroup(PrestartedWorkerGroup):
@@ -171,8 +171,8 @@ class ElasticWorkerGroup(PrestartedWorkerGroup):
         actors = self.seats.occupy(seats, self._started_in)
         metadata = ray.get([actor.get_metadata.remote() for actor in actors])
         workers = [
-            Worker(actor, of_actor, resources_per_worker, placement_group_bundle_index=0)
-            for actor, of_actor in zip(actors, metadata, strict=True)
+            Worker(actor, of_actor, resources_per_worker, placement_group_bundle_index=seat.bundle)
+            for seat, actor, of_actor in zip(seats, actors, metadata, strict=True)
         ]
         return WorkerGroup._assign_worker_ranks(workers)
 
@@ -180,7 +180,7 @@ class ElasticWorkerGroup(PrestartedWorkerGroup):
         """A process for a worker, which has only begun to start."""
         runtime_env = self._get_worker_runtime_env(self._train_run_context.run_config.worker_runtime_env)
         options = bundle_to_remote_args(self._worker_group_context.resources_per_worker)
-        strategy = PlacementGroupSchedulingStrategy(seat.group, placement_group_bundle_index=0)
+        strategy = PlacementGroupSchedulingStrategy(seat.group, placement_group_bundle_index=seat.bundle)
         worker_class: Any = ray.remote(runtime_env=runtime_env, **options)(self._worker_cls)
         return worker_class.options(scheduling_strategy=strategy).remote()
 
@@ -206,6 +206,12 @@ class SharedClusterElasticGroup(ElasticWorkerGroup):
     """As SharedClusterWorkerGroup."""
 
     _get_worker_runtime_env = staticmethod(WorkerGroup._get_worker_runtime_env)
+
+
+class ElasticTrialGroup(ElasticWorkerGroup):
+    """As TrialWorkerGroup, in what the trial owns and in its share of the rest."""
+
+    _get_worker_runtime_env = staticmethod(TrialWorkerGroup._get_worker_runtime_env)
 
 
 class SeatsOfGroup:

@@ -17,11 +17,10 @@ Problems = list[tuple[str, str]]  # (place, what is wrong) of each
 
 # Keys that are the same in all trials, with all below them.
 FOLDERS = ("OUTPUT", "TAG", "EXP_GROUP_PATH", "EXTRA_TAG")
-SIZES = ("NUM_WORKERS", "USE_GPU", "CPUS_PER_WORKER", "GPUS_PER_WORKER", "RESOURCES")
+SIZES = ("NUM_WORKERS", "MIN_WORKERS", "GROW_EVERY", "USE_GPU", "CPUS_PER_WORKER", "GPUS_PER_WORKER", "RESOURCES")
 OF_THE_SWEEP = {
     "TUNE": "a sweep has one TUNE",
     **dict.fromkeys(FOLDERS, "it names the folder that holds all trials"),
-    **dict.fromkeys(("SCALE.MIN_WORKERS", "SCALE.GROW_EVERY"), "the number of workers of a trial stays"),
 }
 # Those of them that CONSTANTS may set, for all trials.
 OF_EVERY_TRIAL = {

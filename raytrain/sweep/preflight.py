@@ -18,6 +18,7 @@ from raytrain.sweep.datasets import are_the_same_for_all, built_and_pickled
 from raytrain.sweep.space import objective, workers_of_trial
 from raytrain.task import Task, make_task
 from raytrain.training.contract import checked_metrics, predictions_of
+from raytrain.training.preflight import refuse_sync_bn
 from raytrain.training.source import source_of
 from raytrain.training.worker import build_datasets, plan_of
 
@@ -40,6 +41,8 @@ class TaskFacts:
 
 def inspect_task(cfg: Config) -> TaskFacts:
     """Of the sweep `cfg`; ConfigError if its trials could not be compared as it says."""
+    _, virtual_workers = workers_of_trial(cfg)
+    refuse_sync_bn(cfg)
     tend_forks()
     seed_all(cfg.SEED, "task")
     task = make_task(cfg)
@@ -50,7 +53,6 @@ def inspect_task(cfg: Config) -> TaskFacts:
             f"a sweep compares its trials by {metric!r} of their evaluations, but {type(task).__name__} has nothing to "
             'evaluate: build_dataset("val") gives None. Give it a validation split'
         )
-    _, virtual_workers = workers_of_trial(cfg)
     plan = plan_of(cfg, len(datasets["train"]), World(virtual_workers=virtual_workers))
     metrics = metrics_given(task, datasets)
     if metrics is not None and metric not in metrics:

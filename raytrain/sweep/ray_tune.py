@@ -12,16 +12,18 @@ from typing import Any
 import ray.tune
 from ray.air.execution._internal.tracked_actor import TrackedActor
 from ray.exceptions import RayActorError
-from ray.tune import with_parameters, with_resources
+from ray.tune import Callback, with_parameters, with_resources
 from ray.tune.execution import class_cache, tune_controller
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
+from raytrain.cluster.mailbox import Mailbox
 from raytrain.hash_seed import VARIABLE
 from raytrain.sweep.monitor import SweepMonitor
 from raytrain.sweep.preflight import TaskFacts
+from raytrain.sweep.quota import Quota
 from raytrain.sweep.resources import TrialResources
 from raytrain.sweep.resumable import SchedulerSettings
 from raytrain.sweep.schedulers import SYNCHRONOUS, build_scheduler
@@ -82,20 +84,45 @@ def fit(
     actor = with_resources(with_parameters(TrialActor, settings=settings), PlacementGroupFactory(resources.bundles))
     end = cfg.OPTIMIZATION.NUM_EPOCHS * (1 if cfg.TUNE.UNIT == "epoch" else task.steps_per_epoch)
     comparison = SchedulerSettings(cfg.TUNE.UNIT, end, mode, resources.concurrent, sweep_seed(cfg))
-    ray.tune.run(  # not a Tuner: that pickles all it is given, for a resume that a ledger does better
-        actor,
-        name=TUNES_FOLDER,
-        storage_path=sweep.folder.storage.path_of(""),
-        search_alg=trials,
-        scheduler=build_scheduler(cfg.TUNE, comparison, sweep),
-        num_samples=trials.total,
-        max_failures=MAX_PROCESS_DEATHS,
-        reuse_actors=True,
-        callbacks=[monitor],
-        stop=monitor,
-        verbose=0,
-        raise_on_failed_trial=False,
-    )
+    with claims_on(resources, launch) as claims:
+        ray.tune.run(  # not a Tuner: that pickles all it is given, for a resume that a ledger does better
+            actor,
+            name=TUNES_FOLDER,
+            storage_path=sweep.folder.storage.path_of(""),
+            search_alg=trials,
+            scheduler=build_scheduler(cfg.TUNE, comparison, sweep),
+            num_samples=trials.total,
+            max_failures=MAX_PROCESS_DEATHS,
+            reuse_actors=True,
+            callbacks=[monitor, *claims],
+            stop=monitor,
+            verbose=0,
+            raise_on_failed_trial=False,
+        )
+
+
+@contextlib.contextmanager
+def claims_on(resources: TrialResources, launch: str) -> Iterator[list[Callback]]:
+    """What is to be told of the trials, for elastic ones to share the cluster in the block; nothing for others."""
+    if not resources.is_elastic:
+        yield []
+        return
+    bounds = resources.least, resources.num_workers, resources.virtual_workers
+    with Quota(Mailbox(launch), resources.per_worker, *bounds) as quota:
+        yield [Claims(quota, resources.concurrent)]
+
+
+class Claims(Callback):
+    """Tells the quota of elastic trials which of them train, or are to begin as soon as there is room."""
+
+    def __init__(self, quota: Quota, concurrent: int) -> None:
+        self._quota, self._concurrent = quota, concurrent
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Those that pause keep their share: in a population they go on soon."""
+        states = (Trial.RUNNING, Trial.PENDING, Trial.PAUSED)
+        ranked = sorted((trial for trial in trials if trial.status in states), key=lambda t: states.index(t.status))
+        self._quota.claim([int(trial.trial_id) for trial in ranked[: self._concurrent]])
 
 
 class TrialController(TuneController):

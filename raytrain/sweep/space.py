@@ -74,14 +74,27 @@ def sweep_seed(cfg: Config) -> int:
 
 
 def workers_of_trial(cfg: Config) -> tuple[int, int]:
-    """Processes and virtual workers of each trial; left open, one: a run takes all there are, a sweep more trials."""
-    if cfg.SCALE.MIN_WORKERS is not None:
+    """Processes and virtual workers of each trial; left open, one: a run takes all there are, a sweep more trials.
+
+    Of elastic ones the most processes. ConfigError where what they come to would depend on the cluster, or on chance.
+    """
+    scale = cfg.SCALE
+    if not scale.is_elastic:
+        num_workers = scale.NUM_WORKERS or 1
+        return num_workers, scale.VIRTUAL_WORKERS or num_workers
+    if scale.NUM_WORKERS is None and scale.VIRTUAL_WORKERS is None:
         raise ConfigError(
-            f"SCALE.MIN_WORKERS is {cfg.SCALE.MIN_WORKERS}, but each trial of a sweep has one number of workers as "
-            "long as it trains; give that (--num_workers N), which sets MIN_WORKERS to null"
+            f"SCALE.MIN_WORKERS is {scale.MIN_WORKERS} and NUM_WORKERS, which is the most, is left open: batches of "
+            f"trials would depend on the cluster. Say how many (--num_workers {scale.MIN_WORKERS}-N)"
         )
-    num_workers = cfg.SCALE.NUM_WORKERS or 1
-    return num_workers, cfg.SCALE.VIRTUAL_WORKERS or num_workers
+    exact = cfg.TUNE.SPACE.get("SCALE.EXACT")
+    if scale.EXACT is False or (exact is not None and False in distribution(exact).examples()):
+        raise ConfigError(
+            "SCALE.EXACT is false and trials are elastic: results would depend on when the number of workers changes. "
+            "Set SCALE.EXACT to true, or give trials one number of workers (--num_workers N)"
+        )
+    most = scale.NUM_WORKERS or scale.VIRTUAL_WORKERS or 1
+    return most, scale.VIRTUAL_WORKERS or most
 
 
 def objective(cfg: Config) -> tuple[str, str]:

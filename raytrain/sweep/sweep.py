@@ -23,6 +23,7 @@ BEST = "best.yaml"
 # What may be other when a sweep goes on: how much of it, and how fast. All else decides what trials and results mean.
 FREE = (
     *("OUTPUT", "CFG_FILE", "SCALE.MAX_FAILURES", "SCALE.HANG_TIMEOUT", "LOG.", "LOADER.WORKERS", "LOADER.PREFETCH"),
+    *("SCALE.MIN_WORKERS", "SCALE.GROW_EVERY"),
     *("EVAL.PICTURES", "CHECKPOINT.EVERY_SECONDS", "CHECKPOINT.OVERHEAD", "CHECKPOINT.SNAPSHOT_EVERY"),
     *("TUNE.NUM_SAMPLES", "TUNE.CONCURRENT", "TUNE.BUDGET", "TUNE.MAX_FAILED", "OPTIMIZATION.NUM_EPOCHS"),
 )

@@ -35,6 +35,7 @@ from raytrain.storage.storage import Storage, open_storage
 from raytrain.storage.store import FOLDER, Store, verified
 from raytrain.sweep.datasets import unpickled
 from raytrain.sweep.lineage import RESUME_POINT, Lineage, Params, ResumePoint
+from raytrain.sweep.quota import share_of
 from raytrain.sweep.trial_state import evaluated, is_of, newest_of
 from raytrain.task import load_task_class
 from raytrain.training import job
@@ -190,7 +191,8 @@ class TrialActor(Trainable):
         if differing := self.settings.environment.differing(os.environ):
             Mailbox(self.settings.launch).put("environment", differing)
         datasets, environment = partial(unpickled, pickled) if pickled else None, self.settings.environment
-        self.training = TrainingThread(cfg, LaunchOptions(datasets=datasets, environment=environment))
+        share = share_of(self.number, self.settings.launch, cfg.SCALE.MIN_WORKERS) if cfg.SCALE.MIN_WORKERS else None
+        self.training = TrainingThread(cfg, LaunchOptions(datasets=datasets, environment=environment, share=share))
         if self.stop_requested.is_set():
             self.training.stop.set()
         return None

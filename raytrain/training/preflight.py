@@ -45,6 +45,7 @@ class LaunchOptions:
     dashboard:  whether a cluster that is started for the run serves Ray's
     datasets:   gives the data sets, in place of the task; for a run in this process
     environment: what workers get and are compared with, if it is not this process's
+    share:      how many workers an elastic trial of a sweep may have now
     """
 
     address: str | None = None
@@ -57,6 +58,7 @@ class LaunchOptions:
     dashboard: bool = False
     datasets: Callable[[], dict[str, Any]] | None = None
     environment: Environment | None = None
+    share: Callable[[], int] | None = None
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -214,11 +216,7 @@ def find_start(cfg: Config, options: LaunchOptions, tell: Callable[[str], None] 
         )
     if options.dashboard and (options.address not in (None, "local") or cfg.SCALE.NUM_WORKERS == 0):
         raise ConfigError("--dashboard is Ray's, of a cluster that is started for the run; this run starts none")
-    if cfg.SCALE.is_elastic and cfg.OPTIMIZATION.SYNC_BN:
-        raise ConfigError(
-            "OPTIMIZATION.SYNC_BN needs one worker process for each virtual worker, so the number of them cannot "
-            "change; leave out SCALE.MIN_WORKERS (or --num_workers MIN-MAX), or SYNC_BN"
-        )
+    refuse_sync_bn(cfg)
     run_dir = run_dir_of(cfg)
     check_writable(open_storage(run_dir, ANSWER_S))
     client.take_over(run_dir, timeout_s=0)  # what an earlier launch still holds in memory is to be found as well
@@ -247,6 +245,15 @@ def find_start(cfg: Config, options: LaunchOptions, tell: Callable[[str], None] 
             start_over(store, options.overwrite, notes)
     start = Start(cfg, options, run_dir, store, origin, notes=notes)
     return start.compared() if start.is_complete else start
+
+
+def refuse_sync_bn(cfg: Config) -> None:
+    """ConfigError if an elastic run has it."""
+    if cfg.SCALE.is_elastic and cfg.OPTIMIZATION.SYNC_BN:
+        raise ConfigError(
+            "OPTIMIZATION.SYNC_BN needs one worker process for each virtual worker, so the number of them cannot "
+            "change; leave out SCALE.MIN_WORKERS (or --num_workers MIN-MAX), or SYNC_BN"
+        )
 
 
 def newest_of(store: Store) -> Origin | None:

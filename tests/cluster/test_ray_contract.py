@@ -19,6 +19,7 @@ from ray._private.node import Node
 from ray._private.parameter import RayParams
 from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 from ray._private.state import GlobalState
+from ray.core.generated import gcs_pb2
 from ray.exceptions import RayActorError, RayTaskError
 from ray.experimental import internal_kv
 from ray.train.v2._internal import callbacks, constants, exceptions
@@ -36,7 +37,7 @@ from ray.train.v2._internal.execution.worker_group.worker import Worker
 from ray.train.v2._internal.util import ObjectRefWrapper, bundle_to_remote_args
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray_contract import Dependent
 
 import raytrain
@@ -235,6 +236,20 @@ def test_the_workers_of_an_elastic_run() -> None:
     seats.calls(state.available_resources_per_node, why)
     seats.calls(GlobalState.get_draining_nodes, why, ...)
     seats.holds(ray._raylet.RAY_NODE_ID_KEY == NODE_ID, why, "the label of a node's id")
+    seats.calls(placement_group_table, why, None)
+    seats.mentions(GlobalState._gen_placement_group_info, why, '"bundles_to_node_id"')
+    why = "it counts what the trials of a sweep have"
+    accessor = GlobalState._connect_and_get_accessor
+    seats.calls(accessor, why, ...)
+    seats.mentions(
+        GlobalState.placement_group_table, why, "get_placement_group_table()", "PlacementGroupTableData.From"
+    )
+    table = gcs_pb2.PlacementGroupTableData  # type: ignore[attr-defined]
+    names = {"creator_job_id", "state", "bundles"} <= set(table.DESCRIPTOR.fields_by_name)
+    seats.holds(names and "REMOVED" in table.DESCRIPTOR.enum_values_by_name, why, "its table of placement groups")
+    names = {"node_id", "unit_resources"} <= set(table.DESCRIPTOR.fields_by_name["bundles"].message_type.fields_by_name)
+    seats.holds(names, why, "what it tells of a bundle")
+    why = "each worker has a place of its own"
     group.overrides(WorkerGroup._create_placement_group, why, "self", "scaling_config", "worker_group_context")
     group.replaces(WorkerGroup._create_workers, why, "394f20be2cc3")
     group.calls(WorkerGroup._assign_worker_ranks, why, [])

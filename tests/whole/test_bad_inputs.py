@@ -129,6 +129,18 @@ def as_process(words: list[str]) -> tuple[int, str, str]:
 
 
 @contextmanager
+def first_of_two(folder: Path) -> Iterator[None]:
+    """This process is rank 0 of two that torchrun has started."""
+    set_by_torchrun = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    os.environ.update(set_by_torchrun)
+    try:
+        yield
+    finally:
+        for name in set_by_torchrun:
+            del os.environ[name]
+
+
+@contextmanager
 def nothing(folder: Path) -> Iterator[None]:
     yield
 
@@ -252,4 +264,5 @@ BEFORE = {
     "others' bucket": partial(output_to, uri=with_another_key),
     "another secret": partial(output_to, uri=with_another_secret),
     "no bucket": partial(output_to, uri=of_no_bucket),
+    "torchrun": first_of_two,
 }
