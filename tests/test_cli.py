@@ -58,6 +58,7 @@ SET_A_KEY = {
     "--extra_tag 2024": ("EXTRA_TAG", "2024"),
     "--sync_bn": ("OPTIMIZATION.SYNC_BN", True),
     "--ckpt_save_interval 4": ("CHECKPOINT.EVERY_EPOCHS", 4),
+    "--num_epochs_to_eval 5": ("EVAL.LAST_EPOCHS", 5),
     "--max_ckpt_save_num 12": ("CHECKPOINT.KEEP_LAST", 12),
     "--logger_iter_interval 20": ("LOG.LINE_EVERY", 20),
     "--ckpt_save_time_interval 60": ("CHECKPOINT.EVERY_SECONDS", 60.0),
@@ -76,7 +77,6 @@ VOID = [
     "--merge_all_iters_to_one_epoch",
     "--max_waiting_mins 0",
     "--start_epoch 0",
-    "--num_epochs_to_eval 5",
     "--save_to_file",
     "--use_tqdm_to_record",
     "--wo_gpu_stat",
@@ -176,6 +176,12 @@ def test_ckpt_and_pretrained_model_do_in_python_what_the_flags_do(folder: Path) 
 def test_set_wins_over_a_flag(folder: Path) -> None:
     cfg = cli.load(parsed("train --cfg_file run.yaml --epochs 3 --set OPTIMIZATION.NUM_EPOCHS 5"))
     assert cfg.OPTIMIZATION.NUM_EPOCHS == 5
+
+
+def test_epochs_before_the_last_are_evaluated_too(folder: Path) -> None:
+    words = "--epochs 5 --num_epochs_to_eval 2 --set EVAL.EVERY null"
+    assert main(shlex.split(f"train --cfg_file run.yaml {words}")) == 0
+    assert [record["epoch"] for record in journal("output/run/default", "eval")] == [3, 4, 5]
 
 
 def test_the_batch_size_is_the_total_over_the_virtual_workers(folder: Path) -> None:

@@ -268,7 +268,13 @@ class Checkpoint(Section):
 
 class Eval(Section):
     EVERY: Count | None = 1  #: epochs between evaluations; null: only at the end
+    LAST_EPOCHS: Natural = 0  #: so many epochs before the last are each evaluated besides
     PICTURES: Natural = 4  #: that a task draws at the first evaluation, at the end of training and in `raytrain eval`
+
+    def due(self, epoch: int, num_epochs: int) -> bool:
+        """Whether there is an evaluation after so many finished epochs of a run of `num_epochs`."""
+        is_of_last = num_epochs - self.LAST_EPOCHS <= epoch <= num_epochs
+        return is_of_last or (self.EVERY is not None and epoch % self.EVERY == 0)
 
 
 class Log(Section):

@@ -26,7 +26,7 @@ OF_THE_SWEEP = {
 OF_EVERY_TRIAL = {
     **dict.fromkeys([f"SCALE.{key}" for key in SIZES], "each trial takes the same of the cluster"),
     "OPTIMIZATION.NUM_EPOCHS": "trials are compared epoch by epoch",
-    "EVAL.EVERY": "trials are compared epoch by epoch",
+    **dict.fromkeys(("EVAL.EVERY", "EVAL.LAST_EPOCHS"), "trials are compared epoch by epoch"),
 }
 # What OPTIMIZATION.PHASES can change in mid-run, and so what PBT and PB2 can.
 PERTURBED = ("OPTIMIZATION.LR", "OPTIMIZATION.GRAD_NORM_CLIP", "OPTIMIZATION.WEIGHT_DECAY")

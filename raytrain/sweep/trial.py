@@ -160,8 +160,8 @@ class TrialActor(Trainable):
     @property
     def next_epoch(self) -> int:
         """After which the next evaluation comes."""
-        every, last = self.settings.cfg.EVAL.EVERY, self.num_epochs
-        return min(last, (self.epoch // every + 1) * every) if every else last
+        last = self.num_epochs
+        return next((e for e in range(self.epoch + 1, last) if self.settings.cfg.EVAL.due(e, last)), last)
 
     @property
     def num_epochs(self) -> int:

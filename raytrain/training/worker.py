@@ -279,8 +279,7 @@ def plan_of(cfg: Config, num_samples: int, world: World) -> Plan:
 
 def evaluation_epochs(cfg: Config, datasets: dict[str, Any]) -> Callable[[int], bool]:
     """Whether the validation split is read once that many epochs are finished."""
-    every, last = cfg.EVAL.EVERY, cfg.OPTIMIZATION.NUM_EPOCHS
-    return lambda epoch: "val" in datasets and (epoch == last or (every is not None and epoch % every == 0))
+    return lambda epoch: "val" in datasets and cfg.EVAL.due(epoch, cfg.OPTIMIZATION.NUM_EPOCHS)
 
 
 def owes_checkpoint(run: RunState, store: Store, origin: Origin | None) -> bool:
