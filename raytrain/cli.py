@@ -78,7 +78,6 @@ IGNORED_FLAGS: dict[str, tuple[bool, str]] = {
 IGNORED_EVAL_FLAGS: dict[str, tuple[bool, str]] = {
     **LAUNCHERS_FLAGS,
     "--max_waiting_mins": (True, "nothing is waited for"),
-    "--infer_time": (False, "time is not measured"),
 }
 
 
@@ -239,6 +238,7 @@ def add_eval(commands: Any) -> None:
     evaluate.add_argument("--batch_size", type=count, metavar="N", help="samples at a time")
     evaluate.add_argument("--eval_tag", default="default", help="last part of the folder for the results")
     evaluate.add_argument("--save_to_file", action="store_true", help="write the predictions too, as predictions.pt")
+    evaluate.add_argument("--infer_time", action="store_true", help="say how long predicting takes, too")
     add_launcher_arguments(evaluate)
     add_ignored_arguments(evaluate, IGNORED_EVAL_FLAGS)
     add_set_argument(evaluate)
@@ -591,6 +591,8 @@ def evaluate_one(cfg: Any, args: argparse.Namespace, ckpt: str | None, eval_tag:
     say(f"{evaluation.checkpoint}")
     for line in metric_lines(evaluation.metrics, "metrics.json"):
         say(line)
+    if args.infer_time:
+        say(f"  {'infer time':<12} {evaluation.infer_time}")
     say(f"  {'results':<12} {evaluation.folder}")
     if evaluation.pictures:
         say(f"  {'pictures':<12} {evaluation.pictures}")

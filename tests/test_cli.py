@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def test_a_flag_with_nothing_left_to_do_is_accepted_with_one_line(
     "words",
     [
         "--local_rank 0",
-        "--infer_time",
+        "--max_waiting_mins 30",
     ],
 )
 def test_an_evaluation_too_accepts_flags_with_nothing_left_to_do(
@@ -248,10 +249,11 @@ def test_the_config_that_is_shown_loads_again_to_an_equal_one(folder: Path, caps
 def test_a_run_is_evaluated_from_its_own_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(shlex.split("train --cfg_file run.yaml")) == 0
     trained = capsys.readouterr().out
-    assert main(shlex.split("eval --cfg_file run.yaml --eval_tag again --save_to_file")) == 0
-    path, metric, results = capsys.readouterr().out.splitlines()
+    assert main(shlex.split("eval --cfg_file run.yaml --eval_tag again --save_to_file --infer_time")) == 0
+    path, metric, timed, results = capsys.readouterr().out.splitlines()
     assert path == str(folder / "output/run/default/ckpt/checkpoint_epoch_2")
     assert metric.split()[0] == "error" and metric.split()[1][:5] in trained
+    assert re.fullmatch(r"  infer time   [0-9.]+ ms a batch of 4: the mean of 1, 1 before it", timed)
     assert results.split() == ["results", str(folder / "output/run/default/eval/epoch_2/val/again")]
     assert {file.name for file in Path(results.split()[1]).iterdir()} == {"metrics.json", "predictions.pt"}
 

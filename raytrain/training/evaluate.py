@@ -50,6 +50,7 @@ class Evaluation:
     """What an evaluation found.
 
     folder:   where metrics.json lies (and predictions.pt)
+    infer_time: how long a batch took, in words
     pictures: the folder of its pictures, if there are any
     warning:  why there are none, where they were asked for
     notes:    how config and code differ from those that the checkpoint was made with; what the task says of it; what
@@ -59,6 +60,7 @@ class Evaluation:
     metrics: dict[str, float]
     checkpoint: str
     folder: str
+    infer_time: str
     pictures: str | None = None
     warning: str | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -148,7 +150,8 @@ def _evaluated(
     if weights is not None:
         others += load_pretrained(run.model, weights, allow_partial).notes(weights)
     with contextlib.closing(validation_feed(cfg, task, run, datasets)) as feed:
-        validation = validate.evaluate(run, task, feed)
+        batch_s: list[float] = []
+        validation = validate.evaluate(run, task, feed, batch_s)
     metrics, predictions = validation.metrics, validation.predictions
     name = f"eval/epoch_{run.progress.epoch}/val/{eval_tag}"
     storage.write_bytes(f"{name}/metrics.json", json.dumps(strict(metrics), indent=1).encode() + b"\n")
@@ -158,7 +161,8 @@ def _evaluated(
         storage.write_bytes(f"{name}/predictions.pt", buffer.getvalue())
     notes = [*notes, *others, *feed.notes, *task.take_notes()]
     path = " and ".join(filter(None, [origin.path if origin else None, weights]))
-    evaluation = Evaluation(metrics, path, storage.path_of(name), notes=notes)
+    infer_time = validate.infer_time(batch_s, cfg.OPTIMIZATION.BATCH_SIZE_PER_GPU)
+    evaluation = Evaluation(metrics, path, storage.path_of(name), infer_time, notes=notes)
     if not (task.has_pictures() and cfg.EVAL.PICTURES):
         return evaluation
     try:

@@ -51,10 +51,11 @@ def gradients_as_wished(task: Task) -> Iterator[None]:
             ) from error
 
 
-def predict_split(run: RunState, task: Task, feed: Feed) -> list[tuple[int, Any]]:
+def predict_split(run: RunState, task: Task, feed: Feed, batch_s: list[float] | None = None) -> list[tuple[int, Any]]:
     """(position in the data set, prediction) of each sample of this process's part of the validation split.
 
     Where the task has no predict: (position, (loss, samples or weight)) of each batch.
+    batch_s: gets the seconds from each batch, on the device, to what is predicted of it, on the host
     """
     run.model.eval()
     predictions: list[tuple[int, Any]] = []
@@ -66,6 +67,9 @@ def predict_split(run: RunState, task: Task, feed: Feed) -> list[tuple[int, Any]
             with gradients_as_wished(task):
                 run.compilation.try_out(batch, partial(rehearse, run, task))
         run.randomness.seed(run.seed, "evaluate", key.epoch, key.ids[0])
+        if batch_s is not None and run.world.device.type == "cuda":
+            torch.cuda.synchronize(run.world.device)  # or what came before would count
+        began_s = time.perf_counter()
         with gradients_as_wished(task), run.engine.precision.autocast():
             if task.has_predict():
                 predictions.extend(zip(key.ids, predictions_of(task, run.model, batch, len(key.ids)), strict=True))
@@ -74,7 +78,19 @@ def predict_split(run: RunState, task: Task, feed: Feed) -> list[tuple[int, Any]
                 predictions.append((key.ids[0], (part.loss.item(), float(part.share))))
                 weighted.add(torch.is_tensor(part.share))
                 refuse_mixture(weighted)
+        if batch_s is not None:
+            batch_s.append(time.perf_counter() - began_s)
     return predictions
+
+
+def infer_time(batch_s: list[float], size: int) -> str:
+    """The mean of what `predict_split` says of each batch, in words; without the first tenth, which warms up.
+
+    size: samples of a batch; the last may have fewer, and is left out where there are others
+    """
+    warm_up = min(len(batch_s) - 1, math.ceil(len(batch_s) / 10))
+    timed = batch_s[warm_up:-1] or batch_s[warm_up:]
+    return f"{1e3 * sum(timed) / len(timed):.3g} ms a batch of {size}: the mean of {len(timed)}, {warm_up} before it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,16 +106,17 @@ class Validation:
     seconds: float
 
 
-def evaluate(run: RunState, task: Task, feed: Feed) -> Validation:
+def evaluate(run: RunState, task: Task, feed: Feed, batch_s: list[float] | None = None) -> Validation:
     """Collective. A pass over the validation split; the model is then what it was, whatever the task did to it.
 
     Training would go on with another one else: no checkpoint holds that, and score is called on rank 0 alone.
+    batch_s: as of predict_split
     """
     began_s = time.perf_counter()
     name = type(task).__name__
     with model_kept(run.model) as changed:
         before = look_into_task(run, task, feed) if run.world.size > 1 else {}
-        predictions = predict_split(run, task, feed)
+        predictions = predict_split(run, task, feed, batch_s)
         collected = changes(before, look_into_task(run, task, feed), Saved({}, {})) if before else []
         metrics, in_order = scored(run, task, feed, predictions)
     if collected:

@@ -18,7 +18,7 @@ from raytrain.engine.state import build_run
 from raytrain.engine.world import World
 from raytrain.errors import TaskError
 from raytrain.task import make_task
-from raytrain.training.validate import evaluate
+from raytrain.training.validate import evaluate, infer_time
 from raytrain.training.worker import build_datasets, plan_of
 
 
@@ -29,6 +29,19 @@ def test_a_task_whose_evaluation_needs_gradients_is_evaluated_in_training_and_by
     cfg = config(tmp_path, task, {})
     result = train(cfg)
     assert result.status == "finished" and raytrain.evaluate(cfg).metrics == result.metrics
+
+
+@pytest.mark.parametrize(
+    ("batch_s", "said"),
+    [
+        ([0.5], "500 ms a batch of 4: the mean of 1, 0 before it"),
+        ([0.5, 0.01], "10 ms a batch of 4: the mean of 1, 1 before it"),
+        ([0.5, 0.01, 0.03, 7.0], "20 ms a batch of 4: the mean of 2, 1 before it"),
+        ([9.0] * 2 + [0.25] * 18, "250 ms a batch of 4: the mean of 17, 2 before it"),
+    ],
+)
+def test_batches_that_warm_up_and_a_last_one_that_is_short_do_not_count(batch_s: list[float], said: str) -> None:
+    assert infer_time(batch_s, 4) == said
 
 
 @pytest.mark.parametrize("task", ["ForcesUnsaid", "PredictedForcesUnsaid"])
