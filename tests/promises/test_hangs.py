@@ -12,14 +12,16 @@ from runs import Run, assert_same_bits
 pytestmark = pytest.mark.ray
 
 HANG_S = 8.0  # a step of these runs takes a millisecond, their first one a second, on busy cores some
-# Stragglers are told after some seconds, not after half a minute. A rank takes its time to end, so that torchrun's
-# SIGTERM comes before it has.
+# Stragglers are told after some seconds, not after half a minute. In so short a time it is chance what a rank gets of
+# busy cores, tens of milliseconds a step: so the slow one is slow by many times that. A rank takes its time to end, so
+# that torchrun's SIGTERM comes before it has.
+SLOW_S = 0.2
 QUICK = """
 import time
 import torch.distributed as dist
 from raytrain import cli
 from raytrain.keeper import heartbeat
-heartbeat.WINDOW_STEPS, heartbeat.WINDOW_S = 40, 0.5
+heartbeat.WINDOW_STEPS, heartbeat.WINDOW_S = 8, 0.5
 dist.destroy_process_group = lambda: time.sleep(2)
 raise SystemExit(cli.main())
 """
@@ -52,7 +54,7 @@ def test_a_straggler_and_a_loader_worker_that_hangs_are_named_under_torchrun(tmp
     changes: dict[str, Any] = {"OPTIMIZATION.NUM_EPOCHS": 1000, "CHECKPOINT.EVERY_STEPS": None, "EVAL": {"EVERY": None}}
     # Loader workers take their time to start.
     run = hanging(tmp_path, **{**changes, "LOADER.WORKERS": 1, "SCALE.HANG_TIMEOUT": 1.5 * HANG_S})
-    (run.gate / "slow_forward").write_text("0.02")
+    (run.gate / "slow_forward").write_text(str(SLOW_S))
     launched = torchrun(["-c", QUICK, *run.words()], tmp_path, "--monitor_interval", "1")
     wait_for(lambda: "straggler: " in launched.output(), "the straggler")
     (run.gate / "data").write_text("3")

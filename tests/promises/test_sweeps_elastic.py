@@ -23,7 +23,7 @@ pytestmark = pytest.mark.ray
 VIRTUAL, EPOCHS = 4, 2
 ONE_PROCESS = {"SCALE.NUM_WORKERS": 1, "SCALE.VIRTUAL_WORKERS": VIRTUAL, "OPTIMIZATION.NUM_EPOCHS": EPOCHS}
 ELASTIC = {**ONE_PROCESS, "SCALE.NUM_WORKERS": VIRTUAL, "SCALE.MIN_WORKERS": 1, "SCALE.GROW_EVERY": 1}
-LONG = {"DATA_CONFIG.NUM_SAMPLES": 1600, "CHECKPOINT.EVERY_STEPS": None, "CHECKPOINT.SNAPSHOT_EVERY": 1}
+LONG = {"DATA_CONFIG.NUM_SAMPLES": 800, "CHECKPOINT.EVERY_STEPS": None, "CHECKPOINT.SNAPSHOT_EVERY": 1}
 
 
 def test_trials_shrink_and_grow_as_others_begin_and_end_and_come_to_what_fixed_ones_do(
@@ -32,7 +32,7 @@ def test_trials_shrink_and_grow_as_others_begin_and_end_and_come_to_what_fixed_o
     gates = [tmp_path / f"gate_{number}" for number in range(3)]
     for gate in gates:
         gate.mkdir()
-        (gate / "slow").write_text("0.1")
+        (gate / "slow").write_text("0.3")
     options = {"SPACE": {"DATA_CONFIG.GATE": {"grid": list(map(str, gates))}, LR: SPACE[LR]}, "NUM_SAMPLES": 1}
     run = sweep(tmp_path / "elastic", options, **ELASTIC, **LONG)
     with ray_nodes() as nodes:
