@@ -31,6 +31,7 @@ from raytrain.proof.ways import KINDS
 
 # Flags that set a config key: name -> (what its value is, key, help). The schema checks the value.
 CONFIG_FLAGS: dict[str, tuple[str, str, str]] = {
+    "--task": ("NAME", "TASK", "what trains: openpcdet, pointpillars, or pkg.module:Class"),
     "--epochs": ("N", "OPTIMIZATION.NUM_EPOCHS", "epochs to train, also the length of the schedule"),
     "--workers": ("N", "LOADER.WORKERS", "loader processes of each worker"),
     "--extra_tag": ("NAME", "EXTRA_TAG", "last part of the run folder"),
@@ -419,6 +420,7 @@ class _IgnoredFlag(argparse.Action):
 
 def load(args: argparse.Namespace) -> Any:
     """The config of a command line: the file, the flags, --set."""
+    from raytrain.config.heritage import TASKS
     from raytrain.config.load import load_config
     from raytrain.config.overrides import workers_words
 
@@ -429,6 +431,8 @@ def load(args: argparse.Namespace) -> Any:
     words = {flag: [key, given[flag[2:]]] for flag, (_, key, _) in known.items() if given.get(flag[2:]) is not None}
     if "--num_workers" in words:
         words["--num_workers"] = workers_words(args.num_workers)
+    if "--task" in words:
+        words["--task"] = ["TASK", TASKS.get(args.task, args.task)]
     flags = [(flag, *each[i : i + 2]) for flag, each in words.items() for i in range(0, len(each), 2)]
     flags += [(flag, key, word) for flag, (key, word, _) in SWITCHES.items() if given[flag[2:]]]
     return load_config(args.cfg_file, args.set_words, flags)

@@ -15,6 +15,10 @@ DEFAULTS: dict[tuple[str, str], Any] = {
     ("CHECKPOINT", "KEEP_LAST"): 30,
     ("EVAL", "EVERY"): None,
 }
+TASKS = {
+    "openpcdet": "raytrain.tasks.openpcdet:OpenPCDetTask",
+    "pointpillars": "raytrain.tasks.pointpillars.task:PointPillars",
+}
 PACKAGE = "pcdet/__init__.py"  # in the folder of a checkout
 
 
@@ -30,8 +34,10 @@ def is_heritage(root: Node) -> bool:
 def put_defaults(root: Node, path: Path) -> None:
     """The heritage's defaults in the tree of such a config, which the YAML at `path` holds.
 
-    Of one that lies in a checkout the run folders are where OpenPCDet has them, so that its runs are found there.
+    What trains it is OpenPCDet's own code, unless TASK says otherwise. Of one that lies in a checkout the run folders
+    are where OpenPCDet has them, so that its runs are found there.
     """
+    root.value.setdefault("TASK", Node(TASKS["openpcdet"], root.where))
     for (section, key), value in DEFAULTS.items():
         root.value.setdefault(section, Node({}, root.where)).value[key] = Node(value, root.where)
     tools = configs_above(path)

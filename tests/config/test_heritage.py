@@ -34,6 +34,12 @@ def test_a_config_of_theirs_keeps_their_defaults(tmp_path: Path, text: str) -> N
     assert defaults(load_config(config_in(tmp_path, text), TASK)) == (4, 30, None)
 
 
+def test_a_config_of_theirs_is_trained_by_their_code_unless_task_says_otherwise(tmp_path: Path) -> None:
+    assert load_config(config_in(tmp_path)).TASK == "raytrain.tasks.openpcdet:OpenPCDetTask"
+    assert TASK[1] == load_config(config_in(tmp_path), TASK).TASK
+    assert load_config(config_in(tmp_path, THEIRS + "TASK: a:B\n")).TASK == "a:B"
+
+
 @pytest.mark.parametrize(
     "text",
     [

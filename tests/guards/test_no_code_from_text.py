@@ -57,8 +57,10 @@ def is_constant(node: ast.AST | None, value: bool) -> bool:
 def test_no_module_calls_a_shell_or_runs_what_it_reads() -> None:
     found = [f"{name}:{offence}" for name, path in MODULES.items() for offence in offences(path.read_text())]
     # A sweep's own driver packs data sets for its trials, which get them through Ray: nothing is read from a file.
+    # OpenPCDet's lists of frames are packed by the process that has them, for its own loader workers; no file either.
     # The command line begins again, by the words that it was started with, once PYTHONHASHSEED is set.
-    assert [text.partition(":")[0] for text in found] == ["hash_seed.py", "sweep/datasets.py"], found
+    known = ["hash_seed.py", "sweep/datasets.py", "tasks/openpcdet/shared_list.py"]
+    assert [text.partition(":")[0] for text in found] == known, found
 
 
 @pytest.mark.parametrize(
