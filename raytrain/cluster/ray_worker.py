@@ -7,7 +7,6 @@ import functools
 import gc
 import logging
 import math
-import multiprocessing.util
 import os
 import queue
 import signal
@@ -29,7 +28,7 @@ from raytrain.errors import failure_of
 from raytrain.journal.records import Record
 from raytrain.keeper.checkpointer import PendingSave
 from raytrain.progress import Progress
-from raytrain.storage.forks import at_exit, end_children, handle_signals
+from raytrain.storage.forks import at_exit, end_as_at_exit, end_children, handle_signals
 from raytrain.storage.paths import joined
 from raytrain.storage.pools import when_pools_are_broken
 from raytrain.training.control import Control, Restart
@@ -282,4 +281,4 @@ def run_exit_functions() -> None:
     In one that goes on to train it is run as well: it has begun nothing else by then.
     """
     at_exit(end_children)
-    multiprocessing.util._exit_function()  # type: ignore[attr-defined]
+    end_as_at_exit()

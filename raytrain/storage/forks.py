@@ -97,6 +97,28 @@ def end_children() -> None:
             os.kill(child.pid, signal.SIGKILL)  # those of joblib have no kill()
 
 
+def end_as_at_exit() -> None:
+    """What module multiprocessing does as a process ends, done now: its children end, and its folder in /tmp goes.
+
+    Whole each time it is called, and the process may start others after it: its fork server, which would be asked by a
+    socket in that folder, ends too, and its word that it is ending is taken back, since queues then drop what fails.
+    """
+    from multiprocessing import forkserver  # here, and not in each command
+
+    util: Any = multiprocessing.util
+    util._exiting = False
+    util._exit_function()
+    util._exiting = False
+    server: Any = forkserver._forkserver
+    with server._lock:
+        if server._forkserver_pid is None:
+            return
+        os.close(server._forkserver_alive_fd)  # which asks it to end; it waits for others that hold that too
+        os.kill(server._forkserver_pid, signal.SIGKILL)
+        os.waitpid(server._forkserver_pid, 0)
+        server._forkserver_address = server._forkserver_alive_fd = server._forkserver_pid = None
+
+
 def at_exit(function: Callable[[], None]) -> None:
     """Have it called when module multiprocessing ends this process, before it waits for what it has started."""
     finalize: Any = multiprocessing.util.Finalize  # not atexit, which is not for processes of multiprocessing
