@@ -109,7 +109,7 @@ def test_a_key_that_there_was_none_of_is_told_unless_it_has_its_default() -> Non
     assert compare(old, changed("LOADER.SHUFFLE", "false", "EVAL.EVERY", "2", "MODEL.WIDTH", "3"), False, "x") == [
         "config differs from the checkpoint's: MODEL.WIDTH: was absent, now 3",
         "config differs from the checkpoint's: LOADER.SHUFFLE: was absent, now False",
-        "config differs from the checkpoint's: EVAL: was absent, now {'EVERY': 2, 'PICTURES': 4}",
+        "config differs from the checkpoint's: EVAL: was absent, now {'EVERY': 2, 'LAST_EPOCHS': 0, 'PICTURES': 4}",
     ]
 
 
