@@ -170,15 +170,15 @@ def test_real_frames_are_learnt_until_the_cars_are_found(tmp_path: Path) -> None
     path = config(
         tmp_path,
         "mini",
-        OPTIMIZATION__NUM_EPOCHS=120,
+        OPTIMIZATION__NUM_EPOCHS=240,
         OPTIMIZATION__BATCH_SIZE_PER_GPU=1,
         OPTIMIZATION__OPTIMIZER="adam_onecycle",
-        OPTIMIZATION__LR=0.006,  # least IoU 0.88 and 0.85 with seeds 0 and 1; at 0.003 0.71 and 0.78
+        OPTIMIZATION__LR=0.006,  # least IoU 0.90; rounding alone made it 0.5 to 0.9 after 120 epochs
         EVAL__EVERY=None,
         EVAL__PICTURES=3,
     )
     tree = {**yaml.safe_load(path.read_text()), "CLASS_NAMES": ["Car"], "MODEL": model, "DATA_CONFIG": data}
-    tree["CHECKPOINT"] = {"EVERY_EPOCHS": 120}
+    tree["CHECKPOINT"] = {"EVERY_EPOCHS": 240}
     path.write_text(yaml.safe_dump(tree))
     result = raytrain.train(path, quiet=True)
     task = PointPillars(raytrain.load_config(path))
@@ -196,4 +196,4 @@ def test_real_frames_are_learnt_until_the_cars_are_found(tmp_path: Path) -> None
     boxes = boxes[points_in_boxes(frame.points, boxes).sum(axis=1) >= 10]
     overlap = iou_3d(torch.from_numpy(boxes), torch.from_numpy(found.boxes).double())
     assert len(boxes) == 6 and (overlap.max(dim=1).values >= 0.7).all(), overlap.max(dim=1).values
-    assert Path(result.run_dir, "eval", "epoch_120", "val", "pictures", "000008.png").exists()
+    assert Path(result.run_dir, "eval", "epoch_240", "val", "pictures", "000008.png").exists()
