@@ -104,7 +104,7 @@ class Run:
         wait_for(lambda: not keepers_of(self), "the end of the keeper, which still writes what was begun")
         self.release()
         for path in self.gate.glob("held-*"):
-            path.unlink()
+            path.unlink(missing_ok=True)
 
     def with_a_worker_killed_at(self, step: int, address: str | None, rank: int, status: int = 0) -> str:
         """What the command on two workers printed; the one of this rank was killed in the step after `step` steps.
