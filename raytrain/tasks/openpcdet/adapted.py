@@ -116,9 +116,6 @@ class _StandIn(Loader):
     def __init__(self, ours: str) -> None:
         self.ours = ours
 
-    def create_module(self, spec: ModuleSpec) -> None:
-        return None
-
     def exec_module(self, module: ModuleType) -> None:
         ours = importlib.import_module(self.ours)
         vars(module).update({name: value for name, value in vars(ours).items() if not name.startswith("__")})
@@ -131,9 +128,6 @@ class _Missing(Loader):
 
     def __init__(self, why: str) -> None:
         self.why = why
-
-    def create_module(self, spec: ModuleSpec) -> None:
-        return None
 
     def exec_module(self, module: ModuleType) -> None:
         def take(name: str) -> _Absent:
