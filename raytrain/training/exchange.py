@@ -24,7 +24,7 @@ from raytrain.storage.lock import locked, refuse_links
 from raytrain.storage.state_file import dumps
 from raytrain.storage.storage import open_storage
 from raytrain.storage.store import Store
-from raytrain.task import make_task
+from raytrain.task import Task, make_task
 from raytrain.training.resume import load_origin, origin_at
 from raytrain.training.worker import build_datasets, plan_of
 
@@ -41,10 +41,10 @@ def export_checkpoint(source: str, folder: str | os.PathLike[str]) -> list[Path]
         raise ResumeError(f"{source}: it has no manifest, so how it was made is not known; name a checkpoint of a run")
     cfg = Config.model_validate(origin.manifest.config)
     payload = load_origin(origin)
-    with torch_put_back():
-        run = built(with_overrides(cfg, ["SCALE.USE_GPU", "false"]))
+    task, datasets = of_task(cfg)
+    model = task.build_model(datasets["train"])
     content = {key: payload[key] for key in ("epoch", "it", "model_state", "version")}
-    content["optimizer_state"] = in_legacy_groups(payload["optimizer_state"], run.model, cfg.OPTIMIZATION.OPTIMIZER)
+    content["optimizer_state"] = in_legacy_groups(payload["optimizer_state"], model, cfg.OPTIMIZATION.OPTIMIZER)
     is_of_epoch = origin.manifest.progress.cursor == 0
     path = Path(folder) / (f"checkpoint_epoch_{content['epoch']}.pth" if is_of_epoch else "latest_model.pth")
     config = Path(folder) / f"{cfg.TAG}.yaml"
@@ -91,11 +91,16 @@ def built(cfg: Config) -> RunState:
     """A run of that config at step 0, in this process."""
     workers = cfg.SCALE.VIRTUAL_WORKERS or max(1, cfg.SCALE.NUM_WORKERS or 1)
     cfg = with_overrides(cfg, ["SCALE.VIRTUAL_WORKERS", str(workers), "OPTIMIZATION.SYNC_BN", "false"])
-    seed_all(cfg.SEED, "task")
-    task = make_task(cfg)
-    datasets = build_datasets(task, cfg.SEED)
+    task, datasets = of_task(cfg)
     world = World(virtual_workers=workers, device=device_here(cfg))
     prepare_torch(cfg, world.device)
     run = build_run(cfg, task, datasets["train"], plan_of(cfg, len(datasets["train"]), world), world)
     run.own = OwnState.of(task, datasets)
     return run
+
+
+def of_task(cfg: Config) -> tuple[Task, dict[str, Any]]:
+    """The task of a config, and its data sets by split."""
+    seed_all(cfg.SEED, "task")
+    task = make_task(cfg)
+    return task, build_datasets(task, cfg.SEED)
