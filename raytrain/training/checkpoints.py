@@ -132,9 +132,10 @@ def _survey(store: Store, entries: list[Listed], states: dict[str, str], cfg: An
     storage, refusal = store.storage, ""
     left, recovered = leftovers(storage)
     taken, passed_over = newest_to_trust(store)
+    heritage = heritage_files(storage, FOLDER)
     states = states | {name: damaged(storage, name, why) for name, why in passed_over}
     try:
-        origin = or_heritage(storage, FOLDER, origin_of(taken, passed_over))
+        origin = or_heritage(heritage, origin_of(taken, passed_over))
     except CheckpointError as error:
         origin, refusal = None, str(error)
     if recovered and (origin is None or origin.manifest is None or recovered[1] > origin.manifest.progress):
@@ -150,7 +151,6 @@ def _survey(store: Store, entries: list[Listed], states: dict[str, str], cfg: An
         says = [line.replace(f"{name}: {name}: ", f"{name}: ") for line in says]
     if origin is not None and origin.name is not None:
         states = states | {origin.name: "ok"}
-    heritage = heritage_files(storage, FOLDER)
     rows = [*rows_of(store, entries, states, origin.name if origin else None), *heritage_rows(heritage, origin)]
     says += in_memory(storage, entries)
     return Survey(rows, [*says, *left, *superseded(storage)], not refusal, store.policy.METRIC)

@@ -31,12 +31,12 @@ from raytrain.storage.heritage_files import heritage_files
 from raytrain.storage.lock import refuse_links
 from raytrain.storage.paths import expanded
 from raytrain.storage.storage import Storage, open_storage
-from raytrain.storage.store import FOLDER, NAME, Store, listed
+from raytrain.storage.store import FOLDER, Store, listed
 from raytrain.task import Task, make_task
 from raytrain.training import validate
 from raytrain.training.contract import pictures_of
 from raytrain.training.pictures import why_not_drawn, write_pictures
-from raytrain.training.resume import Origin, begun_by, load_origin, or_heritage, origin_at, parent_storage
+from raytrain.training.resume import Origin, begun_by, load_origin, or_heritage, origin_at, run_folder_of
 from raytrain.training.sameness import arrays_of, compare_with_checkpoint, names_of, record_of
 from raytrain.training.source import source_notes, source_of
 from raytrain.training.worker import build_datasets, plan_of
@@ -206,7 +206,7 @@ def evaluated_origin(cfg: Config, storage: Storage, ckpt: str | os.PathLike[str]
     store = Store(storage, cfg.CHECKPOINT, "")
     saved = store.best() or store.latest_verified()[0]
     if saved is None:
-        return or_heritage(storage, FOLDER, None)
+        return or_heritage(heritage_files(storage, FOLDER), None)
     return Origin(saved.path, saved.name, saved.manifest, [])
 
 
@@ -244,9 +244,8 @@ def checkpoints_in(cfg: Config, folder: str | None, start_epoch: int) -> list[st
     folder: a run folder, its ckpt, or one with .pth files.   start_epoch: of which epoch they are at least
     Raises CheckpointError where there is none.
     """
-    storage = open_storage(run_dir_of(cfg) if folder is None else str(expanded(folder, "--ckpt_dir").absolute()))
-    if not storage.exists(FOLDER) and any(NAME.fullmatch(name) for name in storage.list("")):
-        storage = parent_storage(storage.path_of(""))[0]
+    path = run_dir_of(cfg) if folder is None else str(expanded(folder, "--ckpt_dir").absolute())
+    storage = run_folder_of(open_storage(path))
     within = FOLDER if storage.exists(FOLDER) else ""
     ours = [(e.manifest.progress.epoch, e.manifest.progress.step, e.name) for e in listed(storage) if e.manifest]
     theirs = [(file.epoch, file.step, file.name) for file in heritage_files(storage, within) if not file.damage]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raytrain.config.load import ABSENT, config_diff
@@ -18,7 +18,7 @@ from raytrain.keeper.client import KeeperClient
 from raytrain.keeper.snapshots import load_newest
 from raytrain.progress import Plan, Progress
 from raytrain.storage.checkpoint import MANIFEST, PAYLOAD, Manifest, verify_checkpoint
-from raytrain.storage.heritage_files import heritage_files
+from raytrain.storage.heritage_files import HeritageFile, heritage_files
 from raytrain.storage.paths import expanded, parent_and_name
 from raytrain.storage.state_file import load_payload, load_weights_file
 from raytrain.storage.storage import Storage, open_storage
@@ -78,20 +78,14 @@ def choose(store: Store, start: str) -> Origin | None:
     """
     if start != "auto" and not any(e.manifest and e.manifest.launch == store.launch for e in store.listed()):
         return None if start == "fresh" else origin_at(start)
-    return newest_origin(store)
+    return or_heritage(heritage_files(store.storage, FOLDER), origin_of(*newest_to_trust(store)))
 
 
-def newest_origin(store: Store) -> Origin | None:
-    """The origin of a run that goes on from the newest in its folder, which may be OpenPCDet's."""
-    return or_heritage(store.storage, FOLDER, origin_of(*newest_to_trust(store)))
-
-
-def or_heritage(storage: Storage, folder: str, ours: Origin | None) -> Origin | None:
-    """`ours`, or the newest .pth of OpenPCDet in that folder if it is of a later epoch.   Raises CheckpointError.
+def or_heritage(files: Sequence[HeritageFile], ours: Origin | None) -> Origin | None:
+    """`ours`, or the newest of OpenPCDet's files of a folder if it is of a later epoch.   Raises CheckpointError.
 
     Epochs and not steps: those depend on the batch size, which each program has cut in its own way.
     """
-    files = heritage_files(storage, folder)
     whole = [file for file in files if not file.damage]
     if ours is not None and (not whole or ours.manifest is None or whole[0].epoch <= ours.manifest.progress.epoch):
         return ours
@@ -159,11 +153,10 @@ def origin_at(path: str) -> Origin:
         if location.is_file():
             path = str(location.absolute().parent)
     storage = open_storage(path)
-    if storage.exists(FOLDER):
-        return newest_at(storage, path)
-    if not storage.exists(MANIFEST) and any(NAME.fullmatch(name) for name in storage.list("")):
-        return newest_at(parent_storage(path)[0], path)  # ckpt itself
-    if not storage.exists(MANIFEST) and (found := or_heritage(storage, "", None)):
+    run_folder = run_folder_of(storage)
+    if run_folder is not storage or storage.exists(FOLDER):
+        return newest_at(run_folder, path)
+    if not storage.exists(MANIFEST) and (found := or_heritage(heritage_files(storage, ""), None)):
         return found
     if not storage.exists(MANIFEST):
         wrong = "this is no checkpoint" if storage.exists("") else "there is no such file or folder"
@@ -173,12 +166,18 @@ def origin_at(path: str) -> Origin:
     return Origin(path, None, verify_checkpoint(*parent_storage(path)), [])
 
 
+def run_folder_of(storage: Storage) -> Storage:
+    """The run folder whose ckpt this is, if it is one with checkpoints of ours; else the same."""
+    is_ckpt = not storage.exists(FOLDER) and any(NAME.fullmatch(name) for name in storage.list(""))
+    return parent_storage(storage.path_of(""))[0] if is_ckpt else storage
+
+
 def newest_at(storage: Storage, path: str) -> Origin:
     """The newest of another run's folder; CheckpointError if nothing there can be trusted."""
     newest, passed_over = newest_verified(storage)
     notes = [f"passed over {name}: {reason}" for name, reason in passed_over]
     ours = Origin(newest.path, None, newest.manifest, notes) if newest else None
-    found = or_heritage(storage, FOLDER, ours)
+    found = or_heritage(heritage_files(storage, FOLDER), ours)
     if found is None:
         raise CheckpointError("\n".join([f"--resume {path}: this run folder holds no checkpoint to trust", *notes]))
     return found
